@@ -1,0 +1,319 @@
+"""The config: nested, typed, frozen; what is wrong with one is said all at once, with key paths."""
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from blpipe.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Named(Section):
+    """A part, by the name of a built-in or as `target: package.module:function`, and its arguments.
+
+    A plain string stands for `{name: …}`.
+    """
+
+    default: ClassVar[str | None] = None  # the name where neither name nor target is given
+
+    name: str | None = None
+    target: str | None = None
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if cls.default and isinstance(value, dict) and not {"name", "target"} & value.keys():
+            return {"name": cls.default} | value
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_name_and_target(self) -> "Named":
+        if (self.name is None) == (self.target is None):
+            raise ValueError("give a name or a target (package.module:function), one of the two")
+        return self
+
+
+class NormalizeConfig(Section):
+    """Per-channel mean and standard deviation, for values scaled to 0…1."""
+
+    mean: tuple[float, ...] = Field(strict=False)
+    std: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(strict=False)
+
+
+class AugmentConfig(Section):
+    """Augmentation of training images: reflect-pad by `crop` pixels and crop back; flip left-right."""
+
+    crop: NotNegative = 0
+    flip: bool = False
+
+
+class DataConfig(Named):
+    """Where the images come from and how they are prepared."""
+
+    default = "digits"
+
+    root: str | None = None
+    download: bool = False
+    normalize: NormalizeConfig | None = None
+    augment: AugmentConfig = AugmentConfig()
+    workers: NotNegative = 0
+    train_samples: Positive | None = None
+    test_samples: Positive | None = None
+
+
+class PartitionConfig(Section):
+    """How the blocks are cut into stages."""
+
+    stages: Positive | None = None
+    strategy: Literal["even"] = "even"
+    cuts: tuple[str, ...] | None = Field(default=None, strict=False)
+    target: str | None = None
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PartitionConfig":
+        if self.cuts is not None and self.target is not None:
+            raise ValueError("give cuts or a target, not both")
+        if self.cuts is not None and self.stages not in (None, len(self.cuts) + 1):
+            raise ValueError(f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, but stages is {self.stages}; "
+                             "leave stages out")
+        if self.cuts is None and self.stages is None:
+            raise ValueError("give stages (how many) or cuts (the block that each later stage begins with)")
+        return self
+
+    @property
+    def stage_count(self) -> int:
+        """K, the number of stages."""
+        if self.cuts is not None:
+            return len(self.cuts) + 1
+        assert self.stages is not None
+        return self.stages
+
+
+def _link_length(value: Any) -> Any:
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("must be a number of blocks ≥ 0, or all")
+
+
+class LinkConfig(Section):
+    """The backward link (DESIGN: §1, §2): how far, how late and how strongly errors go one stage back."""
+
+    length: Annotated[Any, AfterValidator(_link_length)] = 1
+    delay: NotNegative = 1
+    weight: float = 1.0
+    keep: Literal["graph", "recompute"] = "graph"
+
+
+class HeadConfig(Named):
+    """The auxiliary classifier of every stage but the last."""
+
+    default = "conv"
+
+
+class LossConfig(Named):
+    """The local loss of every stage."""
+
+    default = "cross_entropy"
+
+
+class MethodConfig(Section):
+    """How the stages learn."""
+
+    name: Literal["bp", "greedy", "backlink"] = "backlink"
+    head: HeadConfig = HeadConfig()
+    loss: LossConfig = LossConfig()
+    link: LinkConfig = LinkConfig()
+
+
+class OptimizerConfig(Section):
+    """Any optimizer of torch.optim, by its name (upper or lower case)."""
+
+    name: str = "sgd"
+    lr: Annotated[float, Field(gt=0.0)] = 0.1
+    args: dict[str, Any] = {}
+
+
+class ScheduleConfig(Section):
+    """The learning rate over training, as a factor on `optimizer.lr`."""
+
+    name: Literal["constant", "cosine", "multistep", "one-cycle"] = "constant"
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    final: Fraction = 0.0
+    milestones: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(default=(), strict=False)
+    gamma: Annotated[float, Field(gt=0.0)] = 0.1
+    peak: Fraction = 0.3
+    start: Fraction = 0.04
+
+
+class TrainConfig(Section):
+    """Epochs and batches."""
+
+    epochs: Positive = 10
+    batch_size: Positive = 64
+    microbatches: Positive = 1
+    drop_last: bool = False
+    eval_batch_size: Positive | None = None
+
+    @model_validator(mode="after")
+    def _microbatches_divide(self) -> "TrainConfig":
+        if self.batch_size % self.microbatches:
+            fitting = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
+            raise ValueError(f"microbatches {self.microbatches} does not divide batch_size {self.batch_size}; "
+                             f"one that does: {min(fitting, key=lambda m: abs(m - self.microbatches))}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the weights are saved: every so many epochs (0: only at the end), and always at the end."""
+
+    every_epochs: NotNegative = 1
+
+
+class RuntimeConfig(Section):
+    """Where and how the run executes; nothing here changes its results on a CPU."""
+
+    engine: Literal["auto", "local", "pipeline"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Positive | None = None
+    runs: str = "runs"
+    progress: bool = True
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 600.0
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    seed: NotNegative = 0
+    model: Named
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig
+    method: MethodConfig = MethodConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice",
+                                                        key_node.start_mark)
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float",
+                              re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, apply `overrides` ("key.sub=value"), and check it all.
+
+    The run's `name` is the file's stem where the config has none.
+
+    Raises:
+        ConfigError: with every problem found, each on its own line with its key path.
+    """
+    tree = _read_yaml(Path(path))
+    tree.setdefault("name", Path(path).stem)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Check a nested dictionary of keys. Raises ConfigError with every problem found."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(*(_explain(e) for e in error.errors(include_url=False))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML, every key resolved; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; the shipped configs are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, such as `model: {{name: mlp}}`")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override}: an override is key.sub=value, such as train.epochs=3")
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    for key in keys[:-1]:
+        below = tree.get(key)
+        if isinstance(below, str):  # the short form of {name: …}
+            below = {"name": below}
+        tree[key] = dict(below) if isinstance(below, dict) else {}
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggest(path)}"
+    if error["type"] == "missing":
+        return f"{path}: is required, and not given"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    value = error["input"]
+    return f"{path}: {message}" if isinstance(value, dict | BaseModel) else f"{path}: {message}, got {value!r}"
+
+
+def _suggest(path: str) -> str:
+    known = list(_key_paths(Config))
+    by_last_part = [key for key in known if key.rpartition(".")[2] == path.rpartition(".")[2]]
+    close = get_close_matches(path, known, n=1, cutoff=0.75) or by_last_part[:1] or \
+        get_close_matches(path, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from _key_paths(kind, f"{prefix}{name}.")

@@ -1,0 +1,40 @@
+"""The errors that users see, each with the exit code that the command line gives it."""
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right: bad usage, config, data or plug-in. Exit code 2.
+
+    `str()` is one line per problem: the key, the value and the remedy.
+    """
+
+
+class ConfigError(UserError):
+    """One or more problems with the config, each "key.path: what is wrong and what to do"."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class StageError(RuntimeError):
+    """An error inside one stage while it ran. Exit code 1.
+
+    Args:
+        stage: the stage's number, from 1.
+        blocks: the names of the stage's blocks.
+        where: the step or the phase, for example "step 17".
+        cause: the error as it was raised.
+    """
+
+    def __init__(self, stage: int, blocks: Iterable[str], where: str, cause: BaseException):
+        names = list(blocks)
+        span = names[0] if len(names) == 1 else f"{names[0]}…{names[-1]}"
+        super().__init__(f"stage {stage} (rank {stage - 1}, blocks {span}) failed at {where}: "
+                         f"{type(cause).__name__}: {cause}")
+        self.stage = stage
+
+
+class PeerLostError(RuntimeError):
+    """A neighbour of this stage ended or did not answer in time. Exit code 1."""
