@@ -38,3 +38,11 @@ class StageError(RuntimeError):
 
 class PeerLostError(RuntimeError):
     """A neighbour of this stage ended or did not answer in time. Exit code 1."""
+
+
+class AlreadyReportedError(Exception):
+    """This process ends because of an error that another one has reported."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"reported by another process (exit code {exit_code})")
+        self.exit_code = exit_code

@@ -1,6 +1,8 @@
 """Independent random streams, each a pure function of the run's seed and of what it is for."""
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
@@ -28,22 +30,33 @@ class RandomStream:
         self._device = device
         with torch.random.fork_rng(devices=self._cuda_devices()):
             torch.manual_seed(seed)
-            self.state = self._read()
+            self.state = self.read()
 
     def __enter__(self) -> None:
-        self._outside = self._read()
+        self._outside = self.read()
         self._write(self.state)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        self.state = self._read()
+        self.state = self.read()
         self._write(self._outside)
+
+    @contextmanager
+    def rewound_to(self, state: list[torch.Tensor]) -> Iterator[None]:
+        """Draw once more from where the stream stood at `state`; the stream itself does not move."""
+        outside = self.read()
+        self._write(state)
+        try:
+            yield
+        finally:
+            self._write(outside)
+
+    def read(self) -> list[torch.Tensor]:
+        """Where torch's global stream stands, which inside `with` is this one."""
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._cuda_devices())]
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self._device] if self._device.type == "cuda" else []
-
-    def _read(self) -> list[torch.Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._cuda_devices())]
 
     def _write(self, state: list[torch.Tensor]) -> None:
         torch.set_rng_state(state[0])

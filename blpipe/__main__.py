@@ -1,0 +1,7 @@
+"""`python -m blpipe`."""
+
+import sys
+
+from blpipe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,134 @@
+"""Checkpoints: the whole state of a drained pipeline, by torch's distributed checkpointing (DCP).
+
+A checkpoint is keyed by names, not by stages or processes: `model/<block>.<parameter>`,
+`head/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`, `random/<stage>/<device>`. It is
+written aside and renamed when complete. Reading one never runs code from it: it holds tensors only.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from blpipe.errors import UserError
+from blpipe.plan import Plan
+from blpipe.stage import Stage
+
+_PROGRESS = "progress.json"
+
+
+def save(run: Path, epochs_done: int, plan: Plan, stages: dict[int, Stage],
+         group: dist.ProcessGroup | None = None) -> None:
+    """Save every stage after `epochs_done` epochs, and drop the checkpoint before.
+
+    Args:
+        stages: this process's, by index.
+        group: of all processes; None where there is one.
+    """
+    leader = group is None or dist.get_rank() == 0
+    target = run / "checkpoints" / f"epoch_{epochs_done:05d}"
+    partial = target.with_name(f".{target.name}.partial")
+    if leader:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    state = {key: tensor for index, stage in stages.items() for key, tensor in _state(plan, index, stage).items()}
+    if group is not None:
+        dist.barrier(group)
+    dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
+    if leader:
+        (partial / _PROGRESS).write_text(json.dumps({"epochs_done": epochs_done}))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        for old in checkpoints(run):
+            if old != target:
+                shutil.rmtree(old)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in run.glob(f"checkpoints/epoch_*/{_PROGRESS}"))
+
+
+def latest(run: Path) -> Path:
+    """The newest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: holds no checkpoint; train it first: python -m blpipe train CONFIG")
+    return found[-1]
+
+
+def epochs_done(checkpoint: Path) -> int:
+    """How many epochs a checkpoint has behind it."""
+    return json.loads((checkpoint / _PROGRESS).read_text())["epochs_done"]
+
+
+def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
+    """Put a checkpoint's state into `stages`; they must be those of the run that saved it."""
+    state = _read(checkpoint, lambda key: True)
+    for index, stage in stages.items():
+        stage.blocks.load_state_dict({name: state[f"model/{name}"] for name in stage.blocks.state_dict()})
+        if stage.head is not None:
+            prefix = f"head/{plan.block_names(index)[-1]}/"
+            stage.head.load_state_dict({name: state[prefix + name] for name in stage.head.state_dict()})
+        stage.stream.state = [state[f"random/{index}/{i}"] for i in range(len(stage.stream.state))]
+        _load_optimizer(plan, index, stage, state)
+
+
+def model_state(checkpoint: Path) -> dict[str, Tensor]:
+    """The plain model's state_dict."""
+    return {key.removeprefix("model/"): tensor
+            for key, tensor in _read(checkpoint, lambda key: key.startswith("model/")).items()}
+
+
+def _read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    reader = dcp.FileSystemReader(checkpoint)
+    known = reader.read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()
+             if isinstance(entry, TensorStorageMetadata) and wanted(key)}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def _state(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
+    state = {f"model/{name}": tensor for name, tensor in stage.blocks.state_dict().items()}
+    if stage.head is not None:
+        boundary = plan.block_names(index)[-1]
+        state |= {f"head/{boundary}/{name}": tensor for name, tensor in stage.head.state_dict().items()}
+    if stage.optimizer is not None:
+        names = dict(_optimized(plan, index, stage))
+        state |= {f"optimizer/{names[parameter]}/{key}": value
+                  for parameter, values in stage.optimizer.state.items()
+                  for key, value in values.items() if isinstance(value, Tensor)}
+    return state | {f"random/{index}/{i}": tensor for i, tensor in enumerate(stage.stream.state)}
+
+
+def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tensor]) -> None:
+    if stage.optimizer is None:
+        return
+    loaded = stage.optimizer.state_dict()
+    names = [name for _, name in _optimized(plan, index, stage)]
+    loaded["state"] = {
+        number: {key.removeprefix(f"optimizer/{name}/"): tensor for key, tensor in state.items()
+                 if key.startswith(f"optimizer/{name}/")}
+        for number, name in enumerate(names)}
+    loaded["state"] = {number: values for number, values in loaded["state"].items() if values}
+    stage.optimizer.load_state_dict(loaded)
+
+
+def _optimized(plan: Plan, index: int, stage: Stage) -> Iterable[tuple[torch.nn.Parameter, str]]:
+    """The optimizer's parameters in its order, with their names in the checkpoint."""
+    boundary = plan.block_names(index)[-1]
+    head = stage.head.named_parameters() if stage.head is not None else ()
+    named = [*((p, name) for name, p in stage.blocks.named_parameters()),
+             *((p, f"head/{boundary}/{name}") for name, p in head)]
+    return [(p, name) for p, name in named if p.requires_grad]

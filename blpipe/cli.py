@@ -1,0 +1,100 @@
+"""The command line: subcommands, and what each kind of error prints and returns."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from blpipe.errors import AlreadyReportedError, PeerLostError, StageError, UserError
+
+_EXAMPLES = """\
+examples:
+  torchrun --standalone --nproc-per-node=4 -m blpipe train configs/quickstart.yaml
+  python -m blpipe train configs/quickstart.yaml train.epochs=3 name=short
+  python -m blpipe eval runs/quickstart
+  python -m blpipe export runs/quickstart --out model.pt
+
+exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    # torch takes seconds to import; --help and usage errors need not wait for it.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from blpipe.transport.world import launched_rank, launched_world_size
+    try:
+        record(arguments.command)(arguments)  # under torchrun, a failure's traceback goes into its summary
+        return 0
+    except AlreadyReportedError as error:
+        return error.exit_code
+    except UserError as error:
+        # Every rank reads the same config and meets the same error; those met later were told apart.
+        if launched_rank() == 0 or error.of_one_rank:
+            for line in str(error).splitlines():
+                print(f"blpipe: {line}", file=sys.stderr)
+        return 2
+    except (StageError, PeerLostError) as error:
+        if launched_world_size() is None:
+            traceback.print_exception(error.__cause__)
+        print(f"blpipe: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if launched_rank() == 0:
+            print("blpipe: interrupted; the run folder keeps its last checkpoint (train --resume RUN)", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="blpipe", description="Pipeline training with BackLink: one process a stage "
+                                     "under torchrun, or all stages in one process.", epilog=_EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train a config",
+                                description="Train a config. Under torchrun each process is a stage; without it, all "
+                                            "stages run in this one, with the same results.")
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys to set over the file's")
+    train.add_argument("--overwrite", action="store_true", help="replace the run that the run folder holds")
+    train.add_argument("--resume", metavar="RUN", help="go on with this run folder from its last checkpoint")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint",
+                                   description="Evaluate every stage's head on the test samples.")
+    evaluate.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    evaluate.set_defaults(command=_evaluate)
+
+    export = commands.add_parser("export", help="write the plain model's weights",
+                                 description="Write the plain model's state_dict under the model's own names.")
+    export.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    export.add_argument("--out", required=True, metavar="FILE", help="where to, such as model.pt")
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from blpipe import runs
+    from blpipe.config import load_config
+    from blpipe.errors import ConfigError
+    if arguments.resume and (arguments.config or arguments.overrides or arguments.overwrite):
+        raise ConfigError("--resume: goes on with the run's own config; give nothing else")
+    if arguments.resume:
+        runs.train_run(runs.resume_config(Path(arguments.resume)), resume=True)
+        return
+    if not arguments.config:
+        raise ConfigError("CONFIG: which config? give one, such as configs/quickstart.yaml, or --resume RUN")
+    runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from blpipe import runs
+    print(runs.evaluate_run(Path(arguments.run)))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from blpipe import runs
+    runs.export_run(Path(arguments.run), Path(arguments.out))
+    print(f"wrote {arguments.out}")

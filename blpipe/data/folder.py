@@ -1,0 +1,114 @@
+"""Image folders: root/{train,test}/<class>/*, decoded when they are needed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from blpipe.config import DataConfig
+from blpipe.data.source import Source
+from blpipe.data.splits import DatasetSplit
+from blpipe.errors import ConfigError, UserError
+from blpipe.plugins import one_line
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Images by their paths, decoded to RGB uint8 [3, H, W], with their labels.
+
+    An image whose size is not `size` (H, W) is resized until it covers that, then cropped in the centre;
+    None takes each as it is.
+    """
+
+    def __init__(self, paths: list[str], labels: list[int], size: tuple[int, int] | None):
+        self.paths, self.labels, self.size = paths, labels, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The image and its label. Raises UserError, with the file's name, where it cannot be decoded."""
+        from torchvision.datasets.folder import pil_loader
+        from torchvision.transforms.v2 import functional
+
+        try:
+            image = pil_loader(self.paths[index])
+            if self.size is not None and self.size != (image.height, image.width):
+                scale = max(self.size[0] / image.height, self.size[1] / image.width)
+                lengths = zip(self.size, (image.height, image.width), strict=True)
+                covering = [max(wanted, round(length * scale)) for wanted, length in lengths]
+                image = functional.center_crop(functional.resize(image, covering), list(self.size))
+            return functional.pil_to_tensor(image), self.labels[index]
+        except Exception as error:
+            raise UserError(f"{self.paths[index]}: cannot be read as an image: {type(error).__name__}: "
+                            f"{one_line(error)}; mend or remove the file") from error
+
+
+def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] | None = None) -> Source:
+    """root/train/<class>/* and root/test/<class>/* (or val), decoded by `workers` processes.
+
+    Default normalisation: ImageNet's.
+
+    Args:
+        config: its `root` and `workers`.
+        seed: unused.
+        key: the config key, for messages.
+        size: a number or [H, W]; without it, the size of the first training image.
+
+    Raises:
+        ConfigError: a folder is missing or empty, or a class is only in the test folder.
+    """
+    if config.root is None:
+        raise ConfigError(f"{key}.root: is required for imagefolder: the folder with train/CLASS/* and "
+                          "test/CLASS/*")
+    root = Path(config.root).expanduser()
+    test_name = "test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val"
+    train_paths, train_names = _scan(root / "train", key)
+    test_paths, test_names = _scan(root / test_name, key)
+    classes = sorted(set(train_names))
+    unseen = sorted(set(test_names) - set(classes))
+    if unseen:
+        raise ConfigError(f"{key}.root: the class {unseen[0]!r} is in {str(root / test_name)!r}, but not in "
+                          f"{str(root / 'train')!r}; give it training images or remove it")
+    label = {name: index for index, name in enumerate(classes)}
+    both = {"train": (train_paths, train_names), "test": (test_paths, test_names)}
+    height_width = _size(size, key) or _first_size(train_paths, key)
+    splits = {}
+    for name, (paths, names) in both.items():
+        labels = [label[n] for n in names]
+        files = ImageFiles(paths, labels, height_width)
+        splits[name] = DatasetSplit.open(files, len(classes), torch.tensor(labels), f"{key}.root: {name}",
+                                         config.workers)
+    return Source(splits["train"], splits["test"], len(classes),
+                  mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def _scan(folder: Path, key: str) -> tuple[list[str], list[str]]:
+    """The image files in the class folders of `folder`, in order, and the name of each one's class."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(folder)
+    except OSError as error:
+        raise ConfigError(f"{key}.root: {str(folder)!r} is not a folder of class folders of images: "
+                          f"{one_line(error)}; imagefolder reads ROOT/train/CLASS/* and ROOT/test/CLASS/* "
+                          "(or val)") from error
+    return [path for path, _ in found.samples], [found.classes[label] for label in found.targets]
+
+
+def _size(size: Any, key: str) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = size if isinstance(size, list | tuple) else [size, size]
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
+        raise ConfigError(f"{key}.args.size: must be a number ≥ 1 or [H, W], got {size!r}")
+    return pair[0], pair[1]
+
+
+def _first_size(paths: list[str], key: str) -> tuple[int, int]:
+    try:
+        x_CHW, _ = ImageFiles(paths[:1], [0], None)[0]
+    except UserError as error:
+        raise ConfigError(f"{key}.root: {error}") from error
+    return x_CHW.shape[1], x_CHW.shape[2]

@@ -1,0 +1,77 @@
+"""From raw batches to what a network reads: augmentation and normalisation, a whole batch at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from blpipe.config import DataConfig
+
+
+def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Iterator[str]:
+    """What of `augment` and `normalize` does not fit raw samples of this shape and type, one line each."""
+    images = len(shape) == 3 and dtype != torch.int64
+    sample = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+    wanted = {"augment.crop": config.augment.crop, "augment.flip": config.augment.flip,
+              "normalize": config.normalize}
+    if not images:
+        for name, value in wanted.items():
+            if value:
+                yield f"{key}.{name}: needs images [C, H, W], the samples are {sample}; leave it out"
+        return
+    if config.augment.crop >= min(shape[1:]):
+        yield (f"{key}.augment.crop: {config.augment.crop} is not smaller than the images, "
+               f"{shape[1]}×{shape[2]}; at most {min(shape[1:]) - 1}")
+    if config.normalize is None:
+        return
+    for name, values in (("mean", config.normalize.mean), ("std", config.normalize.std)):
+        if len(values) != shape[0]:
+            yield (f"{key}.normalize.{name}: {list(values)} has {len(values)} values, but the images have "
+                   f"{shape[0]} channels; give one value for each")
+
+
+def augment(x_BCHW: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Each image reflect-padded by `crop` and cropped back at a place of its own, flipped with p = 0.5.
+
+    Args:
+        x_BCHW: images [B, C, H, W] of any type.
+        crop: by how many pixels to pad, smaller than H and W; 0 for none.
+        flip: whether to flip left-right at all.
+        generator: draws, in this order, the offsets [2, B] (rows, columns) and the flips [B].
+    """
+    B, C, H, W = x_BCHW.shape
+    rows_BH = torch.arange(H).expand(B, H)
+    columns_BW = torch.arange(W).expand(B, W)
+    if crop:
+        offset_2B = torch.randint(-crop, crop + 1, (2, B), generator=generator)
+        rows_BH = _reflect(rows_BH + offset_2B[0, :, None], H)
+        columns_BW = _reflect(columns_BW + offset_2B[1, :, None], W)
+    if flip:
+        flipped_B = torch.rand(B, generator=generator) < 0.5
+        columns_BW = torch.where(flipped_B[:, None], columns_BW.flip(1), columns_BW)
+    # Padding, cropping and flipping only move pixels, so one gather does them all.
+    pixels = (rows_BH[:, :, None] * W + columns_BW[:, None, :]).view(B, 1, H * W)
+    return x_BCHW.flatten(2).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
+
+
+def normalise(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+    """Float32 from uint8 [B, …] scaled to 0…1 or from float32 as it is, then (x - mean) / std.
+
+    `mean` and `std` hold one value per channel of [B, C, H, W], or one for all; None leaves that step out.
+    Integers other than uint8 are tokens, and stay as they are.
+    """
+    if x.dtype == torch.int64:
+        return x
+    if x.dtype == torch.uint8:
+        x = x.to(torch.float32).div_(255)
+    if mean is None or std is None:
+        return x
+    if len(mean) == 1:
+        return (x - mean[0]) / std[0]
+    return (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Indices off either end mirrored at the first and the last element, which are not repeated."""
+    index = index.abs()
+    return torch.where(index < size, index, 2 * (size - 1) - index)

@@ -1,0 +1,184 @@
+"""The data sets by name, except image folders: functions of the config, the seed, the key and `args`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blpipe.config import DataConfig
+from blpipe.data.source import Source, class_count
+from blpipe.data.splits import TensorSplit
+from blpipe.errors import ConfigError
+from blpipe.plugins import one_line
+from blpipe.seeds import generator
+
+ARRAYS = {"train_x": ("uint8", "[N, H, W, C]"), "train_y": ("int64", "[N]"),
+          "test_x": ("uint8", "[N, H, W, C]"), "test_y": ("int64", "[N]")}
+
+
+def digits(config: DataConfig, seed: int, key: str) -> Source:
+    """scikit-learn's 1,797 handwritten digits [1, 8, 8]; every fifth of each class is for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x_N1HW = torch.from_numpy(np.round(bunch.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
+    y_N = torch.from_numpy(bunch.target.astype(np.int64))
+    rank_N = torch.zeros_like(y_N)  # the how-manieth of its class a sample is
+    for label in range(10):
+        rank_N[y_N == label] = torch.arange(int((y_N == label).sum()))
+    test_N = rank_N % 5 == 2
+    return Source(TensorSplit(x_N1HW[~test_N], y_N[~test_N]), TensorSplit(x_N1HW[test_N], y_N[test_N]),
+                  classes=10, mean=(0.3053,), std=(0.3760,))
+
+
+def cifar10(config: DataConfig, seed: int, key: str) -> Source:
+    """CIFAR-10 [3, 32, 32] as torchvision reads it."""
+    return Source(*_torchvision("CIFAR10", "train", (True, False), config, key), classes=10,
+                  mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+
+
+def cifar100(config: DataConfig, seed: int, key: str) -> Source:
+    """CIFAR-100 [3, 32, 32], the 100 fine labels, as torchvision reads it."""
+    return Source(*_torchvision("CIFAR100", "train", (True, False), config, key), classes=100,
+                  mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+
+
+def svhn(config: DataConfig, seed: int, key: str) -> Source:
+    """SVHN's cropped digits [3, 32, 32], without the extra ones, as torchvision reads it."""
+    return Source(*_torchvision("SVHN", "split", ("train", "test"), config, key), classes=10,
+                  mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970))
+
+
+def stl10(config: DataConfig, seed: int, key: str) -> Source:
+    """STL-10's labelled images [3, 96, 96] as torchvision reads it."""
+    return Source(*_torchvision("STL10", "split", ("train", "test"), config, key), classes=10,
+                  mean=(0.4467, 0.4398, 0.4066), std=(0.2603, 0.2566, 0.2713))
+
+
+def arrays(config: DataConfig, seed: int, key: str) -> Source:
+    """The .npz file at `root`: train_x, test_x uint8 [N, H, W, C] and train_y, test_y int64 [N].
+
+    Values are normalised with mean and standard deviation 0.5, that is to -1…1.
+
+    Raises:
+        ConfigError: the file is missing or not such a file; pickles in it are never read.
+    """
+    if config.root is None:
+        raise ConfigError(f"{key}.root: is required for arrays: the .npz file with {', '.join(ARRAYS)}")
+    found = _read_npz(Path(config.root).expanduser(), f"{key}.root")
+    train_x, train_y, test_x, test_y = (torch.from_numpy(found[name]) for name in ARRAYS)
+    for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
+        if len(x) != len(y):
+            raise ConfigError(f"{key}.root: {name}_x has {len(x)} samples, but {name}_y has {len(y)} labels; "
+                              "give one label for each")
+        if x.numel() == 0:
+            raise ConfigError(f"{key}.root: {name}_x is empty, {list(x.shape)}; give at least one image")
+    classes = class_count(train_y, f"{key}.root")
+    unseen = sorted(set(test_y.tolist()) - set(train_y.tolist()))
+    if unseen:
+        raise ConfigError(f"{key}.root: test_y has the label {unseen[0]}, which train_y has not; "
+                          "mend the data")
+    return Source(TensorSplit(_channels_first(train_x), train_y),
+                  TensorSplit(_channels_first(test_x), test_y), classes)
+
+
+def synthetic(config: DataConfig, seed: int, key: str, shape: list[int], classes: int,
+              samples: int) -> Source:
+    """Random images that a network can learn: a smooth pattern for each class, plus as much noise.
+
+    Args:
+        config: unused.
+        seed: all of the data follow from it and from the arguments.
+        key: the config key, for messages.
+        shape: [C, H, W] of an image.
+        classes: how many classes; every one of them is in both splits where `samples` ≥ `classes`.
+        samples: how many training images; there are max(classes, samples // 5) more for testing.
+    """
+    if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_positive(n) for n in shape)):
+        raise ConfigError(f"{key}.args.shape: must be [C, H, W], three numbers ≥ 1, got {shape!r}")
+    for name, value in (("classes", classes), ("samples", samples)):
+        if not _is_positive(value):
+            raise ConfigError(f"{key}.args.{name}: must be a number ≥ 1, got {value!r}")
+    C, H, W = shape
+    random = generator(seed, "synthetic")
+    coarse = torch.rand(classes, C, min(H, 4), min(W, 4), generator=random) * 127
+    pattern = torch.nn.functional.interpolate(coarse, (H, W), mode="bilinear").to(torch.uint8)
+
+    def split(count: int) -> TensorSplit:
+        y_N = (torch.arange(count) % classes)[torch.randperm(count, generator=random)]
+        noise = torch.randint(0, 128, (count, C, H, W), dtype=torch.uint8, generator=random)
+        return TensorSplit(pattern[y_N] + noise, y_N)
+
+    return Source(split(samples), split(max(classes, samples // 5)), classes)
+
+
+def _torchvision(name: str, argument: str, values: tuple[Any, Any], config: DataConfig,
+                 key: str) -> tuple[TensorSplit, TensorSplit]:
+    """Both splits of `torchvision.datasets.<name>`, which `argument` chooses by `values`."""
+    import torchvision
+
+    root = config.root or "data"
+    make: Callable[..., Any] = getattr(torchvision.datasets, name)
+    each = f"[torchvision.datasets.SVHN({root!r}, split=s, download=True) for s in ('train', 'test')]"
+    command = each if name == "SVHN" else f"torchvision.datasets.{name}({root!r}, download=True)"
+    command = f'python -c "import torchvision; {command}"'
+    try:
+        train, test = (make(root, download=config.download, **{argument: value}) for value in values)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if config.download:
+            raise ConfigError(f"{key}.download: {name} could not be downloaded to {root!r}: {reason}; where "
+                              f"there is a network, run {command}, and set {key}.root to that "
+                              "folder") from error
+        raise ConfigError(f"{key}.root: {name} is not in {root!r}, or not whole ({reason}); get it with "
+                          f"{command} or {key}.download=true") from error
+    return _in_memory(train), _in_memory(test)
+
+
+def _in_memory(dataset: Any) -> TensorSplit:
+    x = torch.from_numpy(np.ascontiguousarray(dataset.data))
+    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    # Of torchvision's four sets, CIFAR's two alone have their channels last.
+    return TensorSplit(_channels_first(x) if x.shape[-1] == 3 else x,
+                       torch.from_numpy(np.array(labels, dtype=np.int64)))
+
+
+def _read_npz(path: Path, key: str) -> dict[str, np.ndarray]:
+    found = {}
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            for name in ARRAYS.keys() & set(archive.files):
+                found[name] = archive[name]
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: {str(path)!r} does not exist; make it with numpy.savez, with "
+                          f"{', '.join(ARRAYS)}") from None
+    except Exception as error:  # whatever bytes do to the parsers of zip and npy, they are no such file
+        raise ConfigError(f"{key}: {str(path)!r} is not a readable .npz file: {type(error).__name__}: "
+                          f"{one_line(error)}; make it with numpy.savez, without pickled objects") from error
+    for name, (dtype, axes) in ARRAYS.items():
+        wanted = f"{dtype} {axes}"
+        if name not in found:
+            raise ConfigError(f"{key}: {str(path)!r} has no {name}; it must have {name}, {wanted}")
+        value = found[name]
+        if not isinstance(value, np.ndarray):
+            raise ConfigError(f"{key}: {name} in {str(path)!r} is not an array; it must be {wanted}")
+        if value.dtype != np.dtype(dtype):
+            raise ConfigError(f"{key}: {name} is {value.dtype}, but must be {wanted}; "
+                              f"convert it with .astype('{dtype}')")
+        if value.ndim != axes.count(",") + 1:
+            raise ConfigError(f"{key}: {name} has the shape {list(value.shape)}, but must be {wanted}")
+    return found
+
+
+def _channels_first(x_NHWC: Tensor) -> Tensor:
+    return x_NHWC.permute(0, 3, 1, 2).contiguous()
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

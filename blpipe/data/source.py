@@ -1,0 +1,98 @@
+"""What every data set comes as: its two splits, its classes, its usual normalisation."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from blpipe.config import DataConfig
+from blpipe.data.splits import Split
+from blpipe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before preparation.
+
+    Args:
+        train: the training samples.
+        test: the test samples.
+        classes: how many classes there are.
+        mean: the default normalisation of values in 0…1, per channel or one for all; None for none.
+        std: likewise.
+    """
+
+    train: Split
+    test: Split
+    classes: int
+    mean: tuple[float, ...] | None = (0.5,)
+    std: tuple[float, ...] | None = (0.5,)
+
+    def splits(self) -> list[tuple[str, Split]]:
+        """Both splits with their names."""
+        return [("train", self.train), ("test", self.test)]
+
+
+def class_count(labels: Tensor, key: str) -> int:
+    """1 + the largest label. Raises ConfigError where a training label is negative."""
+    if int(labels.min()) < 0:
+        raise ConfigError(f"{key}: {_found(labels, labels < 0, 'train')} is negative; mend the data")
+    return 1 + int(labels.max())
+
+
+def check_labels(source: Source, classes: int, key: str) -> None:
+    """Raises ConfigError where a label lies outside 0…classes-1, or may, where none is known up front."""
+    for name, split in source.splits():
+        if split.labels is None:
+            if source.classes > classes:
+                raise ConfigError(f"{key}: the data have {source.classes} classes, the model {classes}; "
+                                  f"set model.args.classes ≥ {source.classes}")
+            continue
+        wrong = (split.labels < 0) | (split.labels >= classes)
+        if bool(wrong.any()):
+            needed = int(split.labels.max()) + 1
+            raise ConfigError(f"{key}: {_found(split.labels, wrong, name)} lies outside 0..{classes - 1}; "
+                              f"set model.args.classes ≥ {needed} or mend the data")
+
+
+def check_test_labels(source: Source, key: str) -> None:
+    """Raises ConfigError where a label known up front is none of the classes that training knows."""
+    for name, split in source.splits():
+        if split.labels is None:
+            continue
+        wrong = (split.labels < 0) | (split.labels >= source.classes)
+        if bool(wrong.any()):
+            raise ConfigError(f"{key}: {_found(split.labels, wrong, name)} is none of the {source.classes} "
+                              f"classes, 0..{source.classes - 1}; mend the data")
+
+
+def check_alike(source: Source, key: str) -> None:
+    """Raises ConfigError where train and test differ in shape or type, or either is empty."""
+    for name, split in source.splits():
+        if len(split) == 0 or 0 in split.shape + split.target_shape:
+            raise ConfigError(f"{key}: {name} is empty: {len(split)} samples of {list(split.shape)}; "
+                              "give at least one")
+    kinds = [(split.dtype, list(split.shape), list(split.target_shape)) for _, split in source.splits()]
+    if kinds[0] != kinds[1]:
+        train, test = (f"{str(dtype).removeprefix('torch.')} {shape} with target {target}"
+                       for dtype, shape, target in kinds)
+        raise ConfigError(f"{key}: train samples are {train}, but test samples are {test}; make them alike")
+
+
+def keep_first(source: Source, config: DataConfig, key: str) -> Source:
+    """The source cut to `train_samples` and `test_samples`. Raises ConfigError where there are fewer."""
+    kept: dict[str, Any] = {}
+    for name, split in source.splits():
+        count = getattr(config, f"{name}_samples")
+        if count is None:
+            continue
+        if count > len(split):
+            raise ConfigError(f"{key}.{name}_samples: {count} is more than there are; at most {len(split)}")
+        kept[name] = split.first(count)
+    return replace(source, **kept)
+
+
+def _found(labels: Tensor, wrong: Tensor, name: str) -> str:
+    place = wrong.nonzero()[0].tolist()
+    index = place[0] if len(place) == 1 else place
+    return f"{name} label {int(labels[tuple(place)])} at index {index}"

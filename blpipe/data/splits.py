@@ -1,0 +1,203 @@
+"""A split: raw samples and their targets, fetched batch by batch, from memory or from a map-style Dataset."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from blpipe.errors import ConfigError, UserError
+from blpipe.plugins import one_line
+
+Request = tuple[int, list[int]]
+"""One batch to fetch: a seed for whatever is random in fetching it, and the samples' indices."""
+
+
+@dataclass(frozen=True)
+class TensorSplit:
+    """Samples in memory: `x` [N, …], uint8 images, float32 or int64; `y` int64 [N, …]."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(self.x.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of a raw sample."""
+        return self.x.dtype
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """The shape of one target."""
+        return tuple(self.y.shape[1:])
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Every target [N, …]."""
+        return self.y
+
+    def first(self, count: int) -> "TensorSplit":
+        """The first `count` samples alone."""
+        return TensorSplit(self.x[:count], self.y[:count])
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Copies of the requested batches, so that nobody's in-place operation reaches the data."""
+        for _, indices in requests:
+            index_B = torch.tensor(indices)
+            yield self.x[index_B], self.y[index_B]
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """Samples that a Dataset makes one by one, in `workers` processes (0: in this one).
+
+    Every sample has the shape and type of the first, and labels lie in 0…classes-1; both are checked on
+    every batch. `where` names the data in messages, for example "data.target: train".
+    """
+
+    dataset: Dataset[Any]
+    count: int
+    classes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    target_shape: tuple[int, ...]
+    labels: Tensor | None
+    where: str
+    workers: int = 0
+
+    @classmethod
+    def open(cls, dataset: Dataset[Any], classes: int, labels: Tensor | None, where: str,
+             workers: int) -> "DatasetSplit":
+        """A split over all of `dataset`, whose first sample gives the shapes.
+
+        Raises:
+            ConfigError: it is empty, or its first sample is of no use.
+        """
+        count = len(dataset)  # type: ignore[arg-type]  # map-style, so it has a length
+        if count == 0:
+            raise ConfigError(f"{where} has no samples; give it at least one")
+        try:
+            with fixed_randomness(0):
+                x, y = _sample(dataset, 0, where)
+        except UserError as error:
+            raise ConfigError(str(error)) from error
+        return cls(dataset, count, classes, tuple(x.shape), x.dtype, tuple(y.shape), labels, where, workers)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def first(self, count: int) -> "DatasetSplit":
+        """The first `count` samples alone."""
+        return replace(self, count=count, labels=None if self.labels is None else self.labels[:count])
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The requested batches, the same whatever the number of workers.
+
+        Raises:
+            UserError: a sample cannot be read, or does not fit; in a worker, too, one line.
+        """
+        # A loader without a generator of its own would draw from the global stream, which is a stage's.
+        loader = DataLoader(_Batches(self), batch_size=None, sampler=requests, num_workers=self.workers,
+                            generator=torch.Generator())
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Batches(Dataset[Any]):
+    """A DatasetSplit by request, in place of by index; an error is returned, to cross processes as it is."""
+
+    def __init__(self, split: DatasetSplit):
+        self.split = split
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | UserError:
+        seed, indices = request
+        with fixed_randomness(seed):
+            try:
+                pairs = [self._checked(index) for index in indices]
+            except UserError as error:
+                return error
+        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+
+    def _checked(self, index: int) -> tuple[Tensor, Tensor]:
+        split = self.split
+        x, y = _sample(split.dataset, index, split.where)
+        if (tuple(x.shape), x.dtype, tuple(y.shape)) != (split.shape, split.dtype, split.target_shape):
+            raise UserError(f"{split.where} sample {index} is {describe(x)} with target {describe(y)}, but "
+                            f"the first is {_name(split.dtype)} {list(split.shape)} with target int64 "
+                            f"{list(split.target_shape)}; make them all alike")
+        if bool(((y < 0) | (y >= split.classes)).any()):
+            raise UserError(f"{split.where} sample {index} has the label {y.tolist()}, outside "
+                            f"0..{split.classes - 1}; mend the data or its number of classes")
+        return x, y
+
+
+Split = TensorSplit | DatasetSplit
+
+
+@contextmanager
+def fixed_randomness(seed: int) -> Iterator[None]:
+    """Users' code sees torch's global CPU stream at `seed`; outside, the stream is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's streams as well
+        yield
+
+
+def usable(x: Tensor) -> Tensor | None:
+    """`x` as the system works with it: uint8 as it is, floats as float32, integers as int64, else None."""
+    if x.dtype == torch.uint8:
+        return x
+    if x.is_floating_point():
+        return x.to(torch.float32)
+    return x.to(torch.int64) if _is_integer(x) else None
+
+
+def usable_target(y: Any) -> Tensor | None:
+    """`y`, a tensor, array or number, as int64; None where it holds no integers."""
+    try:
+        y = torch.as_tensor(y)
+    except Exception:  # whatever it is, it is no tensor
+        return None
+    return y.to(torch.int64) if _is_integer(y) else None
+
+
+def describe(value: Any) -> str:
+    """What a value is, in messages: "uint8 [3, 32, 32]", or its type's name."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{_name(value.dtype)} {list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(describe(v) for v in value[:4])}{', …' if len(value) > 4 else ''})"
+    return type(value).__name__
+
+
+def _sample(dataset: Dataset[Any], index: int, where: str) -> tuple[Tensor, Tensor]:
+    try:
+        pair = dataset[index]
+    except UserError as error:
+        raise UserError(f"{where} sample {index}: {one_line(error)}") from error
+    except Exception as error:
+        raise UserError(f"{where} sample {index}: {type(error).__name__}: {one_line(error)}") from error
+    if isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], Tensor):
+        x, y = usable(pair[0]), usable_target(pair[1])
+        if x is not None and y is not None:
+            return x, y
+    raise UserError(f"{where} sample {index} is {describe(pair)}; expected (tensor, int or int64 tensor)")
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.is_quantized or x.dtype == torch.bool)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

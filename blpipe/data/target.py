@@ -1,0 +1,97 @@
+"""The user's own data: what the function at `data.target` returned, as a Source."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from blpipe.config import DataConfig
+from blpipe.data.source import Source, class_count
+from blpipe.data.splits import DatasetSplit, Split, TensorSplit, describe, usable, usable_target
+from blpipe.errors import ConfigError
+
+EXPECTED = ("expected (train, test), each a pair (x, y) of tensors or arrays [N, …], y of integers, or a "
+            "map-style torch Dataset of (tensor, int or int64 tensor)")
+
+
+def from_target(returned: Any, config: DataConfig, key: str) -> Source:
+    """Both splits. uint8 is taken as images and normalised to -1…1; floats and integers stay as they are.
+
+    Raises:
+        ConfigError: `returned` is anything else than documented, with what it is and what is expected.
+    """
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise ConfigError(f"{key}.target: returned {describe(returned)}; {EXPECTED}")
+    train_where, test_where = f"{key}.target: train", f"{key}.target: test"
+    if isinstance(returned[0], Dataset):
+        classes = _classes(returned[0], key)
+        train: Split = _from_dataset(returned[0], classes, config.workers, train_where)
+    else:
+        train = _in_memory(returned[0], train_where)
+        classes = class_count(train.y, f"{key}.target")
+    test = _from_dataset(returned[1], classes, config.workers, test_where) \
+        if isinstance(returned[1], Dataset) else _in_memory(returned[1], test_where)
+    normalisation = (0.5,) if train.dtype == torch.uint8 else None
+    return Source(train, test, classes, normalisation, normalisation)
+
+
+def _in_memory(pair: Any, where: str) -> TensorSplit:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ConfigError(f"{where} is {describe(pair)}; {EXPECTED}")
+    x, y = (_tensor(part) for part in pair)
+    x = None if x is None else usable(x)
+    y = None if y is None else usable_target(y)
+    if x is None or y is None or x.ndim == 0 or y.ndim == 0:
+        raise ConfigError(f"{where} is {describe(tuple(pair))}; {EXPECTED}")
+    if len(x) != len(y):
+        raise ConfigError(f"{where} has {len(x)} samples, but {len(y)} targets; give one for each")
+    if x.numel() == 0 or y.numel() == 0:
+        raise ConfigError(f"{where} is empty, {describe(tuple(pair))}; give at least one sample")
+    return TensorSplit(x, y)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if not isinstance(value, np.ndarray):
+        return None
+    try:
+        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+    except (TypeError, ValueError):  # objects, texts, another byte order
+        return None
+
+
+def _from_dataset(dataset: Dataset[Any], classes: int, workers: int, where: str) -> DatasetSplit:
+    return DatasetSplit.open(dataset, classes, _targets(dataset, where), where, workers)
+
+
+def _classes(dataset: Dataset[Any], key: str) -> int:
+    """How many classes a Dataset for training says there are, or 1 + its largest target."""
+    targets = _targets(dataset, f"{key}.target: train")
+    classes = getattr(dataset, "classes", ())
+    if hasattr(classes, "__len__") and len(classes) > 0:
+        return len(classes)
+    if targets is None:
+        raise ConfigError(f"{key}.target: the train Dataset says neither how many classes there are nor what "
+                          "its targets are; give it the attribute classes (their names) or targets (a label "
+                          "for each sample)")
+    return class_count(targets, f"{key}.target")
+
+
+def _targets(dataset: Dataset[Any], where: str) -> Tensor | None:
+    """Every target, int64 [N, …], of a Dataset that knows them up front."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ConfigError(f"{where} is a {type(dataset).__name__}, which has no length or no order; "
+                          f"{EXPECTED}")
+    if len(dataset) == 0:
+        raise ConfigError(f"{where} is empty; give at least one sample")
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        return None
+    labels = usable_target(targets)
+    if labels is None or labels.ndim == 0 or len(labels) != len(dataset):
+        raise ConfigError(f"{where}: the attribute targets is {describe(targets)}, not an integer for each "
+                          f"of the {len(dataset)} samples; mend it or leave it out")
+    return labels

@@ -1,0 +1,1 @@
+"""Engines: who executes the stages' programs, and where."""

@@ -1,0 +1,74 @@
+"""`bp` in the pipeline: end-to-end backpropagation by torch.distributed.pipelining, the baseline.
+
+1F1B where there are at least as many microbatches as stages, as torch's schedule requires, else GPipe.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from blpipe.engines.common import Feed
+from blpipe.plan import Plan, Step, TensorSpec
+from blpipe.stage import Stage
+from blpipe.transport.queues import ReceiveQueue, SendQueue
+from blpipe.transport.world import World
+
+Schedule = Schedule1F1B | ScheduleGPipe
+
+
+class Backprop:
+    """One rank's part in torch's schedules, over the stages of our plan.
+
+    torch's schedules take microbatches of one size. A last batch that is smaller runs as two schedules,
+    one for its full microbatches and one for the rest, into the same gradients.
+    """
+
+    def __init__(self, plan: Plan, stage: Stage, world: World):
+        self.plan, self.stage, self.world = plan, stage, world
+        self.first, self.last = world.rank == 0, world.rank == world.size - 1
+        self._schedules: dict[tuple[int, int], Schedule] = {}
+        self._share = 1.0
+        # torch carries activations only; the targets go straight from the first stage to the last.
+        self._targets_out: SendQueue | None = world.control_sender(world.size - 1) if self.first else None
+        self._targets_in: ReceiveQueue | None = world.control_receiver(0) if self.last else None
+
+    def train_step(self, step: Step, feed: Feed | None) -> None:
+        """Accumulate the gradients of one batch; `feed` is the first stage's."""
+        for size, count in sorted(Counter(step.sizes).items(), reverse=True):
+            if (size, count) not in self._schedules:
+                self._schedules[size, count] = self._new_schedule(size, count)
+            schedule = self._schedules[size, count]
+            self._share = size / sum(step.sizes)
+            with self.stage.stream:
+                if feed is not None and self._targets_out is not None:
+                    xs, targets = zip(*(feed.get() for _ in range(count)), strict=True)
+                    self._targets_out.put(torch.cat(targets))
+                    schedule.step(torch.cat(xs), return_outputs=False)
+                elif self._targets_in is not None:
+                    self._targets_in.expect([(self.plan.targets(size * count),)], ahead=1)
+                    schedule.step(target=self._targets_in.get()[0], return_outputs=False)
+                else:
+                    schedule.step(return_outputs=False)
+
+    def drain(self) -> None:
+        """Wait until everything sent has arrived."""
+        if self._targets_out is not None:
+            self._targets_out.drain()
+
+    def _new_schedule(self, size: int, count: int) -> Schedule:
+        rank, outputs = self.world.rank, self.plan.outputs[size]
+        part = PipelineStage(self.stage.blocks, rank, self.world.size, self.world.device,
+                             input_args=self._example(self.plan.input(size) if self.first else outputs[rank - 1]),
+                             output_args=self._example(outputs[rank]))
+        kind = Schedule1F1B if count >= self.world.size else ScheduleGPipe
+        return kind(part, count, loss_fn=self._loss, scale_grads=False)
+
+    def _example(self, spec: TensorSpec) -> Tensor:
+        return torch.empty(spec.shape, dtype=spec.dtype, device="meta", requires_grad=spec.dtype.is_floating_point)
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = self.stage.loss(logits, targets)
+        self.stage.tally.add(loss, logits, targets)
+        return loss * self._share

@@ -1,0 +1,154 @@
+"""What the engines share: how a stage is made, what feeds the first one, and what each reports."""
+
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pynvml
+import torch
+from torch import Tensor, nn
+
+from blpipe.data import Data
+from blpipe.errors import PeerLostError, StageError, UserError
+from blpipe.heads import build_head
+from blpipe.losses import Tally, build_loss
+from blpipe.optim import build_optimizer, lr_factor
+from blpipe.plan import Plan
+from blpipe.program import Role
+from blpipe.seeds import RandomStream, derive_seed
+from blpipe.stage import Stage
+
+OnStep = Callable[[], object]  # called at each optimizer step of this process's first stage
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage did in one epoch. None: not measured, or no such thing (a `bp` stage's own loss).
+
+    busy_seconds and wait_seconds are of training alone: computing, and blocked on a neighbour. The GPU's
+    utilisation (0…1) and memory in use are its driver's readings at the end of the epoch, all programs' together.
+    """
+
+    train_loss: float | None
+    train_accuracy: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    busy_seconds: float | None
+    wait_seconds: float | None
+    train_seconds: float
+    peak_memory_bytes: int
+    gpu_utilization: float | None
+    gpu_memory_bytes: int | None
+
+
+class Engine(Protocol):
+    """Runs all stages of a plan, or this process's share of them."""
+
+    name: str
+    stages: dict[int, Stage]  # those of this process, by index
+    group: Any                # of all processes, for the checkpoint; None where there is one
+
+    def train_epoch(self, epoch: int, on_step: OnStep) -> None:
+        """Train all steps of one epoch, from 0."""
+
+    def evaluate(self) -> None:
+        """Evaluate every stage's head on all test samples."""
+
+    def reports(self) -> list[StageReport] | None:
+        """One report a stage on the leading process; None on the others."""
+
+    def close(self) -> None:
+        """Part from the other processes."""
+
+
+class Feed:
+    """The first stage's inbox: microbatches (x, targets) from the data."""
+
+    def __init__(self, messages: Iterator[tuple[Tensor, Tensor]]):
+        self._messages = messages
+
+    def has_message(self) -> bool:
+        """Always."""
+        return True
+
+    def get(self) -> tuple[Tensor, ...]:
+        """The next microbatch."""
+        return next(self._messages)
+
+
+def train_microbatches(data: Data, plan: Plan, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The microbatches of one epoch, in order, on `device`."""
+    train = plan.config.train
+    batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last)
+    for step, (x, targets) in zip(plan.train_steps(epoch), batches, strict=True):
+        x, targets = x.to(device), targets.to(device)
+        yield from zip(x.split(step.sizes), targets.split(step.sizes), strict=True)
+
+
+def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one evaluation, in order, on `device`."""
+    config = plan.config.train
+    for x, targets in data.test_batches(config.eval_batch_size or config.batch_size):
+        yield x.to(device), targets.to(device)
+
+
+def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
+    """The stage with this index, from 0, on `device`.
+
+    Raises:
+        ConfigError: a head, loss or optimizer that cannot be built.
+    """
+    config, last = plan.config, index == len(plan.stages) - 1
+    blocks = plan.stages[index].to(device)
+    head: nn.Module | None = nn.Identity() if last else None
+    if not last and config.method.name != "bp":
+        head = build_head(config.method.head, plan.boundaries[index], config.seed, plan.block_names(index)[-1])
+        head.to(device)
+    parameters = [*blocks.parameters(), *(head.parameters() if head is not None else [])]
+    return Stage(blocks, head, build_loss(config.method.loss), tail=plan.tails[index], link=config.method.link,
+                 sends_error=role(plan, index).sends_error, optimizer=build_optimizer(config.optimizer, parameters),
+                 stream=RandomStream(derive_seed(config.seed, "stage", index), device))
+
+
+def role(plan: Plan, index: int) -> Role:
+    """Which neighbours the stage with this index, from 0, talks to."""
+    return Role(sends=index < len(plan.stages) - 1, sends_error=index > 0 and plan.tails[index - 1] > 0,
+                linked=plan.tails[index] > 0)
+
+
+def learning_rate(plan: Plan, step: int) -> float:
+    """The factor on the learning rate at a step of the run, from 0."""
+    return lr_factor(plan.config.schedule, step, len(plan.train_steps(0)), plan.config.train.epochs)
+
+
+def report(train: Tally, val: Tally, busy: float | None, wait: float | None, train_seconds: float,
+           device: torch.device) -> StageReport:
+    """A stage's report, with the readings of its device."""
+    utilization, memory = gpu_readings(device)
+    return StageReport(train.loss, train.accuracy, val.loss, val.accuracy, busy, wait, train_seconds,
+                       peak_memory_bytes(device), utilization, memory)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of torch's allocations on a GPU; on a CPU the peak resident size of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gpu_readings(device: torch.device) -> tuple[float | None, int | None]:
+    """The GPU's utilisation 0…1 and its memory in use, by NVML; None where there is no GPU or no reading."""
+    if device.type != "cuda":
+        return None, None
+    try:
+        return torch.cuda.utilization(device) / 100, torch.cuda.device_memory_used(device)
+    except (pynvml.NVMLError, RuntimeError):  # a driver or a container without NVML
+        return None, None
+
+
+def blame(plan: Plan, index: int, where: str, error: Exception) -> Exception:
+    """`error` as the error of the stage with this index, unless it already says whose it is."""
+    if isinstance(error, UserError | PeerLostError | StageError):
+        return error
+    return StageError(index + 1, plan.block_names(index), where, error)

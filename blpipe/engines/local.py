@@ -1,0 +1,135 @@
+"""Every stage in one process on one device, their programs advanced in turn.
+
+At most one microbatch waits between two stages, and a stage goes through forward and local backward
+before another one runs: one body graph is alive at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+import torch
+
+from blpipe.data import Data
+from blpipe.engines.common import (
+    Feed,
+    OnStep,
+    StageReport,
+    blame,
+    build_stage,
+    learning_rate,
+    report,
+    role,
+    test_microbatches,
+    train_microbatches,
+)
+from blpipe.losses import Tally
+from blpipe.plan import Plan, Step
+from blpipe.program import Kind, Op, Ports, evaluation_program, execute, train_program
+from blpipe.transport.memory import MemoryQueue
+
+
+class LocalEngine:
+    """See `Engine`."""
+
+    name = "local"
+    group = None
+
+    def __init__(self, plan: Plan, data: Data, device: torch.device):
+        self.plan, self.data, self.device = plan, data, device
+        self.stages = {index: build_stage(plan, index, device) for index in range(len(plan.stages))}
+        self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
+        self._busy = [0.0] * len(self.stages)
+        self._train_seconds = 0.0
+
+    def train_epoch(self, epoch: int, on_step: OnStep) -> None:
+        """Train all steps of one epoch, from 0."""
+        self._set_mode(training=True)
+        started = perf_counter()
+        if self.plan.config.method.name == "bp":
+            self._backpropagate(epoch, on_step)
+        else:
+            steps = self.plan.train_steps(epoch)
+            delay = self.plan.config.method.link.delay
+            feed = Feed(train_microbatches(self.data, self.plan, epoch, self.device))
+            self._run([train_program(steps, role(self.plan, k), delay) for k in self.stages], feed, steps, on_step)
+        self._train_seconds = perf_counter() - started
+
+    def evaluate(self) -> None:
+        """Evaluate every stage's head on all test samples."""
+        self._set_mode(training=False)
+        busy = list(self._busy)
+        batches = len(self.plan.evaluation_sizes())
+        feed = Feed(test_microbatches(self.data, self.plan, self.device))
+        self._run([evaluation_program(batches, role(self.plan, k)) for k in self.stages], feed, [], lambda: None)
+        self._busy = busy
+
+    def reports(self) -> list[StageReport]:
+        """One report a stage; no stage waits for another process."""
+        measured = self.plan.config.method.name != "bp"  # autograd runs all stages' backwards as one
+        return [report(train, val, busy if measured else None, 0.0 if measured else None, self._train_seconds,
+                       self.device)
+                for train, val, busy in zip(self._tallies[True], self._tallies[False], self._busy, strict=True)]
+
+    def close(self) -> None:
+        """Nothing to part from."""
+
+    def _tallies_now(self) -> list[Tally]:
+        return [stage.tally for stage in self.stages.values()]
+
+    def _set_mode(self, training: bool) -> None:
+        for stage in self.stages.values():
+            stage.train(training)
+        self._tallies[training] = self._tallies_now()
+        if training:
+            self._busy = [0.0] * len(self.stages)
+
+    def _run(self, programs: Sequence[Iterator[Op]], feed: Feed, steps: Sequence[Step],
+             on_step: OnStep) -> None:
+        """Advance every stage's program as far as it goes, in turn, until all are through."""
+        edges = range(len(self.stages) - 1)
+        forward = [MemoryQueue(capacity=1) for _ in edges]
+        errors = [MemoryQueue() for _ in edges]
+        now: list[Op | None] = [None] * len(self.stages)
+
+        def watch(index: int, op: Op) -> None:
+            now[index] = op
+            if index == 0 and op.kind is Kind.STEP:
+                on_step()
+
+        running = {}
+        for k, program in enumerate(programs):
+            ports = Ports(feed if k == 0 else forward[k - 1], forward[k] if k < len(edges) else None,
+                          errors[k] if k < len(edges) else None, errors[k - 1] if k > 0 else None)
+            running[k] = execute(program, self.stages[k], ports, steps, lambda s: learning_rate(self.plan, s),
+                                 lambda op, k=k: watch(k, op))
+        while running:
+            before = list(now)
+            for k in list(running):
+                started = perf_counter()
+                try:
+                    if next(running[k], True):
+                        del running[k]
+                except Exception as error:
+                    raise blame(self.plan, k, f"step {now[k].step}" if now[k] else "start", error) from error
+                self._busy[k] += perf_counter() - started
+            assert not running or now != before, "the stages' programs wait for each other"
+
+    def _backpropagate(self, epoch: int, on_step: OnStep) -> None:
+        """Plain end-to-end backpropagation of the last stage's loss."""
+        stages = list(self.stages.values())
+        microbatches = train_microbatches(self.data, self.plan, epoch, self.device)
+        for step in self.plan.train_steps(epoch):
+            for size in step.sizes:
+                x, targets = next(microbatches)
+                for k, stage in enumerate(stages):
+                    with stage.stream:
+                        try:
+                            x = stage.blocks(x)
+                        except Exception as error:
+                            raise blame(self.plan, k, f"step {step.index}", error) from error
+                loss = stages[-1].loss(x, targets)
+                stages[-1].tally.add(loss, x, targets)
+                (loss * (size / sum(step.sizes))).backward()
+            for stage in stages:
+                stage.step(learning_rate(self.plan, step.index))
+            on_step()

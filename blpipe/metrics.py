@@ -1,0 +1,116 @@
+"""What a run leaves for people and programs: rows, results, tables, and the GPU's own readings."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import blpipe
+from blpipe.engines.common import StageReport, learning_rate
+from blpipe.plan import Plan
+from blpipe.trainer import Epoch
+
+
+class Recorder:
+    """Writes `metrics.jsonl` and `result.json` of one run folder; the leading process has one.
+
+    Args:
+        run: the run folder.
+        epochs_done: rows of later epochs, left by an interrupted run, are dropped.
+    """
+
+    def __init__(self, run: Path, plan: Plan, engine: str, epochs_done: int = 0):
+        self._plan, self._engine = plan, engine
+        self._rows_path, self._result_path = run / "metrics.jsonl", run / "result.json"
+        rows = read_rows(run)
+        self._rows = [row for row in rows if row["epoch"] <= epochs_done]
+        self._rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+
+    def add(self, epoch: Epoch) -> None:
+        """Append a row for every stage."""
+        assert epoch.reports is not None
+        lr = self._plan.config.optimizer.lr * learning_rate(self._plan, self._plan.train_steps(epoch.index)[-1].index)
+        rows = [{"epoch": epoch.index + 1, "stage": number, "lr": lr,
+                 "samples_per_second": self._samples_an_epoch / report.train_seconds, **asdict(report)}
+                for number, report in enumerate(epoch.reports, start=1)]
+        with self._rows_path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._rows += rows
+
+    def finish(self) -> dict[str, Any]:
+        """Write and return the result."""
+        plan, stages = self._plan, len(self._plan.stages)
+        last = self._rows[-stages:]
+        seconds = sum(row["train_seconds"] for row in self._rows if row["stage"] == 1)
+        result = {
+            "engine": self._engine,
+            "method": plan.config.method.name,
+            "val_accuracy": last[-1]["val_accuracy"],
+            "stage_val_accuracy": [row["val_accuracy"] for row in last],
+            "samples_per_second": self._samples_an_epoch * plan.config.train.epochs / seconds,
+            "train_seconds": seconds,
+            "steps": plan.config.train.epochs * len(plan.train_steps(0)),
+            "stages": [row | {
+                "busy_seconds": self._total(number, "busy_seconds"),
+                "wait_seconds": self._total(number, "wait_seconds"),
+                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in self._rows if r["stage"] == number),
+            } for number, row in enumerate(stage_rows(plan), start=1)],
+            "versions": {"blpipe": blpipe.__version__, "torch": torch.__version__, "numpy": np.__version__,
+                         "python": platform.python_version()},
+        }
+        self._result_path.write_text(json.dumps(result, indent=2) + "\n")
+        return result
+
+    @property
+    def _samples_an_epoch(self) -> int:
+        return sum(sum(step.sizes) for step in self._plan.train_steps(0))
+
+    def _total(self, stage: int, key: str) -> float | None:
+        values = [row[key] for row in self._rows if row["stage"] == stage]
+        return None if None in values else sum(values)
+
+
+def stage_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The blocks and the number of parameters (heads not counted) of every stage."""
+    return [{"blocks": plan.block_names(k), "params": sum(p.numel() for p in stage.parameters())}
+            for k, stage in enumerate(plan.stages)]
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; a last line that an interruption cut short is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:
+    """One epoch on one line."""
+    assert epoch.reports is not None
+    accuracies = " ".join(percent(report.val_accuracy) for report in epoch.reports)
+    last = epoch.reports[-1]
+    return (f"epoch {epoch.index + 1}/{epochs}  loss {last.train_loss:.4f}  accuracy by stage {accuracies}  "
+            f"{samples / last.train_seconds:,.0f} samples/s")
+
+
+def stage_table(stages: list[dict[str, Any]], accuracies: list[float | None]) -> str:
+    """A table with a row a stage, from a result's `stages`."""
+    rows = [("stage", "blocks", "parameters", "accuracy", "busy", "waiting")]
+    for number, (stage, accuracy) in enumerate(zip(stages, accuracies, strict=True), start=1):
+        blocks = stage["blocks"]
+        busy, wait = stage.get("busy_seconds"), stage.get("wait_seconds")
+        total = None if busy is None or wait is None else busy + wait
+        rows.append((str(number), blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}",
+                     f"{stage['params']:,}", percent(accuracy), percent(busy / total if total else None),
+                     percent(wait / total if total else None)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) if i == 1 else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def percent(share: float | None) -> str:
+    """A share 0…1 in per cent; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.1f} %"

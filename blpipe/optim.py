@@ -1,0 +1,66 @@
+"""Optimizers by their torch name, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from blpipe.config import OptimizerConfig, ScheduleConfig
+from blpipe.errors import ConfigError
+from blpipe.plugins import call, did_you_mean
+
+_NEEDS_MORE = {"lbfgs": "it calls the model again", "sparseadam": "it wants sparse gradients"}
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+    """The optimizer that the config names, over the parameters that require a gradient; None without any.
+
+    Raises:
+        ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.
+    """
+    known = {name.lower(): value for name, value in vars(torch.optim).items()
+             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+             and value is not torch.optim.Optimizer}
+    name = config.name.lower()
+    if name not in known:
+        raise ConfigError(f"optimizer.name: unknown {config.name!r}{did_you_mean(name, known)}; "
+                          f"one of {', '.join(sorted(known.keys() - _NEEDS_MORE.keys()))}")
+    if name in _NEEDS_MORE:
+        raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
+    if "lr" in config.args:
+        raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        return None
+    # YAML has lists where torch's betas want a tuple.
+    args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
+    return call("optimizer", known[name], trainable, lr=config.lr, **args)
+
+
+def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The factor on `optimizer.lr` for step 0 ≤ `step` < `steps_per_epoch` · `epochs`.
+
+    A linear warm-up over `warmup_epochs`, then:
+    constant: 1; multistep: times `gamma` at each of `milestones` (epochs);
+    cosine: from 1 to `final` over the epochs that remain;
+    one-cycle: from `start` up to 1 at the share `peak` of the steps that remain, then down to `final`,
+    both along a cosine (Smith & Topin, arXiv 1708.07120).
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1.0, steps_per_epoch * epochs - warmup)
+    if config.name == "constant":
+        return 1.0
+    if config.name == "multistep":
+        return config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+    if config.name == "cosine":
+        return _cosine(1.0, config.final, done)
+    if done < config.peak:
+        return _cosine(config.start, 1.0, done / config.peak)
+    return _cosine(1.0, config.final, (done - config.peak) / max(1e-12, 1.0 - config.peak))
+
+
+def _cosine(begin: float, end: float, share: float) -> float:
+    return end + (begin - end) * (1.0 + math.cos(math.pi * share)) / 2.0

@@ -1,0 +1,206 @@
+"""Everything that is fixed before a run starts, checked without running anything."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from blpipe.config import Config, LinkConfig
+from blpipe.data import DataSpec
+from blpipe.errors import ConfigError
+from blpipe.heads import Boundary, Shape, build_head
+from blpipe.models import build_model
+from blpipe.partition import partition
+from blpipe.plugins import one_line
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one tensor, batch included."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+class Step(NamedTuple):
+    """One optimizer step: its number in the run, from 0, and the sizes of its microbatches."""
+
+    index: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plain model, its stages, and what crosses each boundary.
+
+    Args:
+        outputs: by microbatch size, the output of every stage in order.
+        boundaries: what the head of each stage is built for; the last one is the model's own output.
+        tails: how many blocks each stage's link runs through; 0 where no link arrives.
+    """
+
+    config: Config
+    data: DataSpec
+    model: nn.Sequential
+    stages: list[nn.Sequential]
+    outputs: dict[int, list[TensorSpec]]
+    boundaries: list[Boundary]
+    tails: list[int]
+
+    @property
+    def classes(self) -> int:
+        """Number of logits of the model."""
+        return self.boundaries[-1].classes
+
+    def block_names(self, stage: int) -> list[str]:
+        """Names of the blocks of the stage with this index, from 0."""
+        return [name for name, _ in self.stages[stage].named_children()]
+
+    def train_steps(self, epoch: int) -> list[Step]:
+        """The steps of one epoch, from 0."""
+        sizes = step_sizes(self.data.train_samples, self.config)
+        return [Step(epoch * len(sizes) + i, micro) for i, micro in enumerate(sizes)]
+
+    def evaluation_sizes(self) -> list[int]:
+        """Batch sizes of one evaluation."""
+        return evaluation_sizes(self.data.test_samples, self.config)
+
+    def input(self, size: int) -> TensorSpec:
+        """What the first stage reads, for `size` samples."""
+        return TensorSpec((size, *self.data.shape), getattr(torch, self.data.dtype))
+
+    def targets(self, size: int) -> TensorSpec:
+        """The targets that travel with the activations, for `size` samples."""
+        return TensorSpec((size, *self.data.target_shape), torch.int64)
+
+
+def make_plan(config: Config, data: DataSpec) -> Plan:
+    """Build the model, cut it and trace its shapes; no process group, no training.
+
+    Raises:
+        ConfigError: anything in `config` that does not fit together or does not fit the data.
+    """
+    if config.train.batch_size > data.train_samples:
+        raise ConfigError(f"train.batch_size: {config.train.batch_size} is more than the {data.train_samples} training "
+                          f"samples; use at most {data.train_samples}")
+    model = build_model(config.model, data, config.seed)
+    stages = partition(config.partition, model)
+    sizes = {size for step in step_sizes(data.train_samples, config) for size in step}
+    traced = {size: trace_shapes(model, data, size, training=True) for size in sizes}
+    for size in {*evaluation_sizes(data.test_samples, config)} - sizes:
+        traced[size] = trace_shapes(model, data, size, training=False)
+    any_size = next(iter(traced))
+    shapes = [spec.shape[1:] for spec in traced[any_size].values()]
+    classes = _classes(traced[any_size], data)
+    ends = [end - 1 for end in accumulate(len(stage) for stage in stages)]
+    plan = Plan(
+        config, data, model, stages,
+        outputs={size: [list(specs.values())[end] for end in ends] for size, specs in traced.items()},
+        boundaries=[Boundary(shapes[end], classes, tuple(shapes[end + 1:])) for end in ends],
+        tails=[tail_length(config.method.link, len(stage)) if config.method.name == "backlink" and stage is not stages[-1]
+               else 0 for stage in stages])
+    if config.method.name != "bp":
+        _check_heads(plan, sizes)
+    return plan
+
+
+def step_sizes(samples: int, config: Config) -> list[tuple[int, ...]]:
+    """The microbatch sizes of every step of an epoch; the last batch, if kept, may be smaller."""
+    train = config.train
+    micro = train.batch_size // train.microbatches
+    full, rest = divmod(samples, train.batch_size)
+    steps = [(micro,) * train.microbatches] * full
+    if rest and not train.drop_last:
+        steps.append((micro,) * (rest // micro) + ((rest % micro,) if rest % micro else ()))
+    return steps
+
+
+def evaluation_sizes(samples: int, config: Config) -> list[int]:
+    """The batch sizes of an evaluation: every sample once."""
+    size = config.train.eval_batch_size or config.train.batch_size
+    full, rest = divmod(samples, size)
+    return [size] * full + ([rest] if rest else [])
+
+
+def tail_length(link: LinkConfig, blocks: int) -> int:
+    """How many of a stage's last blocks the link runs through: at most all of them; none where it is off."""
+    if link.weight == 0.0:
+        return 0
+    return blocks if link.length == "all" else min(link.length, blocks)
+
+
+def notices(plan: Plan) -> list[str]:
+    """What a user may want to know of how the config was read, a line each."""
+    link = plan.config.method.link
+    if plan.config.method.name != "backlink" or link.length == "all":
+        return []
+    short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if len(stage) < link.length]
+    if not short:
+        return []
+    return [f"method.link.length: {link.length} is more than some stages have; stages {', '.join(map(str, short))} "
+            "use all of their blocks"]
+
+
+def _check_heads(plan: Plan, sizes: set[int]) -> None:
+    for k, boundary in enumerate(plan.boundaries[:-1]):
+        name = plan.block_names(k)[-1]
+        with torch.device("meta"):
+            head = build_head(plan.config.method.head, boundary, plan.config.seed, name)
+        for size in sizes:
+            given = plan.outputs[size][k]
+            output = _trace(f"method.head (after block {name})", head, given, plan.data, training=True)
+            wanted = plan.outputs[size][-1].shape
+            if output.shape != wanted:
+                raise ConfigError(f"method.head: after block {name} it gives {list(output.shape)} of "
+                                  f"{list(given.shape)}; it must give {list(wanted)}, the logits")
+
+
+def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool) -> "OrderedDict[str, TensorSpec]":
+    """The output of every block for `size` samples, computed on the meta device.
+
+    Raises:
+        ConfigError: a block that cannot take what the one before it gives, or gives no tensor.
+    """
+    spec = TensorSpec((size, *data.shape), getattr(torch, data.dtype))
+    specs: OrderedDict[str, TensorSpec] = OrderedDict()
+    for name, block in model.named_children():
+        specs[name] = spec = _trace(f"model: block {name}", block, spec, data, training)
+    return specs
+
+
+def _trace(what: str, module: nn.Module, given: TensorSpec, data: DataSpec, training: bool) -> TensorSpec:
+    state = {n: torch.empty_like(t, device="meta") for n, t in (*module.named_parameters(), *module.named_buffers())}
+    was_training = module.training
+    module.train(training)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            x = functional_call(module, state, (torch.empty(given.shape, dtype=given.dtype),))
+    except Exception as error:
+        raise ConfigError(_cannot_take(what, given.shape, data, training, error)) from error
+    module.train(was_training)
+    size = given.shape[0]
+    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[0] != size:
+        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ConfigError(f"{what} made {shape} of {list(given.shape)}; it must return one tensor [{size}, …] "
+                          f"for a batch of {size}")
+    return TensorSpec(tuple(x.shape), x.dtype)
+
+
+def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error: Exception) -> str:
+    if training and given[0] == 1 and "more than 1 value per channel" in str(error):
+        return (f"train.batch_size: BatchNorm in {what.removeprefix('model: ')} cannot train on a microbatch of "
+                "1 sample; set train.drop_last=true or another batch size")
+    return (f"{what} cannot take an input of shape {list(given)} (samples of {list(data.shape)}): "
+            f"{one_line(error)}; change model.args or the samples' size")
+
+
+def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:
+    name, output = next(reversed(specs.items()))
+    size = output.shape[0]
+    if output.shape[:-1] != (size, *data.target_shape):
+        raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; for targets of "
+                          f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}")
+    return output.shape[-1]

@@ -1,0 +1,169 @@
+"""Run folders: what each subcommand does with one."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from blpipe import checkpoint
+from blpipe.config import Config, dump_config, load_config
+from blpipe.data import Data, DataSpec, open_data
+from blpipe.engines.common import Engine
+from blpipe.errors import AlreadyReportedError, ConfigError, UserError
+from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
+from blpipe.plan import Plan, make_plan, notices
+from blpipe.trainer import choose_engine, open_local, open_pipeline, train, use_threads
+from blpipe.transport.world import Meeting, launched_rank, meet
+
+_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints")
+
+
+def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Train `config` into its run folder, in this process or in this one and its neighbours.
+
+    Raises:
+        UserError: anything wrong with config, data, launch or run folder; nothing was written then.
+        StageError: a stage failed while it ran.
+        AlreadyReportedError: another process failed, and has said so.
+    """
+    use_threads(config.runtime)
+    if choose_engine(config) == "local":
+        plan, data, run = _prepare(config, overwrite, resume)
+        _train(open_local(plan, data), plan, run, resume)
+        return
+    meeting = meet(config.runtime.timeout_seconds)
+    try:
+        _train_in_pipeline(config, meeting, overwrite, resume)
+    except AlreadyReportedError:
+        raise
+    except Exception as error:
+        if not meeting.first_to_fail():
+            raise AlreadyReportedError(2 if isinstance(error, UserError) else 1) from error
+        raise
+
+
+def evaluate_run(run: Path) -> str:
+    """Evaluate a run's newest checkpoint on its test samples; returns the table of its stages.
+
+    Raises:
+        UserError: no run, no checkpoint, or no data.
+    """
+    config = _config_of(run)
+    newest = checkpoint.latest(run)
+    use_threads(config.runtime)
+    data = open_data(config.data, config.seed)
+    plan = make_plan(config, data.spec)
+    engine = open_local(plan, data)
+    checkpoint.load(newest, plan, engine.stages)
+    engine.evaluate()
+    reports = engine.reports()
+    assert reports is not None
+    return stage_table(stage_rows(plan), [report.val_accuracy for report in reports])
+
+
+def export_run(run: Path, out: Path) -> None:
+    """Write the plain model's state_dict of a run's newest checkpoint to `out`, by torch.save.
+
+    Raises:
+        UserError: no run or no checkpoint, or `out` cannot be written.
+    """
+    _config_of(run)
+    state = checkpoint.model_state(checkpoint.latest(run))
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        torch.save(state, partial)
+        partial.replace(out)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--out: cannot write {out}: {error}") from error
+
+
+def _config_of(run: Path) -> Config:
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run}: is no run folder (it has no config.yaml); runs are in runs/<name> unless "
+                        "runtime.runs says otherwise")
+    return load_config(run / "config.yaml")
+
+
+def resume_config(run: Path) -> Config:
+    """The config of the run to go on with, set so that it goes on in this very folder.
+
+    Raises:
+        UserError: no run, or no checkpoint in it.
+    """
+    config = _config_of(run)
+    checkpoint.latest(run)
+    return config.model_copy(update={
+        "name": run.name, "runtime": config.runtime.model_copy(update={"runs": str(run.parent)})})
+
+
+def _prepare(config: Config, overwrite: bool, resume: bool) -> tuple[Plan, Data, Path]:
+    """Check everything that can be checked, then make the run folder."""
+    data = open_data(config.data, config.seed)
+    plan = make_plan(config, data.spec)
+    data.check_labels(plan.classes)
+    return plan, data, _run_folder(config, overwrite, resume)
+
+
+def _run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
+    run = Path(config.runtime.runs) / config.name
+    present = [run / part for part in _PARTS if (run / part).exists()]
+    if resume:
+        return run
+    if present and not overwrite:
+        raise ConfigError(f"name: {run} already holds a run; go on with `train --resume {run}`, replace it with "
+                          "--overwrite, or choose another name=…")
+    try:
+        for path in present:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"runtime.runs: cannot write to {run}: {error.strerror}; choose another folder") from error
+    return run
+
+
+def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume: bool) -> None:
+    data: Data | None = None
+    if meeting.rank == 0:
+        try:
+            plan, data, run = _prepare(config, overwrite, resume)
+        except UserError:
+            meeting.announce({"failed": True})
+            raise
+        meeting.announce({"data": data.spec.to_json(), "run": str(run)})
+    else:
+        told = meeting.listen()
+        if "failed" in told:
+            raise AlreadyReportedError(2)
+        plan, run = make_plan(config, DataSpec.from_json(told["data"])), Path(told["run"])
+    engine = open_pipeline(plan, data, meeting)
+    _train(engine, plan, run, resume)
+    engine.close()
+
+
+def _train(engine: Engine, plan: Plan, run: Path, resume: bool) -> None:
+    leader, config, samples = launched_rank() == 0, plan.config, sum(sum(s.sizes) for s in plan.train_steps(0))
+    first_epoch = 0
+    if resume:
+        newest = checkpoint.latest(run)
+        first_epoch = checkpoint.epochs_done(newest)
+        checkpoint.load(newest, plan, engine.stages)
+    if leader:
+        recorder = Recorder(run, plan, engine.name, first_epoch)
+        for line in notices(plan):
+            print(f"note: {line}")
+    steps = len(plan.train_steps(0))
+    with tqdm(total=steps * config.train.epochs, initial=steps * first_epoch, unit="step", dynamic_ncols=True,
+              disable=None if leader and config.runtime.progress else True) as bar:
+        for epoch in train(engine, plan, first_epoch, bar.update):
+            if leader:
+                recorder.add(epoch)
+                tqdm.write(epoch_line(epoch, config.train.epochs, samples))
+            done, every = epoch.index + 1, config.checkpoint.every_epochs
+            if done == config.train.epochs or (every and done % every == 0):
+                checkpoint.save(run, done, plan, engine.stages, engine.group)
+    if leader:
+        result = recorder.finish()
+        print(stage_table(result["stages"], result["stage_val_accuracy"]))
+        print(f"run folder: {run}")

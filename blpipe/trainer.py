@@ -1,0 +1,71 @@
+"""From a checked config to a running engine, and from an engine to epochs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from blpipe.config import Config, RuntimeConfig
+from blpipe.data import Data
+from blpipe.engines.common import Engine, OnStep, StageReport
+from blpipe.engines.local import LocalEngine
+from blpipe.engines.pipeline import PipelineEngine, contract
+from blpipe.errors import ConfigError
+from blpipe.plan import Plan
+from blpipe.transport.world import Meeting, World, choose_device, launched_world_size
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch, from 0; `reports` (one a stage) on the leading process alone."""
+
+    index: int
+    reports: list[StageReport] | None
+
+
+def choose_engine(config: Config) -> str:
+    """"pipeline" under torchrun, else "local", or as `runtime.engine` says where that is possible.
+
+    Raises:
+        ConfigError: an engine or a number of processes that does not fit the launch or the stages.
+    """
+    launched, stages, wanted = launched_world_size(), config.partition.stage_count, config.runtime.engine
+    command = f"torchrun --standalone --nproc-per-node={stages} -m blpipe train …"
+    if launched is not None and launched > 1 and wanted == "local":
+        raise ConfigError(f"runtime.engine: local, but torchrun started {launched} processes; "
+                          "run `python -m blpipe train …`")
+    if launched is None and wanted == "pipeline":
+        raise ConfigError(f"runtime.engine: pipeline needs a process a stage; run `{command}`")
+    if launched is not None and launched != stages and wanted != "local":
+        raise ConfigError(f"partition.stages: {stages} stages need {stages} processes, but torchrun started {launched}; "
+                          f"run `{command}`, set partition.stages={launched}, or leave torchrun out")
+    return "pipeline" if launched is not None and stages > 1 and wanted != "local" else "local"
+
+
+def open_local(plan: Plan, data: Data) -> Engine:
+    """All stages in this process."""
+    device, _ = choose_device(plan.config.runtime.device)
+    return LocalEngine(plan, data, device)
+
+
+def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
+    """This process's stage, connected to its neighbours; `data` on rank 0 alone."""
+    device, own_gpu = choose_device(plan.config.runtime.device)
+    if device.type == "cuda" and not own_gpu and meeting.rank == 0:
+        print("note: there are more stages than GPUs here; stages share them, and send through host memory")
+    return PipelineEngine(plan, data, World(meeting, device, own_gpu, plan.config.runtime.timeout_seconds,
+                                            contract(plan)))
+
+
+def use_threads(runtime: RuntimeConfig) -> None:
+    """Set the number of CPU threads, where the config names one."""
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+
+
+def train(engine: Engine, plan: Plan, first_epoch: int, on_step: OnStep) -> Iterator[Epoch]:
+    """Train and evaluate epoch by epoch; the pipeline is drained at each yield."""
+    for index in range(first_epoch, plan.config.train.epochs):
+        engine.train_epoch(index, on_step)
+        engine.evaluate()
+        yield Epoch(index, engine.reports())

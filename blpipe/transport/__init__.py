@@ -1,0 +1,1 @@
+"""Queues of tensors between neighbouring stages, in memory or between processes."""

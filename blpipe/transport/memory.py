@@ -1,0 +1,29 @@
+"""A queue between two stages of one process."""
+
+from collections import deque
+
+from torch import Tensor
+
+
+class MemoryQueue:
+    """Both ends of a queue; the producer is to pause while `capacity` messages wait (None: never)."""
+
+    def __init__(self, capacity: int | None = None):
+        self._messages: deque[tuple[Tensor, ...]] = deque()
+        self._capacity = capacity
+
+    def has_message(self) -> bool:
+        """Whether `get` finds something."""
+        return bool(self._messages)
+
+    def has_room(self) -> bool:
+        """Whether the producer may go on."""
+        return self._capacity is None or len(self._messages) < self._capacity
+
+    def put(self, *tensors: Tensor) -> None:
+        """Append a message: contiguous, as after a transfer, so that kernels take the same path in every engine."""
+        self._messages.append(tuple(tensor.contiguous() for tensor in tensors))
+
+    def get(self) -> tuple[Tensor, ...]:
+        """The oldest message."""
+        return self._messages.popleft()

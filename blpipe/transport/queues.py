@@ -1,0 +1,136 @@
+"""Queues between two processes, over torch.distributed point-to-point.
+
+A message is a fixed list of tensors in one flat buffer, so that it costs one send, whatever it holds. Both
+ends derive the same layouts before the first message (`world.shake_hands` compares them); nothing is
+described on the wire. A process issues all of its communication from one thread.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from math import prod
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blpipe.errors import PeerLostError
+from blpipe.plan import TensorSpec
+
+Layout = tuple[TensorSpec, ...]
+_ALIGNMENT = 64  # bytes, as of torch's own allocations, so that kernels take the same path in every engine
+
+
+def message_bytes(layout: Layout) -> int:
+    """Size of a message's buffer."""
+    return _offsets(layout)[-1]
+
+
+def views(buffer: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """The tensors of a message, as views of its uint8 buffer."""
+    return tuple(buffer[start:start + prod(spec.shape) * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
+                 for start, spec in zip(_offsets(layout), layout, strict=False))
+
+
+def _offsets(layout: Layout) -> list[int]:
+    """Where each tensor begins, and the end of the last one."""
+    offsets = [0]
+    for shape, dtype in layout:
+        size = prod(shape) * dtype.itemsize
+        offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    return offsets
+
+
+class _End:
+    """What the two ends of a queue share.
+
+    Args:
+        group: a group of this process and `peer` that serves this queue alone.
+        peer: rank of the other process.
+        name: of the stages at both ends, for messages.
+        device: where the tensors live; `wire` is where they are sent from (CPU for gloo).
+    """
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, name: str, device: torch.device, wire: torch.device):
+        self._group, self._peer, self._name = group, peer, name
+        self._device, self._wire = device, wire
+        self.wait_seconds = 0.0
+
+    def _wait(self, work: dist.Work) -> None:
+        started = perf_counter()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise PeerLostError(f"{self._name}: the other process ended, or did not answer in time "
+                                f"(runtime.timeout_seconds): {str(error).splitlines()[0]}") from error
+        finally:
+            self.wait_seconds += perf_counter() - started
+
+
+class SendQueue(_End):
+    """The sending end. A buffer is kept until its send is complete, and few are under way at a time."""
+
+    IN_FLIGHT = 2
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self.bytes_sent = 0
+
+    def has_room(self) -> bool:
+        """Always: `put` waits where there is none."""
+        return True
+
+    def put(self, *tensors: Tensor) -> None:
+        """Send a message; waits for an earlier one where too many are under way."""
+        while len(self._sends) >= self.IN_FLIGHT:
+            self._wait(self._sends.popleft()[0])
+        layout = tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+        buffer = torch.empty(message_bytes(layout), dtype=torch.uint8, device=self._wire)
+        for view, tensor in zip(views(buffer, layout), tensors, strict=True):
+            view.copy_(tensor)
+        work = dist.isend(buffer, self._peer, self._group)
+        assert work is not None
+        self._sends.append((work, buffer))
+        self.bytes_sent += buffer.numel()
+
+    def drain(self) -> None:
+        """Wait until everything sent has arrived."""
+        while self._sends:
+            self._wait(self._sends.popleft()[0])
+
+
+class ReceiveQueue(_End):
+    """The receiving end, for the messages that `expect` announced. Receives are posted ahead."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._layouts: Iterator[Layout] = iter(())
+        self._posted: deque[tuple[dist.Work, Tensor, Layout]] = deque()
+
+    def expect(self, layouts: Iterable[Layout], ahead: int) -> None:
+        """Announce the messages to come, all earlier ones being through; `ahead` of them are posted at any time."""
+        assert not self._posted and next(self._layouts, None) is None, f"{self._name}: not drained"
+        self._layouts = iter(layouts)
+        for _ in range(ahead):
+            self._post_next()
+
+    def has_message(self) -> bool:
+        """Always: `get` waits for one."""
+        return True
+
+    def get(self) -> tuple[Tensor, ...]:
+        """The next message, on this stage's device."""
+        work, buffer, layout = self._posted.popleft()
+        self._wait(work)
+        self._post_next()
+        return tuple(tensor.to(self._device) for tensor in views(buffer, layout))
+
+    def _post_next(self) -> None:
+        layout = next(self._layouts, None)
+        if layout is None:
+            return
+        buffer = torch.empty(message_bytes(layout), dtype=torch.uint8, device=self._wire)
+        work = dist.irecv(buffer, self._peer, self._group)
+        assert work is not None
+        self._posted.append((work, buffer, layout))

@@ -1,0 +1,157 @@
+"""The processes of a pipeline run: how they meet, agree, connect and part. One rank is one stage."""
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+import blpipe
+from blpipe.errors import PeerLostError, UserError
+from blpipe.transport.queues import ReceiveQueue, SendQueue
+
+
+def launched_world_size() -> int | None:
+    """How many processes torchrun started; None without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
+
+
+def launched_rank() -> int:
+    """This process's rank; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass
+class Meeting:
+    """A key-value store that all processes share, before and beside any process group."""
+
+    store: dist.Store
+    rank: int
+    size: int
+
+    def announce(self, message: dict[str, Any]) -> None:
+        """Rank 0 tells the others."""
+        self.store.set("announcement", json.dumps(message))
+
+    def listen(self) -> dict[str, Any]:
+        """What rank 0 announced; waits for it."""
+        try:
+            return json.loads(self.store.get("announcement"))
+        except RuntimeError as error:
+            raise PeerLostError(f"rank {self.rank}: rank 0 announced nothing: {error}") from error
+
+    def first_to_fail(self) -> bool:
+        """Whether no other process has reported a failure yet; from now on, this one has."""
+        try:
+            return self.store.add("failures", 1) == 1
+        except RuntimeError:
+            return False
+
+
+def meet(timeout_seconds: float) -> Meeting:
+    """Reach the store that torchrun's environment names, under a prefix of this attempt's own."""
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Meeting(dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size)
+
+
+def choose_device(kind: str) -> tuple[torch.device, bool]:
+    """The device of this process, and whether each process on this machine has a GPU of its own.
+
+    Raises:
+        UserError: CUDA asked for where there is none.
+    """
+    gpus = torch.cuda.device_count()
+    if kind == "cuda" and not gpus:
+        raise UserError("runtime.device: cuda, but torch sees no GPU here; use runtime.device=cpu")
+    if kind == "cpu" or not gpus:
+        return torch.device("cpu"), False
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank % gpus), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus
+
+
+class World:
+    """The process groups of a pipeline: for each edge one for activations and one for errors.
+
+    NCCL where every process has a GPU of its own; else gloo, through host memory.
+
+    Args:
+        contract: what both ends of every edge must agree on; compared before the first message.
+    """
+
+    def __init__(self, meeting: Meeting, device: torch.device, own_gpu: bool, timeout_seconds: float,
+                 contract: dict[str, Any]):
+        self.rank, self.size, self.device = meeting.rank, meeting.size, device
+        self.wire = device if own_gpu else torch.device("cpu")
+        _shake_hands(meeting, contract)
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
+                                world_size=self.size, timeout=timeout, device_id=device if own_gpu else None)
+        self.control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+        edges = [[k, k + 1] for k in range(self.size - 1)]  # every process makes all groups in this order
+        self._forward = [dist.new_group(edge, timeout=timeout) for edge in edges]
+        self._error = [dist.new_group(edge, timeout=timeout) for edge in edges]
+        self._warm_up()
+
+    def sender(self, to: int) -> SendQueue:
+        """The queue to a neighbour: activations to the next rank, errors to the one before."""
+        return SendQueue(self._group(self.rank, to), to, self._name("to", to), self.device, self.wire)
+
+    def receiver(self, source: int) -> ReceiveQueue:
+        """The queue from a neighbour: activations from the rank before, errors from the next one."""
+        return ReceiveQueue(self._group(source, self.rank), source, self._name("from", source), self.device, self.wire)
+
+    def control_sender(self, to: int) -> SendQueue:
+        """A queue to any rank through host memory, beside the stages' own."""
+        return SendQueue(self.control, to, self._name("to", to), self.device, torch.device("cpu"))
+
+    def control_receiver(self, source: int) -> ReceiveQueue:
+        """The other end of `control_sender`."""
+        return ReceiveQueue(self.control, source, self._name("from", source), self.device, torch.device("cpu"))
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, on rank 0; None elsewhere."""
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        """Part from the others."""
+        dist.destroy_process_group()
+
+    def _group(self, source: int, target: int) -> dist.ProcessGroup:
+        return self._forward[source] if source < target else self._error[target]
+
+    def _name(self, preposition: str, peer: int) -> str:
+        return f"stage {self.rank + 1} (rank {self.rank}) {preposition} stage {peer + 1} (rank {peer})"
+
+    def _warm_up(self) -> None:
+        """A first message over every group, in one order, so that every connection stands before the run."""
+        for edge in range(self.size - 1):
+            for source, target, group in ((edge, edge + 1, self._forward[edge]), (edge + 1, edge, self._error[edge])):
+                ping = torch.zeros(1, device=self.wire)
+                if self.rank == source:
+                    dist.send(ping, target, group)
+                elif self.rank == target:
+                    dist.recv(ping, source, group)
+
+
+def _shake_hands(meeting: Meeting, contract: dict[str, Any]) -> None:
+    mine = {"blpipe": blpipe.__version__, "torch": torch.__version__, **contract}
+    meeting.store.set(f"hands/{meeting.rank}", json.dumps(mine))
+    for neighbour in (meeting.rank - 1, meeting.rank + 1):
+        if 0 <= neighbour < meeting.size:
+            theirs = json.loads(meeting.store.get(f"hands/{neighbour}"))
+            different = [key for key in mine if mine[key] != json.loads(json.dumps(theirs.get(key)))]
+            if different:
+                key = different[0]
+                raise UserError(f"rank {meeting.rank} and rank {neighbour} differ in {key}: {mine[key]} and "
+                                f"{theirs.get(key)}; start every rank with the same config and versions")
