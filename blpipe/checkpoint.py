@@ -7,7 +7,9 @@ written aside and renamed when complete. Reading one never runs code from it: it
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,7 +42,8 @@ def save(run: Path, epochs_done: int, plan: Plan, stages: dict[int, Stage],
     state = {key: tensor for index, stage in stages.items() for key, tensor in _state(plan, index, stage).items()}
     if group is not None:
         dist.barrier(group)
-    dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
+    with _without_warning():
+        dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
     if leader:
         (partial / _PROGRESS).write_text(json.dumps({"epochs_done": epochs_done}))
         shutil.rmtree(target, ignore_errors=True)
@@ -74,7 +77,7 @@ def epochs_done(checkpoint: Path) -> int:
 
 def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
     """Put a checkpoint's state into `stages`; they must be those of the run that saved it."""
-    state = _read(checkpoint, lambda key: True)
+    state = read(checkpoint, lambda key: True)
     for index, stage in stages.items():
         stage.blocks.load_state_dict({name: state[f"model/{name}"] for name in stage.blocks.state_dict()})
         if stage.head is not None:
@@ -87,16 +90,25 @@ def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
 def model_state(checkpoint: Path) -> dict[str, Tensor]:
     """The plain model's state_dict."""
     return {key.removeprefix("model/"): tensor
-            for key, tensor in _read(checkpoint, lambda key: key.startswith("model/")).items()}
+            for key, tensor in read(checkpoint, lambda key: key.startswith("model/")).items()}
 
 
-def _read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+def read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose keys are wanted, by key."""
     reader = dcp.FileSystemReader(checkpoint)
     known = reader.read_metadata().state_dict_metadata
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()
              if isinstance(entry, TensorStorageMetadata) and wanted(key)}
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with _without_warning():
+        dcp.load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist asks for
+        yield
 
 
 def _state(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:

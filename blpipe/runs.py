@@ -32,7 +32,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
         plan, data, run = _prepare(config, overwrite, resume)
         _train(open_local(plan, data), plan, run, resume)
         return
-    meeting = meet(config.runtime.timeout_seconds)
+    meeting = meet(config.name, config.runtime.timeout_seconds)
     try:
         _train_in_pipeline(config, meeting, overwrite, resume)
     except AlreadyReportedError:

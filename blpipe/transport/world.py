@@ -52,11 +52,11 @@ class Meeting:
             return False
 
 
-def meet(timeout_seconds: float) -> Meeting:
-    """Reach the store that torchrun's environment names, under a prefix of this attempt's own."""
+def meet(run: str, timeout_seconds: float) -> Meeting:
+    """Reach the store that torchrun's environment names, under a prefix of this run's and this attempt's own."""
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Meeting(dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size)
+    return Meeting(dist.PrefixStore(f"blpipe/{run}/attempt{attempt}", store), rank, size)
 
 
 def choose_device(kind: str) -> tuple[torch.device, bool]:

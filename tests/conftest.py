@@ -1,0 +1,89 @@
+"""Fixtures: small configs, and real processes to run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blpipe import checkpoint
+from blpipe.config import Config, parse_config
+from blpipe.runs import train_run
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Both engines with the same number of threads: torchrun gives each process one."""
+    torch.set_num_threads(1)
+
+
+def small_config(name: str, **changes) -> dict:
+    """A run of two epochs on 88 synthetic images, in batches of 16: the last one holds 8."""
+    tree = {
+        "name": name,
+        "model": {"target": "models_under_test:conv_net"},
+        "data": {"name": "synthetic", "args": {"shape": [2, 8, 8], "classes": 4, "samples": 88},
+                 "augment": {"crop": 1, "flip": True}},
+        "partition": {"stages": 3},
+        "optimizer": {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9}},
+        "train": {"epochs": 2, "batch_size": 16},
+        "runtime": {"device": "cpu"},
+    }
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[key] = value
+    return tree
+
+
+def train_locally(tree: dict, folder: Path) -> Path:
+    """Train in this process; returns the run folder."""
+    config: Config = parse_config({**tree, "runtime": {**tree["runtime"], "runs": str(folder / "local")}})
+    train_run(config)
+    return folder / "local" / tree["name"]
+
+
+def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: float = 110) -> list[Path]:
+    """Train each config in `stages` processes under torchrun; returns the run folders."""
+    jobs = folder / f"jobs{stages}.json"
+    jobs.write_text(json.dumps([{**tree, "runtime": {**tree["runtime"], "runs": str(folder / "pipeline")}}
+                                for tree in trees]))
+    done = torchrun(stages, str(REPOSITORY / "tests" / "ranks.py"), str(jobs), timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [folder / "pipeline" / tree["name"] for tree in trees]
+
+
+def torchrun(processes: int, *arguments: str, timeout: float = 110, **kwargs) -> subprocess.CompletedProcess:
+    """torchrun on this machine, with a time-out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               *arguments]
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Everything a run's newest checkpoint holds: weights, heads, buffers, optimizers, random streams."""
+    return checkpoint.read(checkpoint.latest(run), lambda key: True)
+
+
+def metrics_of(run: Path) -> list[tuple]:
+    """What a run measured of its learning, epoch by epoch and stage by stage."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[key] for key in ("epoch", "stage", "lr", "train_loss", "train_accuracy", "val_loss",
+                                       "val_accuracy")) for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Same state and same metrics, bit for bit."""
+    left, right = state_of(one), state_of(other)
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert not different
+    assert metrics_of(one) == metrics_of(other)
