@@ -1,0 +1,117 @@
+"""The engines against plain PyTorch: a hand-written reference, a plain loop, plain backpropagation (DESIGN §3)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same_run, metrics_of, small_config, state_of, train_in_processes, train_locally
+
+from blpipe.config import parse_config
+from blpipe.data import open_data
+from blpipe.heads import build_head
+from blpipe.plan import make_plan
+from blpipe.seeds import derive_seed
+
+NO_DROPOUT = {"target": "models_under_test:conv_net", "args": {"dropout": 0.0}}
+
+
+def prepared(tree):
+    config = parse_config(tree)
+    data = open_data(config.data, config.seed)
+    return config, data, make_plan(config, data.spec)
+
+
+def batches(config, data):
+    for epoch in range(config.train.epochs):
+        yield from data.train_batches(config.seed, epoch, config.train.batch_size, config.train.drop_last)
+
+
+def model_of(run):
+    return {key.removeprefix("model/"): value for key, value in state_of(run).items() if key.startswith("model/")}
+
+
+@pytest.mark.parametrize("length", [1, 2, "all"])
+def test_exact_backlink_equals_a_hand_written_reference(length, tmp_path):
+    tree = small_config("reference", model=NO_DROPOUT, method__link={"delay": 0, "length": length, "weight": 0.7})
+    config, data, plan = prepared(tree)
+    stages, last = plan.stages, len(plan.stages) - 1
+    heads = [build_head(config.method.head, plan.boundaries[k], config.seed, plan.block_names(k)[-1])
+             for k in range(last)] + [torch.nn.Identity()]
+    optimizers = [torch.optim.SGD([*s.parameters(), *h.parameters()], lr=0.05, momentum=0.9)
+                  for s, h in zip(stages, heads, strict=True)]
+    for x, y in batches(config, data):
+        inputs, tails, losses = [], [], []
+        for k, (stage, head) in enumerate(zip(stages, heads, strict=True)):
+            x = x.detach().requires_grad_(k > 0)
+            inputs.append(x)
+            body = len(stage) - min(len(stage) if length == "all" else length, len(stage))
+            h = stage[:body](x)
+            tails.append((list(stage[body:].parameters()), x := stage[body:](h)))
+            losses.append(F.cross_entropy(head(x), y))
+        errors = [torch.autograd.grad(losses[k + 1], inputs[k + 1], retain_graph=True)[0] for k in range(last)]
+        for k in range(last + 1):
+            losses[k].backward(retain_graph=True)
+            if k < last:
+                parameters, output = tails[k]
+                for p, g in zip(parameters, torch.autograd.grad(output, parameters, 0.7 * errors[k]), strict=True):
+                    p.grad += g
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = model_of(train_locally(tree, tmp_path))
+    for name, expected in plan.model.state_dict().items():
+        torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_stage_equals_a_plain_loop(tmp_path):
+    tree = small_config("one", partition__stages=1, schedule={"name": "multistep", "milestones": [1]})
+    config, data, plan = prepared(tree)
+    model, steps = plan.model, len(plan.train_steps(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    torch.manual_seed(derive_seed(config.seed, "stage", 0))
+    for step, (x, y) in enumerate(batches(config, data)):
+        optimizer.param_groups[0]["lr"] = 0.05 if step < steps else 0.05 * 0.1
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = model_of(train_locally(tree, tmp_path))
+    assert all(torch.equal(trained[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_backprop_equals_a_plain_loop_in_both_engines(tmp_path):
+    tree = small_config("bp", method__name="bp", model=NO_DROPOUT, train__microbatches=4)
+    config, data, plan = prepared(tree)
+    optimizer = torch.optim.SGD(plan.model.parameters(), lr=0.05, momentum=0.9)
+    for x, y in batches(config, data):
+        for part, target in zip(x.split(4), y.split(4), strict=True):
+            (F.cross_entropy(plan.model(part), target) * (len(part) / len(x))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    local, = [train_locally(tree, tmp_path)]
+    pipeline, = train_in_processes([tree], 3, tmp_path)
+    for run in (local, pipeline):
+        for name, expected in plan.model.state_dict().items():
+            torch.testing.assert_close(model_of(run)[name], expected, rtol=1e-5, atol=1e-6)
+    assert [row[-1] for row in metrics_of(local)] == pytest.approx([row[-1] for row in metrics_of(pipeline)])
+
+
+def test_a_link_of_weight_zero_is_greedy(tmp_path):
+    run = train_locally(small_config("zero", method__link__weight=0.0), tmp_path / "zero")
+    greedy = train_locally(small_config("zero", method__name="greedy"), tmp_path / "greedy")
+    assert_same_run(run, greedy)
+
+
+def test_the_link_changes_what_is_learned_and_so_does_its_delay(tmp_path):
+    states = [model_of(train_locally(small_config("run", method=method), tmp_path / str(i)))
+              for i, method in enumerate(({"name": "greedy"}, {"link": {"delay": 0}}, {"link": {"delay": 1}}))]
+    for i, one in enumerate(states):
+        for other in states[i + 1:]:
+            assert not torch.equal(one["0.0.weight"], other["0.0.weight"])
+
+
+def test_recomputing_the_tail_changes_nothing_but_memory(tmp_path):
+    for delay in (0, 1, 2):
+        kept, recomputed = (
+            train_locally(small_config("run", method__link={"keep": keep, "delay": delay, "length": 2},
+                                       train__microbatches=2), tmp_path / f"{keep}{delay}")
+            for keep in ("graph", "recompute"))
+        assert_same_run(kept, recomputed)

@@ -1,0 +1,133 @@
+"""One stage by itself: delayed links, snapshots, statistics."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from blpipe.config import LinkConfig
+from blpipe.losses import cross_entropy
+from blpipe.seeds import RandomStream
+from blpipe.stage import Stage
+
+CPU = torch.device("cpu")
+
+
+def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
+                             for _ in range(3)])
+    head = nn.Linear(5, 3)
+    parameters = [*blocks.parameters(), *head.parameters()]
+    made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
+            "adamw": lambda: torch.optim.AdamW(parameters, lr=0.1),
+            "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
+    return Stage(blocks, head, cross_entropy(), tail=tail, link=LinkConfig(length=tail, delay=delay, keep=keep),
+                 sends_error=True, optimizer=made, stream=RandomStream(1, CPU))
+
+
+def microbatch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 5, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+@pytest.mark.parametrize("keep", ["graph", "recompute"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
+def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, optimizer):
+    stage = make_stage(keep, delay=1, optimizer=optimizer)
+    before = copy.deepcopy(stage.blocks)
+    x, targets = microbatch(0)
+    stage.forward(x)
+    stage.local_backward(targets, 1.0)
+    stage.step(1.0)  # changes the live weights in place
+    error = torch.randn(8, 5)
+    stage.link_backward(error)
+    h = before[0](x)
+    tail = before[1:]
+    expected = torch.autograd.grad(tail(h), list(tail.parameters()), error)
+    live = list(stage.blocks[1:].parameters())
+    assert not torch.equal(live[0], next(tail.parameters()))
+    for parameter, gradient in zip(live, expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    assert all(parameter.grad is None for parameter in stage.blocks[0].parameters())
+
+
+def test_the_error_sent_upstream_is_that_of_the_local_loss_alone():
+    stage, alone = make_stage(tail=3), make_stage(tail=3)
+    reference = copy.deepcopy(nn.Sequential(*stage.blocks, stage.head))
+    x, targets = microbatch(0)
+    leaf = x.clone().requires_grad_()
+    cross_entropy()(reference(leaf), targets).backward()
+    for linked, running in ((True, stage), (False, alone)):
+        running.forward(x)
+        error = running.local_backward(targets, 1.0)
+        if linked:
+            running.link_backward(torch.ones(8, 5))
+        torch.testing.assert_close(error, leaf.grad)
+
+
+@pytest.mark.parametrize("keep", ["graph", "recompute"])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_batchnorm_counts_every_sample_once(keep, delay):
+    stage = make_stage(keep, delay)
+    plain = copy.deepcopy(stage.blocks)
+    for seed in range(3):
+        x, targets = microbatch(seed)
+        plain.load_state_dict({**stage.blocks.state_dict(),
+                               **{n: b for n, b in plain.state_dict().items() if "running" in n or "num_" in n}})
+        plain(x)
+        stage.forward(x)
+        stage.local_backward(targets, 1.0)
+        stage.link_backward(torch.randn(8, 5))
+        stage.step(1.0)
+    for (name, buffer), expected in zip(stage.blocks.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    assert int(stage.blocks[2][1].num_batches_tracked) == 3
+
+
+def test_dropout_is_drawn_again_the_same_when_the_tail_is_recomputed():
+    gradients = []
+    for keep in ("graph", "recompute"):
+        stage = make_stage(keep, dropout=0.5)
+        for seed in range(2):
+            x, targets = microbatch(seed)
+            stage.forward(x)
+            stage.local_backward(targets, 1.0)
+        stage.link_backward(torch.ones(8, 5))
+        gradients.append([p.grad.clone() for p in stage.blocks.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_snapshot_is_made_once_a_step():
+    stage = make_stage()
+    runs = []
+    for seed in range(2):
+        x, targets = microbatch(seed)
+        stage.forward(x)
+        stage.local_backward(targets, 0.5)
+        runs.append(stage._awaiting_error[-1].parameters)
+    assert runs[0] is runs[1]
+    stage.step(1.0)
+    stage.forward(x)
+    stage.local_backward(targets, 1.0)
+    assert stage._awaiting_error[-1].parameters is not runs[0]
+
+
+def test_frozen_parameters_stay_and_the_rest_learns():
+    stage = make_stage()
+    for parameter in stage.blocks[1].parameters():
+        parameter.requires_grad_(False)
+    frozen = make_frozen_copy(stage)
+    x, targets = microbatch(0)
+    frozen.forward(x)
+    assert frozen.local_backward(targets, 1.0) is not None
+    frozen.link_backward(torch.ones(8, 5))
+    assert all(p.grad is None for p in frozen.blocks[1].parameters())
+    assert all(p.grad is not None for p in frozen.blocks[2].parameters())
+
+
+def make_frozen_copy(stage):
+    parameters = [p for p in (*stage.blocks.parameters(), *stage.head.parameters()) if p.requires_grad]
+    return Stage(stage.blocks, stage.head, stage.loss, tail=2, link=stage.link, sends_error=True,
+                 optimizer=torch.optim.SGD(parameters, lr=0.1), stream=stage.stream)
