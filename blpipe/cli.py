@@ -1,12 +1,12 @@
 """The command line: subcommands, and what each kind of error prints and returns."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-
-from blpipe.errors import AlreadyReportedError, PeerLostError, StageError, UserError
+from typing import NoReturn
 
 _EXAMPLES = """\
 examples:
@@ -19,36 +19,61 @@ exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    """Run a subcommand; returns the exit code, or raises SystemExit with it."""
+    arguments = _parse(argv)
     # torch takes seconds to import; --help and usage errors need not wait for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from blpipe.transport.world import launched_rank, launched_world_size
+    from blpipe.errors import PeerLostError, StageError
     try:
-        record(arguments.command)(arguments)  # under torchrun, a failure's traceback goes into its summary
-        return 0
-    except AlreadyReportedError as error:
-        return error.exit_code
-    except UserError as error:
-        # Every rank reads the same config and meets the same error; those met later were told apart.
-        if launched_rank() == 0 or error.of_one_rank:
-            for line in str(error).splitlines():
-                print(f"blpipe: {line}", file=sys.stderr)
-        return 2
+        record(_run)(arguments)  # under torchrun, a failure's traceback goes into torchrun's summary
     except (StageError, PeerLostError) as error:
-        if launched_world_size() is None:
+        if "RANK" not in os.environ:
             traceback.print_exception(error.__cause__)
         print(f"blpipe: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from blpipe.errors import UserError
+    try:
+        arguments.command(arguments)
+    except UserError as error:
+        if _rank() == 0 or error.of_one_rank:
+            print("\n".join(f"blpipe: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
-        if launched_rank() == 0:
-            print("blpipe: interrupted; the run folder keeps its last checkpoint (train --resume RUN)", file=sys.stderr)
-        return 130
+        if _rank() == 0:
+            print("blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Usage errors are every rank's; one rank says so."""
+        if _rank() == 0:
+            super().error(message)
+        raise SystemExit(2)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no positional after an option: `train CONFIG --overwrite key=value`.
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; see {parser.prog} --help")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="blpipe", description="Pipeline training with BackLink: one process a stage "
+    parser = _Parser(prog="blpipe", description="Pipeline training with BackLink: one process a stage "
                                      "under torchrun, or all stages in one process.", epilog=_EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -9,6 +9,8 @@ class UserError(ValueError):
     `str()` is one line per problem: the key, the value and the remedy.
     """
 
+    of_one_rank = False  # whether other ranks of the run go without the same error
+
 
 class ConfigError(UserError):
     """One or more problems with the config, each "key.path: what is wrong and what to do"."""
@@ -38,11 +40,3 @@ class StageError(RuntimeError):
 
 class PeerLostError(RuntimeError):
     """A neighbour of this stage ended or did not answer in time. Exit code 1."""
-
-
-class AlreadyReportedError(Exception):
-    """This process ends because of an error that another one has reported."""
-
-    def __init__(self, exit_code: int):
-        super().__init__(f"reported by another process (exit code {exit_code})")
-        self.exit_code = exit_code

@@ -10,7 +10,7 @@ from blpipe import checkpoint
 from blpipe.config import Config, dump_config, load_config
 from blpipe.data import Data, DataSpec, open_data
 from blpipe.engines.common import Engine
-from blpipe.errors import AlreadyReportedError, ConfigError, UserError
+from blpipe.errors import ConfigError, UserError
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_plan, notices
 from blpipe.trainer import choose_engine, open_local, open_pipeline, train, use_threads
@@ -25,7 +25,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
     Raises:
         UserError: anything wrong with config, data, launch or run folder; nothing was written then.
         StageError: a stage failed while it ran.
-        AlreadyReportedError: another process failed, and has said so.
+        SystemExit: another process failed, and has said so.
     """
     use_threads(config.runtime)
     if choose_engine(config) == "local":
@@ -35,11 +35,11 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
     meeting = meet(config.name, config.runtime.timeout_seconds)
     try:
         _train_in_pipeline(config, meeting, overwrite, resume)
-    except AlreadyReportedError:
-        raise
     except Exception as error:
         if not meeting.first_to_fail():
-            raise AlreadyReportedError(2 if isinstance(error, UserError) else 1) from error
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from error
+        if isinstance(error, UserError):
+            error.of_one_rank = True
         raise
 
 
@@ -135,7 +135,7 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
     else:
         told = meeting.listen()
         if "failed" in told:
-            raise AlreadyReportedError(2)
+            raise SystemExit(2)
         plan, run = make_plan(config, DataSpec.from_json(told["data"])), Path(told["run"])
     engine = open_pipeline(plan, data, meeting)
     _train(engine, plan, run, resume)

@@ -1,6 +1,7 @@
 """Models that configs of the tests name as `model.target`."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def conv_net(in_channels: int = 2, classes: int = 4, dropout: float = 0.2) -> nn.Sequential:
@@ -11,3 +12,26 @@ def conv_net(in_channels: int = 2, classes: int = 4, dropout: float = 0.2) -> nn
     return nn.Sequential(
         block(in_channels, 6), block(6, 6), block(6, 8, 2), block(8, 8), block(8, 8),
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)))
+
+
+class Fails(nn.Module):
+    """Passes its input on, and raises at the given real forward."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at, self.forwards = at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Identity, until it fails."""
+        if x.device != torch.device("meta"):
+            self.forwards += 1
+            if self.forwards == self.at:
+                raise RuntimeError("out of luck")
+        return x
+
+
+def failing_net(at: int = 3) -> dict[str, nn.Module]:
+    """`conv_net` whose third block fails."""
+    blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
+    blocks["block2"] = nn.Sequential(blocks["block2"], Fails(at))
+    return blocks

@@ -252,7 +252,8 @@ def test_wrong_names_and_arguments_are_refused():
     refused(r"data\.args: .*'samples'; it takes shape, classes, samples$", name="synthetic",
             args={"shape": [1, 2, 2], "classes": 2})
     refused(r"data\.args: .*'size'; it takes no arguments", name="digits", args={"size": 3})
-    assert sorted(SETS) == "arrays cifar10 cifar100 digits imagefolder stl10 svhn synthetic".split()
+    assert sorted(SETS) == ["arrays", "cifar10", "cifar100", "digits", "imagefolder", "stl10", "svhn",
+                            "synthetic"]
 
 
 def test_the_key_of_the_section_is_in_the_message():

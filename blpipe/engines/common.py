@@ -148,7 +148,9 @@ def gpu_readings(device: torch.device) -> tuple[float | None, int | None]:
 
 
 def blame(plan: Plan, index: int, where: str, error: Exception) -> Exception:
-    """`error` as the error of the stage with this index, unless it already says whose it is."""
-    if isinstance(error, UserError | PeerLostError | StageError):
+    """`error` as the error of the stage with this index; a user's or a lost neighbour's stays what it is."""
+    if isinstance(error, PeerLostError):
+        return PeerLostError(f"{error} (at {where})")
+    if isinstance(error, UserError | StageError):
         return error
     return StageError(index + 1, plan.block_names(index), where, error)

@@ -61,8 +61,8 @@ class _End:
         try:
             work.wait()
         except RuntimeError as error:
-            raise PeerLostError(f"{self._name}: the other process ended, or did not answer in time "
-                                f"(runtime.timeout_seconds): {str(error).splitlines()[0]}") from error
+            raise PeerLostError(f"{self._name}: that process ended, or did not answer within "
+                                "runtime.timeout_seconds") from error
         finally:
             self.wait_seconds += perf_counter() - started
 

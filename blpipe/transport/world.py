@@ -99,19 +99,19 @@ class World:
 
     def sender(self, to: int) -> SendQueue:
         """The queue to a neighbour: activations to the next rank, errors to the one before."""
-        return SendQueue(self._group(self.rank, to), to, self._name("to", to), self.device, self.wire)
+        return SendQueue(self._group(self.rank, to), to, self._name("sending to", to), self.device, self.wire)
 
     def receiver(self, source: int) -> ReceiveQueue:
         """The queue from a neighbour: activations from the rank before, errors from the next one."""
-        return ReceiveQueue(self._group(source, self.rank), source, self._name("from", source), self.device, self.wire)
+        return ReceiveQueue(self._group(source, self.rank), source, self._name("receiving from", source), self.device, self.wire)
 
     def control_sender(self, to: int) -> SendQueue:
         """A queue to any rank through host memory, beside the stages' own."""
-        return SendQueue(self.control, to, self._name("to", to), self.device, torch.device("cpu"))
+        return SendQueue(self.control, to, self._name("sending to", to), self.device, torch.device("cpu"))
 
     def control_receiver(self, source: int) -> ReceiveQueue:
         """The other end of `control_sender`."""
-        return ReceiveQueue(self.control, source, self._name("from", source), self.device, torch.device("cpu"))
+        return ReceiveQueue(self.control, source, self._name("receiving from", source), self.device, torch.device("cpu"))
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, on rank 0; None elsewhere."""
@@ -130,8 +130,8 @@ class World:
     def _group(self, source: int, target: int) -> dist.ProcessGroup:
         return self._forward[source] if source < target else self._error[target]
 
-    def _name(self, preposition: str, peer: int) -> str:
-        return f"stage {self.rank + 1} (rank {self.rank}) {preposition} stage {peer + 1} (rank {peer})"
+    def _name(self, doing: str, peer: int) -> str:
+        return f"stage {self.rank + 1} (rank {self.rank}) {doing} stage {peer + 1} (rank {peer})"
 
     def _warm_up(self) -> None:
         """A first message over every group, in one order, so that every connection stands before the run."""
