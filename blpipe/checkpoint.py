@@ -117,7 +117,7 @@ def _state(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
         boundary = plan.block_names(index)[-1]
         state |= {f"head/{boundary}/{name}": tensor for name, tensor in stage.head.state_dict().items()}
     if stage.optimizer is not None:
-        names = dict(_optimized(plan, index, stage))
+        names: dict[Tensor, str] = dict(_optimized(plan, index, stage))
         state |= {f"optimizer/{names[parameter]}/{key}": value
                   for parameter, values in stage.optimizer.state.items()
                   for key, value in values.items() if isinstance(value, Tensor)}

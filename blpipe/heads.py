@@ -65,8 +65,8 @@ def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
         widest = max(shape[0] for shape in (boundary.shape, *boundary.later) if len(shape) == 3)
         features = min(2 * channels, widest)
         stride = 2 if features > channels and min(height, width) > 2 else 1
-        layers["conv"] = nn.Conv2d(channels, features, 3, stride, 1, bias=False)
-        nn.init.kaiming_normal_(layers["conv"].weight, mode="fan_out", nonlinearity="relu")
+        layers["conv"] = convolution = nn.Conv2d(channels, features, 3, stride, 1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         layers["bn"] = nn.BatchNorm2d(features)
         layers["relu"] = nn.ReLU()
     layers["pool"] = PoolToFeatures()

@@ -54,7 +54,7 @@ class Tally:
         self._targets = 0
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count one microbatch: its mean loss, and the targets [B, …] that have the largest of logits [B, …, classes]."""
+        """Count a microbatch: its mean loss, and the targets [B, …] with the largest of the logits [B, …, classes]."""
         self._loss = self._loss + loss.detach().double() * len(targets)
         self._correct = self._correct + (logits.detach().argmax(-1) == targets).sum()
         self._samples += len(targets)

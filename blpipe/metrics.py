@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import blpipe
-from blpipe.engines.common import StageReport, learning_rate
+from blpipe.engines.common import learning_rate
 from blpipe.plan import Plan
 from blpipe.trainer import Epoch
 

@@ -25,7 +25,8 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """One optimizer step: its number in the run, from 0, and the sizes of its microbatches."""
 
     index: int
@@ -96,12 +97,12 @@ def make_plan(config: Config, data: DataSpec) -> Plan:
     shapes = [spec.shape[1:] for spec in traced[any_size].values()]
     classes = _classes(traced[any_size], data)
     ends = [end - 1 for end in accumulate(len(stage) for stage in stages)]
+    linked_stages = stages[:-1] if config.method.name == "backlink" else []
     plan = Plan(
         config, data, model, stages,
         outputs={size: [list(specs.values())[end] for end in ends] for size, specs in traced.items()},
         boundaries=[Boundary(shapes[end], classes, tuple(shapes[end + 1:])) for end in ends],
-        tails=[tail_length(config.method.link, len(stage)) if config.method.name == "backlink" and stage is not stages[-1]
-               else 0 for stage in stages])
+        tails=[tail_length(config.method.link, len(stage)) if stage in linked_stages else 0 for stage in stages])
     if config.method.name != "bp":
         _check_heads(plan, sizes)
     return plan

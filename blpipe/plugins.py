@@ -53,7 +53,7 @@ def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
-        allowed = [n for n in inspect.signature(function).parameters][len(args):]
+        allowed = list(inspect.signature(function).parameters)[len(args):]
         raise ConfigError(f"{key}.args: {error}; it takes {', '.join(allowed) or 'no arguments'}") from error
     try:
         return function(*args, **kwargs)

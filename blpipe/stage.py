@@ -69,7 +69,8 @@ class Stage:
         self.link, self.sends_error = link, sends_error
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
-        self._tail_live = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
+        self._tail_live: dict[str, Tensor] = {
+            name: p for name, p in self.tail.named_parameters() if p.requires_grad}
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting_error: deque[TailRun] = deque()

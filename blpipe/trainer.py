@@ -37,7 +37,7 @@ def choose_engine(config: Config) -> str:
     if launched is None and wanted == "pipeline":
         raise ConfigError(f"runtime.engine: pipeline needs a process a stage; run `{command}`")
     if launched is not None and launched != stages and wanted != "local":
-        raise ConfigError(f"partition.stages: {stages} stages need {stages} processes, but torchrun started {launched}; "
+        raise ConfigError(f"partition.stages: {stages} stages need {stages} processes, torchrun started {launched}; "
                           f"run `{command}`, set partition.stages={launched}, or leave torchrun out")
     return "pipeline" if launched is not None and stages > 1 and wanted != "local" else "local"
 

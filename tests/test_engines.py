@@ -1,7 +1,6 @@
 """The pipeline engine and the local engine compute the same, bit for bit (DESIGN §3, invariant 1)."""
 
 import pytest
-
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
 
 ADAMW = {"name": "adamw", "lr": 0.01, "args": {"fused": True, "weight_decay": 0.1}}
@@ -12,7 +11,8 @@ GRID = {
         small_config("exact", partition__stages=2, method__link__delay=0),
         small_config("exact_micro", partition__stages=2, method__link__delay=0, train__microbatches=4, optimizer=ADAMW),
         small_config("late", partition__stages=2, method__link__length=2),
-        small_config("very_late", partition__stages=2, method__link={"delay": 2, "length": "all"}, train__microbatches=2),
+        small_config("very_late", partition__stages=2, method__link={"delay": 2, "length": "all"},
+                     train__microbatches=2),
         small_config("recompute", partition__stages=2, method__link={"keep": "recompute", "delay": 1}, optimizer=ADAMW),
         small_config("weighted", partition__stages=2, method__link__weight=0.5, method__head="linear"),
         small_config("drop_last", partition__stages=2, train__drop_last=True, schedule={"name": "cosine"}),

@@ -4,7 +4,7 @@ At most one microbatch waits between two stages, and a stage goes through forwar
 before another one runs: one body graph is alive at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import torch
@@ -89,28 +89,30 @@ class LocalEngine:
         edges = range(len(self.stages) - 1)
         forward = [MemoryQueue(capacity=1) for _ in edges]
         errors = [MemoryQueue() for _ in edges]
-        now: list[Op | None] = [None] * len(self.stages)
+        now: dict[int, Op] = {}
 
-        def watch(index: int, op: Op) -> None:
-            now[index] = op
-            if index == 0 and op.kind is Kind.STEP:
-                on_step()
+        def watch(index: int) -> Callable[[Op], None]:
+            def note(op: Op) -> None:
+                now[index] = op
+                if index == 0 and op.kind is Kind.STEP:
+                    on_step()
+            return note
 
         running = {}
         for k, program in enumerate(programs):
             ports = Ports(feed if k == 0 else forward[k - 1], forward[k] if k < len(edges) else None,
                           errors[k] if k < len(edges) else None, errors[k - 1] if k > 0 else None)
             running[k] = execute(program, self.stages[k], ports, steps, lambda s: learning_rate(self.plan, s),
-                                 lambda op, k=k: watch(k, op))
+                                 watch(k))
         while running:
-            before = list(now)
+            before = dict(now)
             for k in list(running):
                 started = perf_counter()
                 try:
                     if next(running[k], True):
                         del running[k]
                 except Exception as error:
-                    raise blame(self.plan, k, f"step {now[k].step}" if now[k] else "start", error) from error
+                    raise blame(self.plan, k, f"step {now[k].step}", error) from error
                 self._busy[k] += perf_counter() - started
             assert not running or now != before, "the stages' programs wait for each other"
 

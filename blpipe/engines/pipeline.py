@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from blpipe.data import Data
 from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import (

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from blpipe.models.vgg_cifar import vgg_cifar
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed
 
-BUILT_IN = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
+BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
 
 
 def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:

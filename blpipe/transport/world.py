@@ -91,10 +91,11 @@ class World:
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
                                 world_size=self.size, timeout=timeout, device_id=device if own_gpu else None)
-        self.control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+        # Any: torch gives a stand-in for groups that this process is not in; it never uses one.
+        self.control: Any = dist.new_group(backend="gloo", timeout=timeout)
         edges = [[k, k + 1] for k in range(self.size - 1)]  # every process makes all groups in this order
-        self._forward = [dist.new_group(edge, timeout=timeout) for edge in edges]
-        self._error = [dist.new_group(edge, timeout=timeout) for edge in edges]
+        self._forward: list[Any] = [dist.new_group(edge, timeout=timeout) for edge in edges]
+        self._error: list[Any] = [dist.new_group(edge, timeout=timeout) for edge in edges]
         self._warm_up()
 
     def sender(self, to: int) -> SendQueue:
@@ -103,7 +104,8 @@ class World:
 
     def receiver(self, source: int) -> ReceiveQueue:
         """The queue from a neighbour: activations from the rank before, errors from the next one."""
-        return ReceiveQueue(self._group(source, self.rank), source, self._name("receiving from", source), self.device, self.wire)
+        return ReceiveQueue(self._group(source, self.rank), source, self._name("receiving from", source),
+                            self.device, self.wire)
 
     def control_sender(self, to: int) -> SendQueue:
         """A queue to any rank through host memory, beside the stages' own."""
@@ -111,7 +113,8 @@ class World:
 
     def control_receiver(self, source: int) -> ReceiveQueue:
         """The other end of `control_sender`."""
-        return ReceiveQueue(self.control, source, self._name("receiving from", source), self.device, torch.device("cpu"))
+        return ReceiveQueue(self.control, source, self._name("receiving from", source),
+                            self.device, torch.device("cpu"))
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, on rank 0; None elsewhere."""

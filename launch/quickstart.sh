@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Install blpipe into .venv and train configs/quickstart.yaml, four stages in four processes.
+# Arguments are overrides: bash launch/quickstart.sh train.epochs=3
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
+torchrun --standalone --nproc-per-node=4 -m blpipe train configs/quickstart.yaml --overwrite "$@"

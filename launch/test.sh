@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Install blpipe with its test extra into .venv, then lint, types and all tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "[test]"
+ruff check --config launch/ruff.toml blpipe tests benchmarks
+mypy
+python -m pytest "$@"
