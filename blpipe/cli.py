@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from blpipe.errors import PeerLostError, StageError
+    under_torchrun = "RANK" in os.environ
     try:
-        record(_run)(arguments)  # under torchrun, a failure's traceback goes into torchrun's summary
+        (record(_run) if under_torchrun else _run)(arguments)
     except (StageError, PeerLostError) as error:
-        if "RANK" not in os.environ:
+        if not under_torchrun:  # else the recorded traceback stands in torchrun's own summary
             traceback.print_exception(error.__cause__)
         print(f"blpipe: {error}", file=sys.stderr)
         return 1

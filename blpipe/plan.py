@@ -13,7 +13,9 @@ from blpipe.config import Config, LinkConfig
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.heads import Boundary, Shape, build_head
+from blpipe.losses import build_loss
 from blpipe.models import build_model
+from blpipe.optim import build_optimizer
 from blpipe.partition import partition
 from blpipe.plugins import one_line
 
@@ -105,6 +107,8 @@ def make_plan(config: Config, data: DataSpec) -> Plan:
         tails=[tail_length(config.method.link, len(stage)) if stage in linked_stages else 0 for stage in stages])
     if config.method.name != "bp":
         _check_heads(plan, sizes)
+    _check_loss(plan)
+    build_optimizer(config.optimizer, model.parameters())
     return plan
 
 
@@ -157,6 +161,18 @@ def _check_heads(plan: Plan, sizes: set[int]) -> None:
             if output.shape != wanted:
                 raise ConfigError(f"method.head: after block {name} it gives {list(output.shape)} of "
                                   f"{list(given.shape)}; it must give {list(wanted)}, the logits")
+
+
+def _check_loss(plan: Plan) -> None:
+    loss = build_loss(plan.config.method.loss)
+    output = next(iter(plan.outputs.values()))[-1]
+    try:
+        value = loss(torch.zeros(output.shape), torch.zeros(output.shape[:-1], dtype=torch.int64))
+    except Exception as error:
+        raise ConfigError(f"method.loss: {type(error).__name__} for logits {list(output.shape)} and targets "
+                          f"{list(output.shape[:-1])}: {one_line(error)}") from error
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        raise ConfigError("method.loss: the function must return a scalar tensor, the mean over the batch")
 
 
 def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool) -> "OrderedDict[str, TensorSpec]":

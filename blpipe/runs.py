@@ -14,7 +14,7 @@ from blpipe.errors import ConfigError, UserError
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_plan, notices
 from blpipe.trainer import choose_engine, open_local, open_pipeline, train, use_threads
-from blpipe.transport.world import Meeting, launched_rank, meet
+from blpipe.transport.world import Meeting, choose_device, launched_rank, meet
 
 _PARTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints")
 
@@ -28,6 +28,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
         SystemExit: another process failed, and has said so.
     """
     use_threads(config.runtime)
+    choose_device(config.runtime.device)
     if choose_engine(config) == "local":
         plan, data, run = _prepare(config, overwrite, resume)
         _train(open_local(plan, data), plan, run, resume)

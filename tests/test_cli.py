@@ -1,0 +1,243 @@
+"""The command line as users meet it: help, bad input, run folders, eval, export, resume."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, assert_same_run, small_config
+
+from blpipe import checkpoint, cli, models
+from blpipe.config import load_config
+from blpipe.data import open_data
+from blpipe.plan import make_plan
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a small config in small.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(REPOSITORY / "tests")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_config("small", train__epochs=1)))
+    return tmp_path
+
+
+def run(*arguments):
+    """The exit code of a subcommand in this process."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["export"]])
+def test_help_is_there_without_waiting_for_torch(command):
+    code = ("import sys; from blpipe import cli\ntry: cli.main([*sys.argv[1:], '--help'])\n"
+            "except SystemExit as stop: assert stop.code == 0 and 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, *command], capture_output=True, text=True,
+                          timeout=60, check=True)
+    assert done.stdout.startswith("usage: blpipe")
+
+
+def test_a_run_folder_says_what_was_run_and_how_it_went(folder, capsys):
+    assert run("train", "small.yaml", "train.epochs=2") == 0
+    said = capsys.readouterr()
+    assert "epoch 2/2" in said.out
+    assert "run folder: runs/small" in said.out
+    table = said.out.splitlines()[-5:-1]
+    assert table[0].split() == ["stage", "blocks", "parameters", "accuracy", "busy", "waiting"]
+    assert [row.split()[0] for row in table[1:]] == ["1", "2", "3"]
+    assert said.err == ""  # no progress bar where the output is no terminal
+    result = json.loads((folder / "runs/small/result.json").read_text())
+    assert (result["engine"], result["method"], result["steps"]) == ("local", "backlink", 12)
+    assert result["val_accuracy"] == result["stage_val_accuracy"][-1]
+    assert [stage["blocks"] for stage in result["stages"]] == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert all(stage["busy_seconds"] > 0 and stage["peak_memory_bytes"] > 1e6 for stage in result["stages"])
+    rows = [json.loads(line) for line in (folder / "runs/small/metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["stage"]) for row in rows] == [(e, s) for e in (1, 2) for s in (1, 2, 3)]
+    assert all(row["samples_per_second"] > 0 and row["train_loss"] > 0 and row["lr"] == 0.05 for row in rows)
+
+
+def test_the_resolved_config_repeats_the_run(folder):
+    assert run("train", "small.yaml", "seed=3") == 0
+    assert run("train", "runs/small/config.yaml", "runtime.runs=again") == 0
+    assert_same_run(folder / "runs/small", folder / "again/small")
+
+
+def test_eval_gives_the_accuracies_of_the_run(folder, capsys):
+    run("train", "small.yaml")
+    trained = capsys.readouterr().out.splitlines()[-4:-1]
+    assert run("eval", "runs/small") == 0
+    evaluated = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[:7] for row in evaluated] == [row.split()[:7] for row in trained]
+
+
+@pytest.mark.parametrize("model", [{"name": "resnet_cifar", "args": {"depth": 8, "width": 0.25}},
+                                   {"name": "mlp", "args": {"hidden": [8, 8]}},
+                                   {"target": "models_under_test:conv_net"}])
+def test_the_exported_weights_make_the_plain_model(folder, model):
+    (folder / "net.yaml").write_text(yaml.safe_dump(small_config("net", model=model, train__epochs=1)))
+    assert run("train", "net.yaml") == 0
+    assert run("export", "runs/net", "--out", "model.pt") == 0
+    state = torch.load("model.pt", weights_only=True)
+    plain = {"resnet_cifar": lambda: models.resnet_cifar(8, 0.25, in_channels=2, classes=4),
+             "mlp": lambda: models.mlp([8, 8], in_shape=[2, 8, 8], classes=4)}.get(
+                 model.get("name"), lambda: __import__("models_under_test").conv_net())()
+    plain.load_state_dict(state, strict=True)
+    config = load_config("runs/net/config.yaml")
+    data = open_data(config.data, config.seed)
+    x, targets = next(data.test_batches(data.spec.test_samples))
+    accuracy = (plain.eval()(x).argmax(1) == targets).float().mean().item()
+    assert accuracy == pytest.approx(json.loads((folder / "runs/net/result.json").read_text())["val_accuracy"])
+
+
+@pytest.mark.parametrize("method", [{"name": "backlink", "link": {"delay": 2}}, {"name": "bp"}])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder, method, monkeypatch, capsys):
+    (folder / "run.yaml").write_text(yaml.safe_dump(small_config("run", method=method, train__epochs=3,
+                                                                 schedule={"name": "cosine"})))
+    assert run("train", "run.yaml", "runtime.runs=whole") == 0
+    save = checkpoint.save
+
+    def save_once_then_stop(path, epochs_done, *rest):
+        if epochs_done > 1:
+            raise KeyboardInterrupt
+        save(path, epochs_done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_once_then_stop)
+        assert run("train", "run.yaml") == 130
+    assert "blpipe: interrupted; `train --resume RUN`" in capsys.readouterr().err
+    with (folder / "runs/run/metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "stage"')
+    assert run("train", "--resume", "runs/run") == 0
+    assert_same_run(folder / "whole/run", folder / "runs/run")
+
+
+BAD_CONFIGS = {
+    "train.epoch=3": r"train\.epoch: unknown key; did you mean train\.epochs\?",
+    "train.epochs=many": r"train\.epochs: should be a valid integer, got 'many'",
+    "train.epochs": r"train\.epochs: an override is key\.sub=value",
+    "partition.stages=7": r"partition\.stages: 7 stages need as many blocks, but the model has 6",
+    "partition={cuts: ['2', '9']}": r"partition\.cuts: no block is named '9'",
+    "partition={cuts: ['4', '2']}": r"partition\.cuts: '2' is out of order",
+    "partition={target: 'models_under_test:conv_net', stages: 2}": r"partition\.target: TypeError: unsupported",
+    "method.link.length=-1": r"method\.link\.length: must be a number of blocks ≥ 0, or all, got -1",
+    "method.link.delay=-1": r"method\.link\.delay: should be greater than or equal to 0, got -1",
+    "method.head=cnov": r"method\.head\.name: unknown 'cnov' \(did you mean 'conv'\?\)",
+    "train.microbatches=5": r"train: microbatches 5 does not divide batch_size 16; one that does: 4",
+    "train.batch_size=89": r"train\.batch_size: 89 is more than the 88 training samples",
+    "train.batch_size=87 model={name: mlp}": r"train\.batch_size: BatchNorm .* set train\.drop_last=true",
+    "model.args={classes: 3}": r"data.*: .*model\.args\.classes",
+    "data.args={shape: [3, 8, 8], classes: 4, samples: 88}": r"model: block 0 cannot take an input of shape \[16, 3, ",
+    "model={name: vgg_cifar}": r"model: block conv4_1 cannot take an input of shape",
+    "model={target: 'no_such_module:net'}": r"model\.target: cannot import 'no_such_module:net'",
+    "model={target: 'models_under_test:nothing'}": r"model\.target: cannot import 'models_under_test:nothing'",
+    "model={target: 'models_under_test:Fails', args: {at: 1}}": r"model\.target: it returned a Fails",
+    "model.args={width: 3}": r"model\.args: got an unexpected keyword argument 'width'; it takes in_channels, ",
+    "data={name: arrays, root: none.npz}": r"data\.root: .*none\.npz",
+    "data={name: cifar10}": r"data\.root: .*torchvision\.datasets\.CIFAR10",
+    "optimizer.name=sdg": r"optimizer\.name: unknown 'sdg' \(did you mean 'sgd'\?\)",
+    "optimizer.args={momentun: 0.9}": r"optimizer\.args: .*momentun",
+    "runtime.device=cuda": r"runtime\.device: cuda, but torch sees no GPU here",
+    "runtime.engine=pipeline": r"runtime\.engine: pipeline needs a process a stage; run `torchrun ",
+    "name=../up": r"name: .*, got '\.\./up'",
+}
+
+
+@pytest.mark.parametrize("override", [pytest.param(o, marks=pytest.mark.skipif(
+    o == "runtime.device=cuda" and torch.cuda.is_available(), reason="there is a GPU here")) for o in BAD_CONFIGS])
+def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, override):
+    assert run("train", "small.yaml", *re.split(r" (?=\w+=)", override)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    line, = said.err.splitlines()
+    assert line.startswith("blpipe: ")
+    assert re.search(BAD_CONFIGS[override], line), line
+    assert sorted(path.name for path in folder.iterdir()) == ["small.yaml"]
+
+
+def test_all_problems_are_said_at_once(folder, capsys):
+    assert run("train", "small.yaml", "train.epoch=3", "optimizer.lr=-1", "method.name=bq") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["train", "none.yaml"], "none.yaml: no such file"),
+    (["train"], "CONFIG: which config?"),
+    (["train", "small.yaml", "--resume", "runs/x"], "--resume: goes on with the run's own config"),
+    (["train", "--resume", "runs/x"], "runs/x: is no run folder"),
+    (["eval", "runs/x"], "runs/x: is no run folder"),
+    (["export", "runs/x", "--out", "model.pt"], "runs/x: is no run folder"),
+    (["eval", "empty"], "empty: holds no checkpoint"),
+])
+def test_bad_arguments_are_one_line(folder, capsys, arguments, expected):
+    (folder / "empty").mkdir()
+    (folder / "empty/config.yaml").write_text((folder / "small.yaml").read_text())
+    assert run(*arguments) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"blpipe: {expected}")
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ([], "the following arguments are required: COMMAND"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["train", "small.yaml", "--overwritten"], "unrecognized arguments: --overwritten"),
+    (["eval", "runs/x", "more"], "unrecognized arguments: more"),
+])
+def test_bad_usage_exits_with_two(capsys, arguments, expected):
+    assert run(*arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_malformed_yaml_file_names_the_place(folder, capsys):
+    (folder / "bad.yaml").write_text("model: {name: mlp\npartition: [")
+    assert run("train", "bad.yaml") == 2
+    assert "blpipe: bad.yaml: not valid YAML: " in capsys.readouterr().err
+
+
+def test_labels_outside_the_classes_are_found_before_training(folder, capsys):
+    images = np.zeros((40, 8, 8, 2), np.uint8)
+    labels = np.arange(40) % 5
+    np.savez(folder / "five.npz", train_x=images, train_y=labels, test_x=images[:5], test_y=labels[:5])
+    assert run("train", "small.yaml", "data={name: arrays, root: five.npz}") == 2
+    assert "model.args.classes" in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+def test_a_run_folder_that_holds_a_run_is_kept_unless_told(folder, capsys):
+    assert run("train", "small.yaml") == 0
+    before = (folder / "runs/small/result.json").read_text()
+    assert run("train", "small.yaml", "seed=1") == 2
+    assert "name: runs/small already holds a run; go on with `train --resume runs/small`" in capsys.readouterr().err
+    assert run("train", "small.yaml", "--overwrite", "seed=1", "train.epochs=x") == 2
+    assert (folder / "runs/small/result.json").read_text() == before
+    assert run("train", "small.yaml", "--overwrite", "seed=1") == 0
+    assert (folder / "runs/small/result.json").read_text() != before
+    assert load_config("runs/small/config.yaml").seed == 1
+
+
+def test_a_failing_stage_is_named_with_its_step(folder, capsys):
+    assert run("train", "small.yaml", "model={target: 'models_under_test:failing_net'}") == 1
+    said = capsys.readouterr().err
+    assert said.count("RuntimeError: out of luck") == 2  # the traceback's last line, and ours
+    assert said.splitlines()[-1] == ("blpipe: stage 2 (rank 1, blocks block2…block3) failed at step 2: "
+                                     "RuntimeError: out of luck")
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_fit_together(path):
+    text = path.read_text()
+    stages = load_config(path).partition.stage_count
+    assert text.startswith(f"# torchrun --standalone --nproc-per-node={stages} -m blpipe train configs/{path.name}")
+    config = load_config(path)
+    assert config.name == path.stem
+    if config.data.name == "digits":
+        spec = open_data(config.data, config.seed).spec
+    else:
+        from blpipe.data import DataSpec
+        spec = DataSpec((3, 32, 32), "float32", (), 10, 50000, 10000)
+    assert len(make_plan(config, spec).stages) == stages

@@ -1,0 +1,241 @@
+"""The order of a stage's ops, by itself and with its neighbours'."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blpipe.plan import Step
+from blpipe.program import Kind, Op, Role, evaluation_program, train_program
+
+LINKED = Role(sends=True, sends_error=True, linked=True)
+PROPERTY = settings(deadline=None, max_examples=120)
+
+roles = st.builds(Role, st.booleans(), st.booleans(), st.booleans())
+delays = st.integers(0, 4)
+steps_of_any_size = st.builds(
+    lambda first, counts: [Step(first + i, (2,) * count) for i, count in enumerate(counts)],
+    st.integers(0, 5), st.lists(st.integers(1, 4), min_size=1, max_size=6))
+
+
+def program(steps, role, delay) -> list[Op]:
+    return list(train_program(steps, role, delay))
+
+
+def of_kind(ops, kind) -> list[tuple[int, int]]:
+    return [(op.step, op.microbatch) for op in ops if op.kind is kind]
+
+
+def by_step(ops) -> list[list[Op]]:
+    """Cut after each optimizer step."""
+    parts: list[list[Op]] = [[]]
+    for op in ops:
+        parts[-1].append(op)
+        if op.kind is Kind.STEP:
+            parts.append([])
+    assert parts.pop() == []
+    return parts
+
+
+# One stage.
+
+@PROPERTY
+@given(steps=steps_of_any_size, role=roles, delay=delays)
+def test_every_microbatch_goes_once_through_every_op_of_its_role_in_order(steps, role, delay):
+    ops = program(steps, role, delay)
+    all_of_them = [(step.index, micro) for step in steps for micro in range(len(step.sizes))]
+    for kind, happens in ((Kind.RECEIVE, True), (Kind.FORWARD, True), (Kind.LOCAL_BACKWARD, True),
+                          (Kind.SEND, role.sends), (Kind.SEND_ERROR, role.sends_error),
+                          (Kind.RECEIVE_ERROR, role.linked), (Kind.LINK_BACKWARD, role.linked)):
+        assert of_kind(ops, kind) == (all_of_them if happens else []), kind
+    assert of_kind(ops, Kind.EVALUATE) == []
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, role=roles, delay=delays)
+def test_each_step_ends_with_its_only_optimizer_step(steps, role, delay):
+    ops = program(steps, role, delay)
+    assert of_kind(ops, Kind.STEP) == [(step.index, -1) for step in steps]
+    for step, part in zip(steps, by_step(ops), strict=True):
+        assert {op.step for op in part if op.kind is Kind.FORWARD} == {step.index}
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, role=roles, delay=delays)
+def test_a_microbatch_is_received_run_sent_and_backpropagated_before_the_next_one(steps, role, delay):
+    ops = program(steps, role, delay)
+    forward = [op for op in ops if op.kind not in (Kind.RECEIVE_ERROR, Kind.LINK_BACKWARD, Kind.STEP)]
+    order = [Kind.RECEIVE, Kind.FORWARD, *[Kind.SEND] * role.sends, Kind.LOCAL_BACKWARD,
+             *[Kind.SEND_ERROR] * role.sends_error]
+    assert forward == [Op(kind, step.index, micro) for step in steps for micro in range(len(step.sizes))
+                       for kind in order]
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=delays)
+def test_an_error_is_received_right_before_its_link_backward(steps, delay):
+    ops = program(steps, LINKED, delay)
+    for before, op in zip(ops, ops[1:], strict=False):
+        assert (before.kind is Kind.RECEIVE_ERROR) == (op.kind is Kind.LINK_BACKWARD)
+        if op.kind is Kind.LINK_BACKWARD:
+            assert before[1:] == op[1:]
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=delays)
+def test_a_link_goes_into_the_step_that_its_delay_names_or_into_the_flush(steps, delay):
+    last = steps[-1].index
+    parts = by_step(program(steps, LINKED, delay))
+    for step, part in zip(steps, parts, strict=True):
+        for linked, _ in of_kind(part, Kind.LINK_BACKWARD):
+            assert step.index == min(linked + delay, last)
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=delays)
+def test_a_link_comes_after_its_own_local_backward(steps, delay):
+    ops = program(steps, LINKED, delay)
+    for step, micro in of_kind(ops, Kind.LINK_BACKWARD):
+        assert ops.index(Op(Kind.LOCAL_BACKWARD, step, micro)) < ops.index(Op(Kind.LINK_BACKWARD, step, micro))
+
+
+@PROPERTY
+@given(steps=steps_of_any_size)
+def test_without_a_delay_the_next_local_backward_hides_the_wait(steps):
+    ops = program(steps, LINKED, 0)
+    for step in steps:
+        for micro in range(len(step.sizes) - 1):
+            link = ops.index(Op(Kind.RECEIVE_ERROR, step.index, micro))
+            assert ops.index(Op(Kind.LOCAL_BACKWARD, step.index, micro + 1)) < link
+            if micro + 2 < len(step.sizes):
+                assert link < ops.index(Op(Kind.RECEIVE, step.index, micro + 2))
+
+
+@PROPERTY
+@given(count=st.integers(1, 4), delay=st.integers(1, 3), epochs=st.integers(1, 6))
+def test_with_a_delay_every_link_has_its_own_microbatch_of_a_later_step(count, delay, epochs):
+    steps = [Step(i, (2,) * count) for i in range(epochs)]
+    ops = program(steps, LINKED, delay)
+    for step in steps[:-1]:
+        for micro in range(count):
+            if step.index >= delay:
+                link = ops.index(Op(Kind.RECEIVE_ERROR, step.index - delay, micro))
+                assert link > ops.index(Op(Kind.SEND_ERROR, step.index, micro))
+                assert link < ops.index(Op(Kind.RECEIVE, step.index, micro + 1) if micro + 1 < count
+                                        else Op(Kind.STEP, step.index))
+
+
+LETTERS = {Kind.FORWARD: "F", Kind.LOCAL_BACKWARD: "B", Kind.LINK_BACKWARD: "L", Kind.STEP: "S"}
+
+
+def drawn(ops) -> str:
+    return " ".join(f"{LETTERS[op.kind]}{op.step}{'abcd'[op.microbatch] if op.microbatch >= 0 else ''}"
+                    for op in ops if op.kind in LETTERS)
+
+
+@pytest.mark.parametrize(("delay", "microbatches", "expected"), [
+    (0, (1, 1), "F0a B0a L0a S0  F1a B1a L1a S1"),
+    (0, (3,), "F0a B0a F0b B0b L0a F0c B0c L0b L0c S0"),
+    (0, (2, 1), "F0a B0a F0b B0b L0a L0b S0  F1a B1a L1a S1"),
+    (1, (1,), "F0a B0a L0a S0"),
+    (1, (1, 1, 1), "F0a B0a S0  F1a B1a L0a S1  F2a B2a L1a L2a S2"),
+    (1, (2, 2), "F0a B0a F0b B0b S0  F1a B1a L0a F1b B1b L0b L1a L1b S1"),
+    (1, (2, 1, 2), "F0a B0a F0b B0b S0  F1a B1a L0a L0b S1  F2a B2a L1a F2b B2b L2a L2b S2"),
+    (2, (1, 1, 1, 1), "F0a B0a S0  F1a B1a S1  F2a B2a L0a S2  F3a B3a L1a L2a L3a S3"),
+    (5, (1, 1), "F0a B0a S0  F1a B1a L0a L1a S1"),
+])
+def test_the_schedule_drawn(delay, microbatches, expected):
+    steps = [Step(i, (4,) * count) for i, count in enumerate(microbatches)]
+    assert drawn(program(steps, LINKED, delay)) == " ".join(expected.split())
+
+
+def test_a_whole_program_drawn():
+    assert program([Step(7, (4,))], LINKED, 1) == [
+        Op(Kind.RECEIVE, 7, 0), Op(Kind.FORWARD, 7, 0), Op(Kind.SEND, 7, 0), Op(Kind.LOCAL_BACKWARD, 7, 0),
+        Op(Kind.SEND_ERROR, 7, 0), Op(Kind.RECEIVE_ERROR, 7, 0), Op(Kind.LINK_BACKWARD, 7, 0), Op(Kind.STEP, 7)]
+
+
+def test_the_errors_are_sent_before_any_is_waited_for():
+    """Else each stage would wait for the one after it: a chain."""
+    ops = program([Step(0, (4,))], LINKED, 0)
+    assert ops.index(Op(Kind.SEND_ERROR, 0, 0)) < ops.index(Op(Kind.RECEIVE_ERROR, 0, 0))
+
+
+# A whole pipeline.
+
+class Pipeline:
+    """Stages in turn, each run until it needs a message or room; messages are (step, microbatch)."""
+
+    def __init__(self, programs, roles, capacity):
+        self.programs = [iter(ops) for ops in programs]
+        self.roles, self.capacity = roles, capacity
+        self.activations = [deque() for _ in roles]  # from stage k
+        self.errors = [deque() for _ in roles]  # to stage k
+        self.waiting = [next(ops, None) for ops in self.programs]
+
+    def run(self) -> None:
+        """To the end of every program; asserts that there is always a stage that can go on."""
+        while any(self.waiting):
+            went_on = [self.advance(k) for k in range(len(self.programs))]
+            assert any(went_on), f"deadlock: {self.waiting}"
+
+    def advance(self, k: int) -> bool:
+        start = self.waiting[k]
+        while self.waiting[k] and self.can_run(k, self.waiting[k]):
+            self.waiting[k] = next(self.programs[k], None)
+        return self.waiting[k] is not start
+
+    def can_run(self, k: int, op: Op) -> bool:
+        message = (op.step, op.microbatch)
+        match op.kind:
+            case Kind.SEND:
+                if len(self.activations[k]) >= self.capacity:
+                    return False
+                self.activations[k].append(message)
+            case Kind.SEND_ERROR:
+                self.errors[k - 1].append(message)
+            case Kind.RECEIVE if k > 0:
+                return self.take(self.activations[k - 1], message)
+            case Kind.RECEIVE_ERROR:
+                return self.take(self.errors[k], message)
+        return True
+
+    @staticmethod
+    def take(queue: deque, wanted: tuple[int, int]) -> bool:
+        if not queue:
+            return False
+        assert queue.popleft() == wanted
+        return True
+
+
+def roles_of_a_pipeline(links: list[bool]) -> list[Role]:
+    """The roles of a stage more than there are boundaries, each with a link or without."""
+    return [Role(sends=k < len(links), sends_error=k > 0 and links[k - 1], linked=k < len(links) and links[k])
+            for k in range(len(links) + 1)]
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=delays, links=st.lists(st.booleans(), max_size=5),
+       capacity=st.sampled_from([1, 2, 10**9]))
+def test_a_pipeline_never_deadlocks_and_receives_what_was_sent_in_order(steps, delay, links, capacity):
+    roles = roles_of_a_pipeline(links)
+    pipeline = Pipeline([train_program(steps, role, delay) for role in roles], roles, capacity)
+    pipeline.run()
+    assert not any(pipeline.activations)
+    assert not any(pipeline.errors)
+
+
+@PROPERTY
+@given(batches=st.integers(0, 6), stages=st.integers(1, 5), capacity=st.sampled_from([1, 10**9]))
+def test_an_evaluation_sends_every_batch_through_every_stage_and_no_error_back(batches, stages, capacity):
+    roles = roles_of_a_pipeline([True] * (stages - 1))
+    programs = [list(evaluation_program(batches, role)) for role in roles]
+    for ops, role in zip(programs, roles, strict=True):
+        everything = [(index, 0) for index in range(batches)]
+        assert of_kind(ops, Kind.RECEIVE) == of_kind(ops, Kind.EVALUATE) == everything
+        assert of_kind(ops, Kind.SEND) == (everything if role.sends else [])
+        assert len(ops) == batches * (3 if role.sends else 2)
+    pipeline = Pipeline(programs, roles, capacity)
+    pipeline.run()
+    assert not any(pipeline.activations)
