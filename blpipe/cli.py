@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from blpipe.errors import PeerLostError, StageError
-    under_torchrun = "RANK" in os.environ
     try:
-        (record(_run) if under_torchrun else _run)(arguments)
+        (record(_run) if _under_torchrun() else _run)(arguments)
     except (StageError, PeerLostError) as error:
-        if not under_torchrun:  # else the recorded traceback stands in torchrun's own summary
+        if not _under_torchrun():  # else the recorded traceback stands in torchrun's own summary
             traceback.print_exception(error.__cause__)
-        print(f"blpipe: {error}", file=sys.stderr)
+        _report(str(error))
         return 1
     return 0
 
@@ -41,24 +41,37 @@ def _run(arguments: argparse.Namespace) -> None:
     try:
         arguments.command(arguments)
     except UserError as error:
-        if _rank() == 0 or error.of_one_rank:
-            print("\n".join(f"blpipe: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        _report(str(error))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        if _rank() == 0:
-            print("blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint", file=sys.stderr)
+        _report("interrupted; `train --resume RUN` goes on from the last checkpoint")
         raise SystemExit(130) from None
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ
+
+
+def _report(text: str) -> None:
+    """Print each line to stderr, from one rank alone: what one meets, others meet too, or lose a neighbour by it."""
+    if not _under_torchrun() or _is_reporter():
+        print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # once a rank has ended, torchrun ends the others: let the reporter speak
+
+
+def _is_reporter() -> bool:
+    from blpipe.transport.world import meet
+    try:
+        return meet(timeout_seconds=10).is_reporter()
+    except RuntimeError:  # the store has gone with its host: better twice than never
+        return True
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Usage errors are every rank's; one rank says so."""
-        if _rank() == 0:
-            super().error(message)
+        """Bad usage is one line too."""
+        _report(f"{message}; see {self.prog} --help")
         raise SystemExit(2)
 
 
@@ -67,7 +80,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no positional after an option: `train CONFIG --overwrite key=value`.
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}; see {parser.prog} --help")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
     return arguments

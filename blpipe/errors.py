@@ -9,8 +9,6 @@ class UserError(ValueError):
     `str()` is one line per problem: the key, the value and the remedy.
     """
 
-    of_one_rank = False  # whether other ranks of the run go without the same error
-
 
 class ConfigError(UserError):
     """One or more problems with the config, each "key.path: what is wrong and what to do"."""

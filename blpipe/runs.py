@@ -25,7 +25,6 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
     Raises:
         UserError: anything wrong with config, data, launch or run folder; nothing was written then.
         StageError: a stage failed while it ran.
-        SystemExit: another process failed, and has said so.
     """
     use_threads(config.runtime)
     choose_device(config.runtime.device)
@@ -33,15 +32,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
         plan, data, run = _prepare(config, overwrite, resume)
         _train(open_local(plan, data), plan, run, resume)
         return
-    meeting = meet(config.name, config.runtime.timeout_seconds)
-    try:
-        _train_in_pipeline(config, meeting, overwrite, resume)
-    except Exception as error:
-        if not meeting.first_to_fail():
-            raise SystemExit(2 if isinstance(error, UserError) else 1) from error
-        if isinstance(error, UserError):
-            error.of_one_rank = True
-        raise
+    _train_in_pipeline(config, meet(config.runtime.timeout_seconds), overwrite, resume)
 
 
 def evaluate_run(run: Path) -> str:
@@ -130,13 +121,14 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
         try:
             plan, data, run = _prepare(config, overwrite, resume)
         except UserError:
-            meeting.announce({"failed": True})
+            meeting.is_reporter()  # before another rank can be
+            meeting.announce(config.name, {"failed": True})
             raise
-        meeting.announce({"data": data.spec.to_json(), "run": str(run)})
+        meeting.announce(config.name, {"data": data.spec.to_json(), "run": str(run)})
     else:
-        told = meeting.listen()
+        told = meeting.listen(config.name)
         if "failed" in told:
-            raise SystemExit(2)
+            raise UserError("rank 0 could not begin")
         plan, run = make_plan(config, DataSpec.from_json(told["data"])), Path(told["run"])
     engine = open_pipeline(plan, data, meeting)
     _train(engine, plan, run, resume)

@@ -53,8 +53,8 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
     device, own_gpu = choose_device(plan.config.runtime.device)
     if device.type == "cuda" and not own_gpu and meeting.rank == 0:
         print("note: there are more stages than GPUs here; stages share them, and send through host memory")
-    return PipelineEngine(plan, data, World(meeting, device, own_gpu, plan.config.runtime.timeout_seconds,
-                                            contract(plan)))
+    return PipelineEngine(plan, data, World(meeting, plan.config.name, device, own_gpu,
+                                            plan.config.runtime.timeout_seconds, contract(plan)))
 
 
 def use_threads(runtime: RuntimeConfig) -> None:

@@ -62,10 +62,18 @@ def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: fl
 
 def torchrun(processes: int, *arguments: str, timeout: float = 110, **kwargs) -> subprocess.CompletedProcess:
     """torchrun on this machine, with a time-out."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-               *arguments]
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.run(torchrun_command(processes, *arguments), env=torchrun_environment(), capture_output=True,
+                          text=True, timeout=timeout, **kwargs)
+
+
+def torchrun_command(processes: int, *arguments: str) -> list[str]:
+    """The command line of torchrun, by this interpreter."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
+
+
+def torchrun_environment() -> dict[str, str]:
+    """Lets the ranks find the package and the tests' models; one thread each, which torchrun then need not say."""
+    return os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:

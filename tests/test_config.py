@@ -171,7 +171,7 @@ def test_an_unknown_key_in_an_override_is_refused_like_one_in_the_file(load):
     ({"method": {"link": {"lenght": 1}}}, "method.link.lenght: unknown key; did you mean method.link.length?"),
     ({"data": {"augment": {"flips": True}}}, "data.augment.flips: unknown key; did you mean data.augment.flip?"),
     ({"delay": 1}, "delay: unknown key; did you mean method.link.delay?"),
-    ({"train": {"lr": 1}}, "train.lr: unknown key; did you mean optimizer.lr?"),
+    ({"train": {"weight": 1}}, "train.weight: unknown key; did you mean method.link.weight?"),
     ({"qqqqqqqqqqqqqqqq": 1}, "qqqqqqqqqqqqqqqq: unknown key"),
 ])
 def test_unknown_keys_are_refused_with_path_and_suggestion(sections, expected):
@@ -259,7 +259,7 @@ def test_a_key_given_twice_is_refused_with_its_line(load, text):
         load(text)
 
 
-@pytest.mark.parametrize("text", ["a: b: c", "a: [", "a: *unknown", "\tx: 1", "a: \x07", "--- 1\n--- 2", "a: !x 1",
+@pytest.mark.parametrize("text", ["a: b: c", "a: [", "a: *unknown", "a:\n\tb: 1", "a: \x07", "--- 1\n--- 2", "a: !x 1",
                                   "? [1]\n: 2", "[" * 3000, "seed: 0x_", "x: 2001-99-99"])
 def test_malformed_yaml_is_refused_on_one_line_with_the_files_name(load, text):
     with pytest.raises(ConfigError, match=r"run\.yaml: not valid YAML: .") as caught:
@@ -306,9 +306,8 @@ def test_an_override_that_is_too_deep_is_refused(load):
 
 @pytest.mark.xfail(strict=True, raises=ConfigError, reason="the check for keys given twice rejects merge keys")
 def test_yaml_merge_keys_are_merged(load):
-    config = load(SMALLEST_YAML + "model: &m {name: mlp, args: {a: 1}}\n".replace("model", "data")
-                  + "method: {head: {<<: *m, args: {b: 1}}}\n")
-    assert (config.method.head.name, config.method.head.args) == ("mlp", {"b": 1})
+    config = load(SMALLEST_YAML + "method: {head: &head {name: linear, args: {a: 1}}, loss: {<<: *head, name: own}}")
+    assert (config.method.loss.name, config.method.loss.args) == ("own", {"a": 1})
 
 
 # The round trip.
@@ -317,7 +316,8 @@ def is_exponent(text: str) -> bool:
     return re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+", text) is not None
 
 
-texts = st.text(max_size=8).filter(lambda text: not is_exponent(text))
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\x85\u2028\u2029"), max_size=6).filter(
+    lambda text: not is_exponent(text))
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 leaves = st.none() | st.booleans() | st.integers() | numbers | texts | st.sampled_from(
     ["yes", "no", "null", "~", "1", "0x1", "1_0", "12:30:00", "2020-01-01", "=", "<<", "- a", "a: b", "#", " a", "é\n"])
@@ -368,6 +368,13 @@ def test_a_dumped_config_is_read_back_equal(folder, tree):
                                     {"model": {"name": "mlp", "args": {"1e-3": 1}}}])
 def test_texts_that_read_as_exponents_survive_the_round_trip(load, change):
     config = parsed(**change)
+    assert load(dump_config(config)) == config
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the dump leaves line separators without escapes")
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b"])
+def test_unicode_line_separators_survive_the_round_trip(load, text):
+    config = parsed(model={"name": text})
     assert load(dump_config(config)) == config
 
 

@@ -33,30 +33,27 @@ class Meeting:
     rank: int
     size: int
 
-    def announce(self, message: dict[str, Any]) -> None:
-        """Rank 0 tells the others."""
-        self.store.set("announcement", json.dumps(message))
+    def announce(self, run: str, message: dict[str, Any]) -> None:
+        """Rank 0 tells the others, of the run with this name."""
+        self.store.set(f"{run}/announcement", json.dumps(message))
 
-    def listen(self) -> dict[str, Any]:
+    def listen(self, run: str) -> dict[str, Any]:
         """What rank 0 announced; waits for it."""
         try:
-            return json.loads(self.store.get("announcement"))
+            return json.loads(self.store.get(f"{run}/announcement"))
         except RuntimeError as error:
-            raise PeerLostError(f"rank {self.rank}: rank 0 announced nothing: {error}") from error
+            raise PeerLostError(f"rank {self.rank}: rank 0 announced nothing within runtime.timeout_seconds") from error
 
-    def first_to_fail(self) -> bool:
-        """Whether no other process has reported a failure yet; from now on, this one has."""
-        try:
-            return self.store.add("failures", 1) == 1
-        except RuntimeError:
-            return False
+    def is_reporter(self) -> bool:
+        """Whether this process is to report the failure: the first one that asks is."""
+        return self.store.compare_set("reporter", "", str(self.rank)) == str(self.rank).encode()
 
 
-def meet(run: str, timeout_seconds: float) -> Meeting:
-    """Reach the store that torchrun's environment names, under a prefix of this run's and this attempt's own."""
+def meet(timeout_seconds: float) -> Meeting:
+    """Reach the store that torchrun's environment names, under a prefix of this attempt's own."""
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Meeting(dist.PrefixStore(f"blpipe/{run}/attempt{attempt}", store), rank, size)
+    return Meeting(dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size)
 
 
 def choose_device(kind: str) -> tuple[torch.device, bool]:
@@ -80,17 +77,19 @@ class World:
     NCCL where every process has a GPU of its own; else gloo, through host memory.
 
     Args:
+        run: the run's name.
         contract: what both ends of every edge must agree on; compared before the first message.
     """
 
-    def __init__(self, meeting: Meeting, device: torch.device, own_gpu: bool, timeout_seconds: float,
+    def __init__(self, meeting: Meeting, run: str, device: torch.device, own_gpu: bool, timeout_seconds: float,
                  contract: dict[str, Any]):
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
         self.wire = device if own_gpu else torch.device("cpu")
-        _shake_hands(meeting, contract)
+        _shake_hands(meeting, run, contract)
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
-                                world_size=self.size, timeout=timeout, device_id=device if own_gpu else None)
+        store = dist.PrefixStore(run, meeting.store)
+        dist.init_process_group("nccl" if own_gpu else "gloo", store=store, rank=self.rank, world_size=self.size,
+                                timeout=timeout, device_id=device if own_gpu else None)
         # Any: torch gives a stand-in for groups that this process is not in; it never uses one.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout)
         edges = [[k, k + 1] for k in range(self.size - 1)]  # every process makes all groups in this order
@@ -147,12 +146,12 @@ class World:
                     dist.recv(ping, source, group)
 
 
-def _shake_hands(meeting: Meeting, contract: dict[str, Any]) -> None:
+def _shake_hands(meeting: Meeting, run: str, contract: dict[str, Any]) -> None:
     mine = {"blpipe": blpipe.__version__, "torch": torch.__version__, **contract}
-    meeting.store.set(f"hands/{meeting.rank}", json.dumps(mine))
+    meeting.store.set(f"{run}/hands/{meeting.rank}", json.dumps(mine))
     for neighbour in (meeting.rank - 1, meeting.rank + 1):
         if 0 <= neighbour < meeting.size:
-            theirs = json.loads(meeting.store.get(f"hands/{neighbour}"))
+            theirs = json.loads(meeting.store.get(f"{run}/hands/{neighbour}"))
             different = [key for key in mine if mine[key] != json.loads(json.dumps(theirs.get(key)))]
             if different:
                 key = different[0]

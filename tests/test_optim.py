@@ -1,0 +1,209 @@
+"""Optimizers by name, and the learning rate in closed form."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from blpipe.config import OptimizerConfig, ScheduleConfig
+from blpipe.errors import ConfigError
+from blpipe.optim import build_optimizer, lr_factor
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(3, 2, generator=generator)), nn.Parameter(torch.randn(2, 3, generator=generator))]
+
+
+def build(name="sgd", args=None, lr=0.1, over=None):
+    return build_optimizer(OptimizerConfig(name=name, lr=lr, args=args or {}), parameters() if over is None else over)
+
+
+@pytest.mark.parametrize(("name", "args", "expected"), [
+    ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}, torch.optim.SGD),
+    ("SGD", {"fused": True}, torch.optim.SGD),
+    ("Adam", {"amsgrad": True}, torch.optim.Adam),
+    ("adamw", {"fused": True}, torch.optim.AdamW),
+    ("adamw", {"foreach": True}, torch.optim.AdamW),
+    ("RMSprop", {"alpha": 0.9}, torch.optim.RMSprop),
+    ("adagrad", {}, torch.optim.Adagrad),
+    ("nadam", {}, torch.optim.NAdam),
+    ("muon", {}, torch.optim.Muon),
+])
+def test_an_optimizer_by_its_name_steps_as_torchs_own(name, args, expected):
+    ours, reference = parameters(), parameters()
+    optimizers = build(name, args, 0.01, ours), expected(reference, lr=0.01, **args)
+    assert type(optimizers[0]) is expected
+    for optimizer, own in zip(optimizers, (ours, reference), strict=True):
+        for parameter in own:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+    assert not torch.equal(ours[0], parameters()[0])
+
+
+def test_a_list_stands_for_the_pair_that_torch_wants():
+    assert build("adamw", {"betas": [0.8, 0.95]}).param_groups[0]["betas"] == (0.8, 0.95)
+
+
+def test_only_parameters_that_require_a_gradient_are_optimized():
+    frozen, free = parameters()
+    frozen.requires_grad_(False)
+    assert build(over=iter([frozen, free])).param_groups[0]["params"] == [free]
+
+
+@pytest.mark.parametrize("over", [[], [nn.Parameter(torch.ones(1), requires_grad=False)]])
+def test_without_trainable_parameters_there_is_no_optimizer(over):
+    assert build(over=over) is None
+
+
+@pytest.mark.parametrize(("name", "args", "message"), [
+    ("admaw", {}, r"^optimizer\.name: unknown 'admaw' \(did you mean 'adamw'\?\); one of .*adamw, .*sgd"),
+    ("zzz", {}, r"^optimizer\.name: unknown 'zzz'; one of "),
+    ("optimizer", {}, r"^optimizer\.name: unknown 'optimizer'"),
+    ("lbfgs", {}, r"^optimizer\.name: 'lbfgs' does not fit stages: it calls the model again; use adamw or sgd$"),
+    ("SparseAdam", {}, r"^optimizer\.name: 'SparseAdam' does not fit stages: it wants sparse gradients"),
+    ("sgd", {"lr": 1.0}, r"^optimizer\.args\.lr: got 1\.0; the learning rate is optimizer\.lr$"),
+    ("sgd", {"betas": [0.9, 0.9]}, r"^optimizer\.args: got an unexpected keyword argument 'betas'; it takes lr, mom"),
+    ("sgd", {"params": []}, r"^optimizer\.args: multiple values for argument 'params'"),
+    ("sgd", {"momentum": -1.0}, r"^optimizer: ValueError: Invalid momentum value: -1\.0$"),
+    ("sgd", {"momentum": "a"}, r"^optimizer: TypeError: "),
+])
+def test_what_does_not_fit_is_refused(name, args, message):
+    with pytest.raises(ConfigError, match=message):
+        build(name, args)
+
+
+def test_what_a_stage_cannot_run_is_not_offered():
+    with pytest.raises(ConfigError, match="one of ") as caught:
+        build("zzz")
+    assert not {"lbfgs", "sparseadam", "optimizer"} & set(str(caught.value).partition("one of ")[2].split(", "))
+
+
+# The learning rate. 5 epochs of 8 steps, unless said otherwise.
+
+STEPS, EPOCHS = 8, 5
+TOTAL = STEPS * EPOCHS
+
+
+def factors(**schedule) -> list[float]:
+    config = ScheduleConfig(**schedule)
+    return [lr_factor(config, step, STEPS, EPOCHS) for step in range(TOTAL)]
+
+
+def cosine(begin: float, end: float, share: float) -> float:
+    return begin + (end - begin) * (1 - math.cos(math.pi * share)) / 2
+
+
+def test_constant_is_one_throughout():
+    assert factors() == [1.0] * TOTAL
+
+
+@pytest.mark.parametrize("warmup_epochs", [0.5, 2, 2.3])
+@pytest.mark.parametrize("name", ["constant", "cosine", "multistep", "one-cycle"])
+def test_the_warm_up_rises_linearly_from_its_first_step(name, warmup_epochs):
+    steps = warmup_epochs * STEPS
+    rising = factors(name=name, warmup_epochs=warmup_epochs)[:math.ceil(steps)]
+    assert rising == pytest.approx([(step + 1) / (steps + 1) for step in range(len(rising))])
+    assert all(0.0 < factor < 1.0 for factor in rising)
+
+
+def test_constant_is_one_after_the_warm_up():
+    assert factors(warmup_epochs=2)[2 * STEPS:] == [1.0] * (TOTAL - 2 * STEPS)
+
+
+def test_a_warm_up_longer_than_the_run_only_rises():
+    rising = factors(name="cosine", warmup_epochs=10)
+    assert rising == sorted(rising)
+    assert rising[-1] == pytest.approx(TOTAL / (10 * STEPS + 1))
+
+
+@pytest.mark.parametrize("final", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("warmup_epochs", [0, 1.5])
+def test_cosine_falls_to_final_over_what_the_warm_up_leaves(final, warmup_epochs):
+    first = int(warmup_epochs * STEPS)
+    falling = factors(name="cosine", final=final, warmup_epochs=warmup_epochs)[first:]
+    assert falling == pytest.approx([cosine(1.0, final, i / (TOTAL - first)) for i in range(TOTAL - first)])
+    assert falling[0] == 1.0
+
+
+def test_cosine_ends_close_to_final():
+    config = ScheduleConfig(name="cosine", final=0.1, warmup_epochs=1)
+    assert lr_factor(config, 9999, 1000, 10) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_multistep_is_multiplied_at_each_milestone():
+    steps = factors(name="multistep", milestones=[2, 3.5], gamma=0.5)
+    assert steps == [1.0] * 16 + [0.5] * 12 + [0.25] * 12
+
+
+def test_multistep_counts_milestones_from_the_start_of_the_run():
+    steps = factors(name="multistep", milestones=[2], gamma=0.5, warmup_epochs=1)
+    assert steps[8:] == [1.0] * 8 + [0.5] * 24
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+@pytest.mark.parametrize("peak", [0.0, 0.25, 0.3, 1.0])
+def test_one_cycle_rises_to_its_peak_and_falls_to_final(peak, warmup_epochs):
+    first = warmup_epochs * STEPS
+    ours = factors(name="one-cycle", peak=peak, start=0.1, final=0.01, warmup_epochs=warmup_epochs)[first:]
+    top, total = peak * (TOTAL - first), TOTAL - first
+    assert ours == pytest.approx([cosine(0.1, 1.0, i / top) if i < top else
+                                  cosine(1.0, 0.01, (i - top) / (total - top)) for i in range(total)])
+
+
+def test_one_cycle_by_hand():
+    ours = factors(name="one-cycle", peak=0.25, start=0.04, final=0.0)
+    assert ours[0] == pytest.approx(0.04)
+    assert ours[5] == pytest.approx(0.52)
+    assert ours[10] == 1.0
+    assert ours[25] == pytest.approx(0.5)
+
+
+def test_one_cycle_with_torchs_parameters_is_torchs():
+    optimizer = torch.optim.SGD(parameters(), lr=0.04)
+    # torch reaches its last value in the last step, ours would reach it one step later: one step more for it.
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=TOTAL + 1, pct_start=11 / 41,
+                                                 div_factor=25, final_div_factor=1e12, cycle_momentum=False)
+    values = []
+    for _ in range(TOTAL):
+        values.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert factors(name="one-cycle", peak=0.25, start=0.04) == pytest.approx(values)
+
+
+share = st.floats(0.0, 1.0)
+schedules = st.builds(
+    ScheduleConfig, name=st.sampled_from(["constant", "cosine", "multistep", "one-cycle"]),
+    warmup_epochs=st.floats(0.0, 12.0), final=share, gamma=st.floats(0.01, 1.0), peak=share, start=share,
+    milestones=st.lists(st.floats(0.01, 12.0), max_size=3))
+
+
+@settings(deadline=None, max_examples=200)
+@given(config=schedules, steps_per_epoch=st.integers(1, 9), epochs=st.integers(1, 9))
+def test_a_factor_is_finite_and_from_0_to_1(config, steps_per_epoch, epochs):
+    for step in range(steps_per_epoch * epochs):
+        assert -1e-12 <= lr_factor(config, step, steps_per_epoch, epochs) <= 1 + 1e-12
+
+
+@settings(deadline=None, max_examples=100)
+@given(config=schedules, steps_per_epoch=st.integers(1, 9), epochs=st.integers(1, 9))
+def test_a_warm_up_rises_with_every_step(config, steps_per_epoch, epochs):
+    assume(config.warmup_epochs > 0)
+    warm = [lr_factor(config, step, steps_per_epoch, epochs) for step in range(steps_per_epoch * epochs)
+            if step < config.warmup_epochs * steps_per_epoch]
+    assert all(a < b for a, b in zip(warm, warm[1:], strict=False))
+    assert all(0 < factor <= 1 for factor in warm)
+
+
+@settings(deadline=None, max_examples=100)
+@given(config=schedules, steps_per_epoch=st.integers(1, 9), epochs=st.integers(1, 9))
+def test_cosine_and_multistep_never_rise_after_the_warm_up(config, steps_per_epoch, epochs):
+    assume(config.name in ("cosine", "multistep"))
+    falling = [lr_factor(config, step, steps_per_epoch, epochs) for step in range(steps_per_epoch * epochs)
+               if step >= config.warmup_epochs * steps_per_epoch]
+    assert all(a >= b for a, b in zip(falling, falling[1:], strict=False))

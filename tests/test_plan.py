@@ -1,0 +1,297 @@
+"""What is fixed and checked before a run starts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from blpipe.config import Config, LinkConfig, parse_config
+from blpipe.data import DataSpec
+from blpipe.errors import ConfigError
+from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar
+from blpipe.plan import Plan, evaluation_sizes, make_plan, notices, step_sizes, tail_length, trace_shapes
+
+IMAGES = DataSpec((3, 8, 8), "float32", (), 4, 24, 10)
+TOKENS = DataSpec((6,), "int64", (6,), 9, 24, 10)
+
+
+# Models that the tests name as a target.
+
+class Counter(nn.Module):
+    """Changes a buffer in every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        self.count += 1
+        return x * torch.rand_like(x)
+
+
+def own(what="net"):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
+    frozen = nn.BatchNorm1d(8).eval()
+    return {
+        "net": lambda: {"flat": flat, "counter": Counter(), "norm": nn.BatchNorm1d(8), "drop": nn.Dropout(0.5),
+                        "out": nn.Linear(8, 4)},
+        "tokens": lambda: {"embed": nn.Embedding(9, 5), "mix": nn.Linear(5, 7), "out": nn.Linear(7, 9)},
+        "frozen": lambda: {"flat": flat, "frozen": frozen, "out": nn.Linear(8, 4)},
+        "pair": lambda: {"flat": flat, "lstm": nn.LSTM(8, 4), "out": nn.Linear(4, 4)},
+        "no batch": lambda: {"flat": nn.Flatten(0), "out": nn.Linear(192, 4)},
+        "points": lambda: {"pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)), "flat": nn.Flatten(),
+                           "out": nn.Linear(3, 4)},
+        "map": lambda: {"conv": nn.Conv2d(3, 4, 1), "out": nn.Conv2d(4, 4, 1)},
+    }[what]()
+
+
+def own_head(boundary, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(boundary.shape[0], classes))
+
+
+def config(model="mlp", **changes) -> Config:
+    tree = {"name": "run", "model": model, "partition": {"stages": 2}, "train": {"batch_size": 8}}
+    return parse_config(tree | changes)
+
+
+def plan(model="mlp", data=IMAGES, **changes) -> Plan:
+    return make_plan(config(model, **changes), data)
+
+
+def net(what="net") -> dict:
+    return {"target": "test_plan:own", "args": {"what": what}}
+
+
+def refused(match: str, model="mlp", data=IMAGES, **changes) -> None:
+    with pytest.raises(ConfigError, match=match) as caught:
+        plan(model, data, **changes)
+    assert "\n" not in str(caught.value)
+
+
+# Steps.
+
+trains = st.builds(lambda micro, count, drop_last, evaluation: config(train={
+    "batch_size": micro * count, "microbatches": count, "drop_last": drop_last, "eval_batch_size": evaluation}),
+    st.integers(1, 6), st.integers(1, 6), st.booleans(), st.none() | st.integers(1, 20))
+
+
+@settings(deadline=None, max_examples=150)
+@given(config=trains, samples=st.integers(0, 150))
+def test_the_steps_of_an_epoch_hold_every_sample_once(config, samples):
+    train, steps = config.train, step_sizes(samples, config)
+    micro = train.batch_size // train.microbatches
+    assert all(0 < size <= micro for step in steps for size in step)
+    assert all(step == (micro,) * train.microbatches for step in steps[:-1])
+    assert all(set(step[:-1]) <= {micro} for step in steps)
+    held = sum(map(sum, steps))
+    assert held == (samples - samples % train.batch_size if train.drop_last else samples)
+
+
+@settings(deadline=None, max_examples=100)
+@given(config=trains, samples=st.integers(0, 150))
+def test_an_evaluation_holds_every_sample_once(config, samples):
+    sizes = evaluation_sizes(samples, config)
+    most = config.train.eval_batch_size or config.train.batch_size
+    assert sum(sizes) == samples
+    assert all(size == most for size in sizes[:-1])
+    assert all(0 < size <= most for size in sizes)
+
+
+def test_steps_by_hand():
+    def steps(**train):
+        return step_sizes(21, config(train={"batch_size": 8, **train}))
+    assert steps() == [(8,), (8,), (5,)]
+    assert steps(microbatches=4) == [(2, 2, 2, 2)] * 2 + [(2, 2, 1)]
+    assert steps(microbatches=2, drop_last=True) == [(4, 4)] * 2
+
+
+def test_the_steps_of_later_epochs_are_numbered_on():
+    made = plan(train={"batch_size": 10, "microbatches": 2})
+    assert [tuple(step) for step in made.train_steps(0)] == [(0, (5, 5)), (1, (5, 5)), (2, (4,))]
+    assert [step.index for step in made.train_steps(2)] == [6, 7, 8]
+    assert made.evaluation_sizes() == [10]
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    refused(r"^train\.batch_size: 25 is more than the 24 training samples; use at most 24$", train={"batch_size": 25})
+    assert plan(train={"batch_size": 24}).train_steps(0) == [(0, (24,))]
+
+
+# Shapes.
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("model", "data"), [
+    (resnet_cifar(8, 0.25), IMAGES),
+    (resnet_cifar(8, 0.25), DataSpec((3, 9, 7), "float32", (), 10, 5, 5)),
+    (vgg_cifar(11, 1 / 64), DataSpec((3, 32, 32), "float32", (), 10, 5, 5)),
+    (mlp([4, 5], in_shape=[3, 8, 8], dropout=0.5), IMAGES),
+    (nn.Sequential(*own("tokens").values()), TOKENS)])
+def test_traced_shapes_are_those_of_the_real_outputs(model, data, training):
+    x = torch.randint(0, 9, (5, *data.shape)) if data.dtype == "int64" else torch.rand(5, *data.shape)
+    specs = trace_shapes(model, data, 5, training)
+    model.train(training)
+    assert list(specs) == [name for name, _ in model.named_children()]
+    for spec, block in zip(specs.values(), model, strict=True):
+        x = block(x)
+        assert spec == (tuple(x.shape), x.dtype)
+
+
+@pytest.mark.parametrize("what", ["net", "frozen"])
+def test_tracing_leaves_no_trace(what):
+    model = nn.Sequential()
+    for name, block in own(what).items():
+        model.add_module(name, block)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    model.train()
+    trace_shapes(model, IMAGES, 4, training=True)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    trace_shapes(model, IMAGES, 1, training=False)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(tensor.device.type == "cpu" and tensor.grad is None for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_making_a_plan_leaves_the_model_as_it_was_built():
+    random_state = torch.get_rng_state()
+    made = plan(net())
+    built = build_model(made.config.model, IMAGES, made.config.seed)
+    assert all(torch.equal(a, b) for a, b in zip(made.model.state_dict().values(), built.state_dict().values(),
+                                                 strict=True))
+    assert [m.training for m in made.model.modules()] == [m.training for m in built.modules()]
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="tracing puts every part of a block into one mode")
+def test_making_a_plan_keeps_a_part_that_the_model_froze_in_its_mode():
+    assert not plan(net("frozen"), partition={"stages": 1}).model.frozen.training
+
+
+def test_a_plan_has_the_output_of_every_stage_for_every_size():
+    made = plan({"name": "resnet_cifar", "args": {"depth": 8, "width": 0.25}}, partition={"stages": 3},
+                train={"batch_size": 10, "microbatches": 2, "eval_batch_size": 7})
+    assert set(made.outputs) == {5, 4, 7, 3}
+    for size, specs in made.outputs.items():
+        assert [spec.shape for spec in specs] == [(size, 4, 8, 8), (size, 8, 4, 4), (size, 4)]
+        assert {spec.dtype for spec in specs} == {torch.float32}
+        assert made.input(size) == ((size, 3, 8, 8), torch.float32)
+        assert made.targets(size) == ((size,), torch.int64)
+    assert [made.block_names(k) for k in range(3)] == [["stem"], ["layer1_0", "layer2_0"], ["layer3_0", "classifier"]]
+    assert [b.shape for b in made.boundaries] == [(4, 8, 8), (8, 4, 4), (4,)]
+    assert made.boundaries[0].later == ((4, 8, 8), (8, 4, 4), (16, 2, 2), (4,))
+    assert made.boundaries[-1].later == ()
+    assert made.classes == 4
+
+
+def test_a_plan_for_tokens_has_a_target_at_every_position():
+    made = plan(net("tokens"), TOKENS, method={"name": "bp"})
+    assert [spec.shape for spec in made.outputs[8]] == [(8, 6, 5), (8, 6, 9)]
+    assert (made.input(8), made.targets(8)) == (((8, 6), torch.int64), ((8, 6), torch.int64))
+    assert made.classes == 9
+
+
+@pytest.mark.parametrize(("model", "data", "message"), [
+    ({"name": "vgg_cifar", "args": {"width": 0.02}}, IMAGES,
+     r"^model: block conv4_1 cannot take an input of shape \[8, 10, 1, 1\] \(samples of \[3, 8, 8\]\): .*; "
+     "change model.args or the samples' size$"),
+    ({"name": "mlp", "args": {"in_shape": [1, 8, 8]}}, IMAGES,
+     r"^model: block layer1 cannot take an input of shape \[8, 3, 8, 8\] \(samples of \[3, 8, 8\]\): "),
+    (net("pair"), IMAGES, r"^model: block lstm made tuple of \[8, 8\]; it must return one tensor \[8, …\] for a bat"),
+    (net("no batch"), IMAGES, r"^model: block flat made \[1536\] of \[8, 3, 8, 8\]; it must return one tensor \[8, …\]"),
+    (net("map"), IMAGES, r"^model: its last block out gives \[8, 4, 8, 8\]; for targets of \[8\] it must give "
+                         r"\[8, 'classes'\]$"),
+    (net("net"), DataSpec((3, 8, 8), "float32", (5,), 4, 24, 10),
+     r"^model: its last block out gives \[8, 4\]; for targets of \[8, 5\] it must give \[8, 5, 'classes'\]$"),
+])
+def test_a_model_that_does_not_fit_the_data_is_refused_with_block_and_shape(model, data, message):
+    refused(message, model, data)
+
+
+@pytest.mark.parametrize("method", ["bp", "greedy", "backlink"])
+def test_a_last_microbatch_of_one_sample_and_batchnorm_are_refused(method):
+    data = DataSpec((3, 8, 8), "float32", (), 4, 25, 10)
+    train = {"batch_size": 8, "microbatches": 2}
+    refused(r"^train\.batch_size: BatchNorm in block layer1 cannot train on a microbatch of 1 sample; "
+            "set train.drop_last=true or another batch size$", data=data, train=train, method={"name": method})
+    assert len(plan(data=data, train=train | {"drop_last": True}).train_steps(0)) == 3
+
+
+def test_a_last_microbatch_of_one_sample_is_fine_without_batchnorm_and_in_an_evaluation():
+    bare = {"name": "mlp", "args": {"batch_norm": False}}
+    data = DataSpec((3, 8, 8), "float32", (), 4, 25, 10)
+    assert plan(bare, data, method={"head": "linear"}).outputs.keys() == {8, 1, 2}
+    assert plan(data=DataSpec((3, 8, 8), "float32", (), 4, 24, 9)).outputs.keys() == {8, 1}
+
+
+def test_a_head_that_cannot_train_on_one_sample_is_refused():
+    points = DataSpec((3, 1, 1), "float32", (), 4, 25, 10)
+    model = {"name": "resnet_cifar", "args": {"depth": 8}}
+    refused("^train.batch_size: BatchNorm in block stem cannot train", model, points)
+
+
+# Heads.
+
+def test_heads_are_checked_against_the_logits():
+    target = {"target": "test_plan:own_head"}
+    assert plan(method={"head": target | {"args": {"classes": 4}}}).classes == 4
+    refused(r"^method\.head: after block layer2 it gives \[8, 3\] of \[8, 128\]; it must give \[8, 4\], the logits$",
+            method={"head": target | {"args": {"classes": 3}}})
+
+
+def test_heads_that_cannot_take_their_boundary_are_refused():
+    refused(r"^method\.head \(after block stem\) cannot take an input of shape \[8, 16, 8, 8\]",
+            {"name": "resnet_cifar", "args": {"depth": 8}},
+            method={"head": {"target": "test_plan:own_head", "args": {"classes": 4}}}, partition={"cuts": ["layer1_0"]})
+    refused(r"^method\.head\.name: unknown 'cnv' \(did you mean 'conv'\?\)", method={"head": "cnv"})
+
+
+@pytest.mark.parametrize("changes", [{"method": {"name": "bp", "head": "cnv"}},
+                                     {"method": {"head": "cnv"}, "partition": {"stages": 1}}])
+def test_heads_are_not_checked_where_none_is_used(changes):
+    assert plan(**changes).classes == 4
+
+
+# Tails.
+
+@pytest.mark.parametrize(("length", "blocks", "tail"), [(1, 3, 1), (3, 3, 3), (9, 3, 3), ("all", 3, 3), (0, 3, 0)])
+def test_a_tail_is_the_links_length_clipped_to_the_stage(length, blocks, tail):
+    assert tail_length(LinkConfig(length=length), blocks) == tail
+    assert tail_length(LinkConfig(length=length, weight=0.0), blocks) == 0
+
+
+SIX = {"name": "mlp", "args": {"hidden": [4] * 5}}
+
+
+@pytest.mark.parametrize(("method", "tails"), [
+    ({}, [1, 1, 0]),
+    ({"link": {"length": 2}}, [1, 2, 0]),
+    ({"link": {"length": "all"}}, [1, 2, 0]),
+    ({"link": {"length": 0}}, [0, 0, 0]),
+    ({"link": {"weight": 0}}, [0, 0, 0]),
+    ({"link": {"weight": -0.5}}, [1, 1, 0]),
+    ({"name": "greedy"}, [0, 0, 0]),
+    ({"name": "bp"}, [0, 0, 0]),
+])
+def test_every_stage_but_the_last_has_a_tail_where_there_is_a_link(method, tails):
+    assert plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]}).tails == tails
+
+
+def test_a_single_stage_has_no_tail():
+    assert plan(partition={"stages": 1}).tails == [0]
+
+
+def test_a_link_longer_than_a_stage_is_noticed():
+    three = {"cuts": ["layer2", "layer4"]}
+    said = notices(plan(SIX, method={"link": {"length": 2}}, partition=three))
+    assert said == ["method.link.length: 2 is more than some stages have; stages 1 use all of their blocks"]
+    both, = notices(plan(SIX, method={"link": {"length": 3}}, partition=three))
+    assert "stages 1, 2 use all" in both
+
+
+@pytest.mark.parametrize("method", [{}, {"link": {"length": "all"}}, {"name": "greedy", "link": {"length": 9}},
+                                    {"name": "bp", "link": {"length": 9}}])
+def test_nothing_is_noticed_otherwise(method):
+    assert notices(plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]})) == []
