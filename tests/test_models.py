@@ -112,11 +112,8 @@ def test_a_resnet_takes_any_image_size(size):
     assert resnet_cifar(8)(torch.rand(2, 3, size, size)).shape == (2, 10)
 
 
-@pytest.mark.parametrize(("depth", "nearest"), [(18, 20), (16, 14), (2, 8), (0, 8), (-5, 8), (50, 50), (101, 98)])
+@pytest.mark.parametrize(("depth", "nearest"), [(18, 20), (16, 14), (2, 8), (0, 8), (-5, 8), (101, 98)])
 def test_a_depth_that_no_resnet_has_is_refused_with_the_nearest(depth, nearest):
-    if depth == nearest:
-        assert len(resnet_cifar(depth)) == 2 + (depth - 2) // 2
-        return
     with pytest.raises(ValueError, match=f"^depth {depth} is not 6n \\+ 2; the nearest is {nearest}$"):
         resnet_cifar(depth)
 
@@ -172,11 +169,10 @@ def test_an_mlp_with_an_empty_layer_is_refused():
         mlp([3, 0])
 
 
-@pytest.mark.parametrize("model", [resnet_cifar(8), vgg_cifar(11, 1 / 64, in_channels=3), mlp([4, 4], in_shape=[3, 32, 32])])
+@pytest.mark.parametrize("model", [resnet_cifar(8), vgg_cifar(11, 1 / 64), mlp([4, 4], in_shape=[3, 32, 32])])
 def test_the_blocks_one_after_the_other_are_the_model(model):
-    x = wanted = torch.rand(2, 3, 32, 32)
-    wanted = model(wanted)
-    model.zero_grad()
+    x = torch.rand(2, 3, 32, 32)
+    wanted = model(x)
     for block in model.children():
         x = block(x)
     assert torch.equal(x, wanted)
@@ -285,7 +281,8 @@ def test_a_target_that_returns_no_blocks_is_refused(what, message):
     ({"name": "zzz"}, r"^model\.name: unknown 'zzz'; one of "),
     ({"name": "mlp", "args": {"widths": [1]}},
      r"^model\.args: got an unexpected keyword argument 'widths'; it takes hidden, dropout, batch_norm, in_shape"),
-    ({"name": "resnet_cifar", "args": {"depth": 21}}, r"^model: ValueError: depth 21 is not 6n \+ 2; the nearest is 20$"),
+    ({"name": "resnet_cifar", "args": {"depth": 21}},
+     r"^model: ValueError: depth 21 is not 6n \+ 2; the nearest is 20$"),
     ({"name": "resnet_cifar", "args": {"depth": "20"}}, r"^model: TypeError: "),
     ({"target": "test_models:own_return"}, r"^model\.args: missing a required argument: 'what'; it takes what$"),
     ({"target": "test_models"}, r"^model\.target: 'test_models' is not of the form package\.module:function$"),

@@ -85,7 +85,7 @@ class World:
                  contract: dict[str, Any]):
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
         self.wire = device if own_gpu else torch.device("cpu")
-        _shake_hands(meeting, run, contract)
+        shake_hands(meeting, run, contract)
         timeout = timedelta(seconds=timeout_seconds)
         store = dist.PrefixStore(run, meeting.store)
         dist.init_process_group("nccl" if own_gpu else "gloo", store=store, rank=self.rank, world_size=self.size,
@@ -146,7 +146,12 @@ class World:
                     dist.recv(ping, source, group)
 
 
-def _shake_hands(meeting: Meeting, run: str, contract: dict[str, Any]) -> None:
+def shake_hands(meeting: Meeting, run: str, contract: dict[str, Any]) -> None:
+    """Compare versions and `contract` (JSON) with both neighbours, before any process group exists.
+
+    Raises:
+        UserError: a neighbour with another version or contract.
+    """
     mine = {"blpipe": blpipe.__version__, "torch": torch.__version__, **contract}
     meeting.store.set(f"{run}/hands/{meeting.rank}", json.dumps(mine))
     for neighbour in (meeting.rank - 1, meeting.rank + 1):

@@ -1,0 +1,113 @@
+"""Messages, hands shaken, and which engine a launch gets."""
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import small_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blpipe.config import parse_config
+from blpipe.errors import ConfigError, UserError
+from blpipe.plan import TensorSpec
+from blpipe.trainer import choose_engine
+from blpipe.transport.memory import MemoryQueue
+from blpipe.transport.queues import message_bytes, views
+from blpipe.transport.world import Meeting, shake_hands
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+LAYOUTS = st.lists(st.builds(TensorSpec, st.lists(st.integers(0, 5), max_size=4).map(tuple), st.sampled_from(DTYPES)),
+                   min_size=1, max_size=4).map(tuple)
+
+
+@given(LAYOUTS, st.integers(0, 2**32))
+def test_a_message_carries_its_tensors_apart(layout, seed):
+    buffer = torch.zeros(message_bytes(layout), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    sent = [torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype) for spec in layout]
+    for view, tensor in zip(views(buffer, layout), sent, strict=True):
+        assert view.data_ptr() % view.element_size() == 0
+        view.copy_(tensor)
+    for view, tensor in zip(views(buffer, layout), sent, strict=True):
+        assert torch.equal(view, tensor)
+
+
+def test_a_queue_in_memory_keeps_order_and_says_when_it_is_full():
+    queue = MemoryQueue(capacity=2)
+    assert not queue.has_message()
+    for value in (1.0, 2.0):
+        assert queue.has_room()
+        queue.put(torch.full((2, 3), value).t())
+    assert not queue.has_room()
+    first, = queue.get()
+    assert first.is_contiguous()
+    assert first[0, 0] == 1.0
+    assert queue.get()[0][0, 0] == 2.0
+    assert not queue.has_message()
+
+
+def shake(contracts):
+    """What each rank raises when it shakes hands with its contract."""
+    store, raised = dist.HashStore(), {}
+
+    def rank(index):
+        try:
+            shake_hands(Meeting(store, index, len(contracts)), "run", contracts[index])
+        except UserError as error:
+            raised[index] = str(error)
+
+    threads = [threading.Thread(target=rank, args=(index,)) for index in range(len(contracts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    return raised
+
+
+def test_neighbours_with_one_contract_shake_hands():
+    assert shake([{"outputs": {"8": [[8, 2]]}}] * 3) == {}
+
+
+def test_a_neighbour_with_another_contract_is_refused_on_both_sides():
+    raised = shake([{"config": 1, "outputs": 2}, {"config": 1, "outputs": 2}, {"config": 1, "outputs": 3}])
+    assert raised.keys() == {1, 2}
+    assert raised[1] == "rank 1 and rank 2 differ in outputs: 2 and 3; start every rank with the same config and versions"
+
+
+def test_one_rank_reports_a_failure():
+    store = dist.HashStore()
+    assert Meeting(store, 1, 3).is_reporter()
+    assert not Meeting(store, 0, 3).is_reporter()
+    assert Meeting(store, 1, 3).is_reporter()
+
+
+@pytest.mark.parametrize(("launched", "engine", "stages", "expected"), [
+    (None, "auto", 3, "local"), (None, "local", 3, "local"), (3, "auto", 3, "pipeline"), (3, "pipeline", 3, "pipeline"),
+    (1, "auto", 1, "local"), (1, "local", 3, "local"),
+])
+def test_the_launch_chooses_the_engine(monkeypatch, launched, engine, stages, expected):
+    launch(monkeypatch, launched)
+    assert choose_engine(tree(engine, stages)) == expected
+
+
+@pytest.mark.parametrize(("launched", "engine", "stages", "message"), [
+    (2, "auto", 3, r"^partition\.stages: 3 stages need 3 processes, torchrun started 2; run `torchrun .*=3 -m blpipe"),
+    (1, "auto", 3, r"^partition\.stages: 3 stages need 3 processes, torchrun started 1"),
+    (3, "local", 3, r"^runtime\.engine: local, but torchrun started 3 processes"),
+    (None, "pipeline", 3, r"^runtime\.engine: pipeline needs a process a stage"),
+])
+def test_a_launch_that_does_not_fit_is_refused(monkeypatch, launched, engine, stages, message):
+    launch(monkeypatch, launched)
+    with pytest.raises(ConfigError, match=message):
+        choose_engine(tree(engine, stages))
+
+
+def launch(monkeypatch, processes):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", str(processes))):
+        monkeypatch.setenv(name, value) if processes else monkeypatch.delenv(name, raising=False)
+
+
+def tree(engine, stages):
+    return parse_config(small_config("run", partition__stages=stages, runtime__engine=engine))
