@@ -45,16 +45,31 @@ def choose_engine(config: Config) -> str:
 def open_local(plan: Plan, data: Data) -> Engine:
     """All stages in this process."""
     device, _ = choose_device(plan.config.runtime.device)
+    _use(device)
     return LocalEngine(plan, data, device)
 
 
 def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
-    """This process's stage, connected to its neighbours; `data` on rank 0 alone."""
+    """This process's stage, connected to its neighbours; `data` on rank 0 alone.
+
+    Raises:
+        UserError: neighbours that do not fit together, or a method that cannot share GPUs.
+    """
     device, own_gpu = choose_device(plan.config.runtime.device)
-    if device.type == "cuda" and not own_gpu and meeting.rank == 0:
-        print("note: there are more stages than GPUs here; stages share them, and send through host memory")
+    if device.type == "cuda" and not own_gpu:
+        if plan.config.method.name == "bp":
+            raise ConfigError("method.name: bp in the pipeline needs a GPU for each stage, and there are fewer here; "
+                              "use runtime.device=cpu, or leave torchrun out")
+        if meeting.rank == 0:
+            print("note: there are more stages than GPUs here; stages share them, and send through host memory")
+    _use(device)
     return PipelineEngine(plan, data, World(meeting, plan.config.name, device, own_gpu,
                                             plan.config.runtime.timeout_seconds, contract(plan)))
+
+
+def _use(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def use_threads(runtime: RuntimeConfig) -> None:

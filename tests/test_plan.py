@@ -40,8 +40,7 @@ def own(what="net"):
         "frozen": lambda: {"flat": flat, "frozen": nn.Sequential(frozen), "out": nn.Linear(8, 4)},
         "pair": lambda: {"flat": flat, "lstm": nn.LSTM(8, 4), "out": nn.Linear(4, 4)},
         "no batch": lambda: {"flat": nn.Flatten(0), "out": nn.Linear(192, 4)},
-        "points": lambda: {"pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)), "flat": nn.Flatten(),
-                           "out": nn.Linear(3, 4)},
+        "points": lambda: {"pool": nn.AdaptiveAvgPool2d(1), "out": nn.Sequential(nn.Flatten(), nn.Linear(3, 4))},
         "map": lambda: {"conv": nn.Conv2d(3, 4, 1), "out": nn.Conv2d(4, 4, 1)},
     }[what]()
 
@@ -228,9 +227,10 @@ def test_a_last_microbatch_of_one_sample_is_fine_without_batchnorm_and_in_an_eva
 
 
 def test_a_head_that_cannot_train_on_one_sample_is_refused():
-    points = DataSpec((3, 1, 1), "float32", (), 4, 25, 10)
-    model = {"name": "resnet_cifar", "args": {"depth": 8}}
-    refused("^train.batch_size: BatchNorm in block stem cannot train", model, points)
+    data = DataSpec((3, 8, 8), "float32", (), 4, 25, 10)
+    refused(r"^train\.batch_size: BatchNorm in method\.head \(after block pool\) cannot train on a microbatch of 1 sample",
+            net("points"), data)
+    assert plan(net("points"), data, method={"head": "linear"}).outputs.keys() == {8, 1, 2}
 
 
 # Heads.

@@ -40,7 +40,7 @@ def run(command, folder, timeout=110):
     """A command line as a user's shell would run it."""
     path = f"{folder}/.venv/bin:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"PATH": path})
+                          env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
