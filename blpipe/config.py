@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from blpipe.errors import ConfigError
+from blpipe.errors import ConfigError, one_line
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -19,14 +19,20 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """A group of keys; unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Named(Section):
-    """A part, by the name of a built-in or as `target: package.module:function`, and its arguments.
+class ByName(Section):
+    """A section for which a plain string stands for `{name: …}`."""
 
-    A plain string stands for `{name: …}`.
-    """
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Named(ByName):
+    """A part, by the name of a built-in or as `target: package.module:function`, and its arguments."""
 
     default: ClassVar[str | None] = None  # the name where neither name nor target is given
 
@@ -37,8 +43,6 @@ class Named(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
         if cls.default and isinstance(value, dict) and not {"name", "target"} & value.keys():
             return {"name": cls.default} | value
         return value
@@ -134,7 +138,7 @@ class LossConfig(Named):
     default = "cross_entropy"
 
 
-class MethodConfig(Section):
+class MethodConfig(ByName):
     """How the stages learn."""
 
     name: Literal["bp", "greedy", "backlink"] = "backlink"
@@ -143,7 +147,7 @@ class MethodConfig(Section):
     link: LinkConfig = LinkConfig()
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(ByName):
     """Any optimizer of torch.optim, by its name (upper or lower case)."""
 
     name: str = "sgd"
@@ -151,14 +155,14 @@ class OptimizerConfig(Section):
     args: dict[str, Any] = {}
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(ByName):
     """The learning rate over training, as a factor on `optimizer.lr`."""
 
     name: Literal["constant", "cosine", "multistep", "one-cycle"] = "constant"
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     final: Fraction = 0.0
     milestones: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(default=(), strict=False)
-    gamma: Annotated[float, Field(gt=0.0)] = 0.1
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     peak: Fraction = 0.3
     start: Fraction = 0.04
 
@@ -175,9 +179,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":
         if self.batch_size % self.microbatches:
-            fitting = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
+            fitting = next(m for m in range(min(self.microbatches, 4096), 0, -1) if self.batch_size % m == 0)
             raise ValueError(f"microbatches {self.microbatches} does not divide batch_size {self.batch_size}; "
-                             f"one that does: {min(fitting, key=lambda m: abs(m - self.microbatches))}")
+                             f"one that does: {fitting}")
         return self
 
 
@@ -198,10 +202,16 @@ class RuntimeConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 600.0
 
 
+def _folder_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
+        raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.'")
+    return value
+
+
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    name: Annotated[str, AfterValidator(_folder_name)]
     seed: NotNegative = 0
     model: Named
     data: DataConfig = DataConfig()
@@ -214,22 +224,27 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
 
 
+_EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but 1e-3 is a number and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice",
-                                                        key_node.start_mark)
-            seen.add(key if isinstance(key, str) else id(key_node))
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for tag, value in keys:
+            if keys.count((tag, value)) > 1 and not tag.endswith(":merge"):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {value!r} is given twice",
+                                                        node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float",
-                              re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back equal: a text such as 1e-3 in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -241,10 +256,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with every problem found, each on its own line with its key path.
     """
     tree = _read_yaml(Path(path))
-    tree.setdefault("name", Path(path).stem)
+    tree.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(path).stem).strip("-.") or "run")
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree)
+    config = parse_config(tree)
+    try:
+        dump_config(config)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: holds a value that a run folder's config.yaml cannot: {one_line(error)}") from None
+    return config
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -257,21 +277,27 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The config as YAML, every key resolved; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; the shipped configs are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{path}: must be a mapping of keys to values, such as `model: {{name: mlp}}`")
     return tree
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # for a value that does not fit its explicit tag, PyYAML raises almost anything
+        raise ConfigError(f"{source}: not valid YAML: {one_line(error)}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -279,10 +305,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"{override}: an override is key.sub=value, such as train.epochs=3")
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    value = _parse_yaml(text, override)
     for key in keys[:-1]:
         below = tree.get(key)
         if isinstance(below, str):  # the short form of {name: …}
@@ -296,6 +319,8 @@ def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key{_suggest(path)}"
+    if error["type"] == "model_type":
+        return f"{path}: must be a mapping of keys to values, got {error['input']!r}"
     if error["type"] == "missing":
         return f"{path}: is required, and not given"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -38,3 +38,8 @@ class StageError(RuntimeError):
 
 class PeerLostError(RuntimeError):
     """A neighbour of this stage ended or did not answer in time. Exit code 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())

@@ -1,11 +1,13 @@
 """Which blocks make which stage."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import nn
 
 from blpipe.config import PartitionConfig
 from blpipe.errors import ConfigError
+from blpipe.models.build import named_blocks
 from blpipe.plugins import call, did_you_mean, import_target
 
 
@@ -16,8 +18,9 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
         ConfigError: more stages than blocks, cuts that name no block or are out of order, a `target` that
             returns no cuts, or a parameter that two stages would share.
     """
-    names = [name for name, _ in blocks.named_children()]
-    if config.stage_count > len(names):
+    items = named_blocks(blocks)
+    names = [name for name, _ in items]
+    if config.cuts is None and config.stage_count > len(names):
         raise ConfigError(f"partition.stages: {config.stage_count} stages need as many blocks, but the model has "
                           f"{len(names)} ({names[0]}…{names[-1]}); use at most {len(names)} stages or a deeper model")
     if config.target is not None:
@@ -31,7 +34,8 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
         starts = _starts("partition.cuts", config.cuts, names)
     else:
         starts = even_starts(len(names), config.stage_count)
-    stages = [blocks[start:stop] for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
+    stages = [nn.Sequential(OrderedDict(items[start:stop]))
+              for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
     _refuse_shared_parameters(stages)
     return stages
 

@@ -11,13 +11,13 @@ from torch.func import functional_call
 
 from blpipe.config import Config, LinkConfig
 from blpipe.data import DataSpec
-from blpipe.errors import ConfigError
+from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, Shape, build_head
 from blpipe.losses import build_loss
 from blpipe.models import build_model
+from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import partition
-from blpipe.plugins import one_line
 
 
 class TensorSpec(NamedTuple):
@@ -60,7 +60,7 @@ class Plan:
 
     def block_names(self, stage: int) -> list[str]:
         """Names of the blocks of the stage with this index, from 0."""
-        return [name for name, _ in self.stages[stage].named_children()]
+        return [name for name, _ in named_blocks(self.stages[stage])]
 
     def train_steps(self, epoch: int) -> list[Step]:
         """The steps of one epoch, from 0."""
@@ -140,7 +140,7 @@ def tail_length(link: LinkConfig, blocks: int) -> int:
 def notices(plan: Plan) -> list[str]:
     """What a user may want to know of how the config was read, a line each."""
     link = plan.config.method.link
-    if plan.config.method.name != "backlink" or link.length == "all":
+    if plan.config.method.name != "backlink" or link.length == "all" or link.weight == 0.0:
         return []
     short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if len(stage) < link.length]
     if not short:
@@ -183,21 +183,23 @@ def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool
     """
     spec = TensorSpec((size, *data.shape), getattr(torch, data.dtype))
     specs: OrderedDict[str, TensorSpec] = OrderedDict()
-    for name, block in model.named_children():
+    for name, block in named_blocks(model):
         specs[name] = spec = _trace(f"model: block {name}", block, spec, data, training)
     return specs
 
 
 def _trace(what: str, module: nn.Module, given: TensorSpec, data: DataSpec, training: bool) -> TensorSpec:
     state = {n: torch.empty_like(t, device="meta") for n, t in (*module.named_parameters(), *module.named_buffers())}
-    was_training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:
         with torch.device("meta"), torch.no_grad():
             x = functional_call(module, state, (torch.empty(given.shape, dtype=given.dtype),))
     except Exception as error:
         raise ConfigError(_cannot_take(what, given.shape, data, training, error)) from error
-    module.train(was_training)
+    finally:
+        for part, mode in modes:
+            part.training = mode
     size = given.shape[0]
     if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[0] != size:
         shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -209,7 +211,7 @@ def _trace(what: str, module: nn.Module, given: TensorSpec, data: DataSpec, trai
 def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error: Exception) -> str:
     if training and given[0] == 1 and "more than 1 value per channel" in str(error):
         return (f"train.batch_size: BatchNorm in {what.removeprefix('model: ')} cannot train on a microbatch of "
-                "1 sample; set train.drop_last=true or another batch size")
+                "1 sample; set train.drop_last=true, fewer train.microbatches, or another batch size")
     return (f"{what} cannot take an input of shape {list(given)} (samples of {list(data.shape)}): "
             f"{one_line(error)}; change model.args or the samples' size")
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from blpipe.config import Named
-from blpipe.errors import ConfigError
+from blpipe.errors import ConfigError, one_line
 
 
 def resolve(key: str, part: Named, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{key}: cannot import {target!r}: {type(error).__name__}: {one_line(error)}; "
                           "check the spelling, and run from the folder that holds the module") from error
     if not callable(found):
@@ -51,9 +51,14 @@ def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         ConfigError: the keyword arguments do not fit its signature, or it raised.
     """
     try:
-        inspect.signature(function).bind(*args, **kwargs)
+        signature = inspect.signature(function)
+    except ValueError:  # some C functions have none; the call will tell
+        signature = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+                                       inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+    try:
+        signature.bind(*args, **kwargs)
     except TypeError as error:
-        allowed = list(inspect.signature(function).parameters)[len(args):]
+        allowed = list(signature.parameters)[len(args):]
         raise ConfigError(f"{key}.args: {error}; it takes {', '.join(allowed) or 'no arguments'}") from error
     try:
         return function(*args, **kwargs)
@@ -68,7 +73,3 @@ def did_you_mean(name: str, known: Mapping[str, Any]) -> str:
     close = get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())

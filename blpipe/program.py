@@ -67,8 +67,7 @@ def train_program(steps: Sequence[Step], role: Role, delay: int) -> Iterator[Op]
             yield Op(Kind.LOCAL_BACKWARD, step.index, micro)
             if role.sends_error:
                 yield Op(Kind.SEND_ERROR, step.index, micro)
-            newest = micro if delay else micro - 1
-            while awaiting and awaiting[0] <= (step.index - delay, newest):
+            while awaiting and awaiting[0] <= (step.index - delay, micro):
                 yield from _link(*awaiting.popleft())
             if role.linked:
                 awaiting.append((step.index, micro))

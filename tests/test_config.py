@@ -155,7 +155,7 @@ def test_malformed_overrides_are_refused_with_an_example(load, override):
 
 
 def test_an_override_that_is_no_yaml_is_refused_with_its_path(load):
-    with pytest.raises(ConfigError, match=r"^model\.args\.x: '\[1' is not valid YAML: "):
+    with pytest.raises(ConfigError, match=r"^model\.args\.x=\[1: not valid YAML: "):
         load(SMALLEST_YAML, "model.args.x=[1")
 
 
@@ -230,7 +230,7 @@ def test_any_other_link_length_is_refused(length):
         f"method.link.length: must be a number of blocks ≥ 0, or all, got {length!r}",)
 
 
-@pytest.mark.parametrize(("batch_size", "microbatches", "fits"), [(64, 3, (2, 4)), (64, 48, (32, 64)), (7, 6, (7,))])
+@pytest.mark.parametrize(("batch_size", "microbatches", "fits"), [(64, 3, (2, 4)), (64, 48, (32, 64)), (7, 6, (1, 7))])
 def test_microbatches_that_do_not_divide_are_refused_with_the_nearest_that_do(batch_size, microbatches, fits):
     said, = problems(train={"batch_size": batch_size, "microbatches": microbatches})
     assert said.startswith(f"train: microbatches {microbatches} does not divide batch_size {batch_size}; ")
@@ -286,12 +286,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 
 @pytest.mark.parametrize("tree", [None, [], 3, "text", {1: 2}, {("a",): 1}])
 def test_trees_that_are_no_mapping_of_keys_are_refused(tree):
-    with pytest.raises(ConfigError, match="should be a valid dictionary|is required"):
+    with pytest.raises(ConfigError, match="^config: must be a mapping of keys to values|is required"):
         parse_config(tree)
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, KeyError, IndexError, AttributeError),
-                   reason="explicit YAML tags that do not fit raise more than YAMLError and ValueError")
 @pytest.mark.parametrize("text", ["!!map [1]", "!!set [1]", "!!bool maybe", "!!int ''", "!!timestamp x"])
 @pytest.mark.parametrize("where", ["file", "override"])
 def test_yaml_tags_that_do_not_fit_are_refused(load, text, where):
@@ -299,13 +297,11 @@ def test_yaml_tags_that_do_not_fit_are_refused(load, text, where):
         load(*[SMALLEST_YAML + f"seed: {text}\n"] if where == "file" else [SMALLEST_YAML, f"seed={text}"])
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="a deep override raises RecursionError")
 def test_an_override_that_is_too_deep_is_refused(load):
     with pytest.raises(ConfigError, match="not valid YAML"):
         load(SMALLEST_YAML, "seed=" + "[" * 600)
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigError, reason="the check for keys given twice rejects merge keys")
 def test_yaml_merge_keys_are_merged(load):
     config = load(SMALLEST_YAML + "method: {head: &head {name: linear, args: {a: 1}}, loss: {<<: *head, name: own}}")
     assert (config.method.loss.name, config.method.loss.args) == ("own", {"a": 1})
@@ -363,8 +359,6 @@ def test_a_dumped_config_is_read_back_equal(folder, tree):
     assert dump_config(again) == dump_config(config)
 
 
-@pytest.mark.xfail(strict=True, raises=(AssertionError, ConfigError),
-                   reason="the dump leaves a text such as 1e3 without quotes, and it is read back as a number")
 @pytest.mark.parametrize("change", [{"name": "1e3"}, {"model": {"name": "mlp", "args": {"x": "1e-3"}}},
                                     {"model": {"name": "mlp", "args": {"1e-3": 1}}}])
 def test_texts_that_read_as_exponents_survive_the_round_trip(load, change):
@@ -372,13 +366,11 @@ def test_texts_that_read_as_exponents_survive_the_round_trip(load, change):
     assert load(dump_config(config)) == config
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the dump leaves U+0085, a line break, as it is")
 def test_a_next_line_character_survives_the_round_trip(load):
     config = parsed(model={"name": "a\x85b"})
     assert load(dump_config(config)) == config
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the dump writes an infinite argument as null")
 def test_infinite_arguments_survive_the_round_trip(load):
     config = load(SMALLEST_YAML + "optimizer: {args: {max_norm: .inf}}")
     assert load(dump_config(config)) == config

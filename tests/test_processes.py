@@ -42,8 +42,8 @@ class Started:
 
     def __init__(self, folder, *overrides):
         self.process = subprocess.Popen(
-            torchrun_command(3, "-m", "blpipe", "train", "long.yaml", *overrides), env=torchrun_environment(), text=True,
-            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            torchrun_command(3, "-m", "blpipe", "train", "long.yaml", *overrides), env=torchrun_environment(),
+            text=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         self.begun = ""
         for line in self.process.stdout:
             self.begun += line

@@ -19,9 +19,9 @@ def draw(stages: int, steps: int, microbatches: int, delay: int) -> str:
         for k, program in enumerate(programs):
             while program:
                 op = program[0]
-                neighbour = {Kind.RECEIVE: (k - 1, Kind.SEND), Kind.RECEIVE_ERROR: (k + 1, Kind.SEND_ERROR)}.get(op.kind)
-                if neighbour and neighbour[0] >= 0:
-                    arrival = sent.get((*neighbour, op.step, op.microbatch))
+                source = {Kind.RECEIVE: (k - 1, Kind.SEND), Kind.RECEIVE_ERROR: (k + 1, Kind.SEND_ERROR)}.get(op.kind)
+                if source and source[0] >= 0:
+                    arrival = sent.get((*source, op.step, op.microbatch))
                     if arrival is None:
                         break
                     clock[k] = max(clock[k], arrival)

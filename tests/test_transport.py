@@ -73,7 +73,8 @@ def test_neighbours_with_one_contract_shake_hands():
 def test_a_neighbour_with_another_contract_is_refused_on_both_sides():
     raised = shake([{"config": 1, "outputs": 2}, {"config": 1, "outputs": 2}, {"config": 1, "outputs": 3}])
     assert raised.keys() == {1, 2}
-    assert raised[1] == "rank 1 and rank 2 differ in outputs: 2 and 3; start every rank with the same config and versions"
+    assert raised[1] == ("rank 1 and rank 2 differ in outputs: 2 and 3; "
+                         "start every rank with the same config and versions")
 
 
 def test_one_rank_reports_a_failure():

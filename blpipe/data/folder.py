@@ -10,8 +10,7 @@ from torch.utils.data import Dataset
 from blpipe.config import DataConfig
 from blpipe.data.source import Source
 from blpipe.data.splits import DatasetSplit
-from blpipe.errors import ConfigError, UserError
-from blpipe.plugins import one_line
+from blpipe.errors import ConfigError, UserError, one_line
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):

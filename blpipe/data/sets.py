@@ -11,8 +11,7 @@ from torch import Tensor
 from blpipe.config import DataConfig
 from blpipe.data.source import Source, class_count
 from blpipe.data.splits import TensorSplit
-from blpipe.errors import ConfigError
-from blpipe.plugins import one_line
+from blpipe.errors import ConfigError, one_line
 from blpipe.seeds import generator
 
 ARRAYS = {"train_x": ("uint8", "[N, H, W, C]"), "train_y": ("int64", "[N]"),

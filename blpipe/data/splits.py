@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blpipe.errors import ConfigError, UserError
-from blpipe.plugins import one_line
+from blpipe.errors import ConfigError, UserError, one_line
 
 Request = tuple[int, list[int]]
 """One batch to fetch: a seed for whatever is random in fetching it, and the samples' indices."""

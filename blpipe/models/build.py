@@ -57,8 +57,8 @@ def as_blocks(built: Any) -> nn.Sequential:
     Raises:
         ConfigError: anything else, or nothing in it.
     """
-    if isinstance(built, nn.Sequential):
-        blocks = built
+    if isinstance(built, nn.Sequential) and type(built).forward is nn.Sequential.forward:
+        blocks = nn.Sequential(OrderedDict(named_blocks(built)))  # a subclass's constructor takes no blocks
     elif isinstance(built, nn.ModuleDict | Mapping):
         blocks = nn.Sequential(OrderedDict(_checked(dict(built.items()))))
     elif isinstance(built, list | tuple | nn.ModuleList):
@@ -71,12 +71,18 @@ def as_blocks(built: Any) -> nn.Sequential:
     return blocks
 
 
+def named_blocks(blocks: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """The blocks in order with their names; unlike `named_children`, a module used twice is there twice."""
+    return list(zip(blocks._modules, blocks, strict=True))
+
+
 def _checked(modules: dict[Any, Any]) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if not isinstance(module, nn.Module):
             raise ConfigError(f"model.target: its block {name!r} is a {type(module).__name__}, not an nn.Module")
-        if not isinstance(name, str) or not name or "." in name:
-            raise ConfigError(f"model.target: the block name {name!r} must be a text without dots")
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.Sequential, name):
+            raise ConfigError(f"model.target: the block name {name!r} must be a text without dots, and no name that "
+                              "nn.Module uses itself")
     return modules
 
 
