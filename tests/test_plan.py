@@ -214,7 +214,8 @@ def test_a_last_microbatch_of_one_sample_and_batchnorm_are_refused(method):
     data = DataSpec((3, 8, 8), "float32", (), 4, 25, 10)
     train = {"batch_size": 8, "microbatches": 2}
     refused(r"^train\.batch_size: BatchNorm in block layer1 cannot train on a microbatch of 1 sample; "
-            "set train.drop_last=true, fewer train.microbatches, or another batch size$", data=data, train=train, method={"name": method})
+            "set train.drop_last=true, fewer train.microbatches, or another batch size$", data=data, train=train,
+            method={"name": method})
     assert len(plan(data=data, train=train | {"drop_last": True}).train_steps(0)) == 3
 
 
