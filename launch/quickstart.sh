@@ -3,4 +3,5 @@
 # Arguments are overrides: bash launch/quickstart.sh train.epochs=3
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # what torchrun sets too, with a warning
 torchrun --standalone --nproc-per-node=4 -m blpipe train configs/quickstart.yaml --overwrite "$@"

@@ -2,6 +2,6 @@
 # Install blpipe with its test extra into .venv, then lint, types and all tests. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "[test]"
-ruff check --config launch/ruff.toml blpipe tests benchmarks
+ruff check --config launch/ruff.toml .
 mypy
 python -m pytest "$@"
