@@ -32,6 +32,7 @@ def small_config(name: str, **changes) -> dict:
         "partition": {"stages": 3},
         "optimizer": {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9}},
         "train": {"epochs": 2, "batch_size": 16},
+        "checkpoint": {"every_epochs": 0},
         "runtime": {"device": "cpu"},
     }
     for path, value in changes.items():

@@ -9,7 +9,7 @@ from conftest import REPOSITORY, assert_same_run, metrics_of, train_in_processes
 from PIL import Image
 
 SHARED = REPOSITORY.parent / "shared" / "data"
-TRAIN, TEST = 320, 96
+TRAIN, TEST = 192, 64
 
 
 @pytest.fixture(scope="module")

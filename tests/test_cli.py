@@ -98,7 +98,7 @@ def test_the_exported_weights_make_the_plain_model(folder, model):
 @pytest.mark.parametrize("method", [{"name": "backlink", "link": {"delay": 2}}, {"name": "bp"}])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder, method, monkeypatch, capsys):
     (folder / "run.yaml").write_text(yaml.safe_dump(small_config("run", method=method, train__epochs=3,
-                                                                 schedule={"name": "cosine"})))
+                                                                 schedule="cosine", checkpoint__every_epochs=1)))
     assert run("train", "run.yaml", "runtime.runs=whole") == 0
     save = checkpoint.save
 

@@ -1,35 +1,44 @@
 """The pipeline engine and the local engine compute the same, bit for bit (DESIGN §3, invariant 1)."""
 
+from itertools import product
+
 import pytest
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
 
+SGD = {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9}}
 ADAMW = {"name": "adamw", "lr": 0.01, "args": {"fused": True, "weight_decay": 0.1}}
+DEEP = {"name": "mlp", "args": {"hidden": [12] * 8, "dropout": 0.2}}
 
-GRID = {
+
+def grid(stages, lengths, delays, microbatches):
+    """Every combination, the optimizers in turn."""
+    return [small_config(f"length_{length}_delay_{delay}_micro_{micro}", train__epochs=3, partition__stages=stages,
+                         method__link={"length": length, "delay": delay}, train__microbatches=micro,
+                         optimizer=(SGD, ADAMW)[number % 2])
+            for number, (length, delay, micro) in enumerate(product(lengths, delays, microbatches))]
+
+
+JOBS = {
     2: [
-        small_config("greedy", partition__stages=2, method__name="greedy"),
-        small_config("exact", partition__stages=2, method__link__delay=0),
-        small_config("exact_micro", partition__stages=2, method__link__delay=0, train__microbatches=4, optimizer=ADAMW),
-        small_config("late", partition__stages=2, method__link__length=2),
-        small_config("very_late", partition__stages=2, method__link={"delay": 2, "length": "all"},
-                     train__microbatches=2),
-        small_config("recompute", partition__stages=2, method__link={"keep": "recompute", "delay": 1}, optimizer=ADAMW),
-        small_config("weighted", partition__stages=2, method__link__weight=0.5, method__head="linear"),
-        small_config("drop_last", partition__stages=2, train__drop_last=True, schedule={"name": "cosine"}),
+        *grid(2, [1, 2, "all"], [0, 1, 2], [1, 4]),
+        small_config("greedy", partition__stages=2, method="greedy", optimizer=ADAMW),
+        small_config("weighted", partition__stages=2, method={"link": {"weight": 0.5}, "head": "linear"}),
+        small_config("unweighted", partition__stages=2, method__link__weight=0.0),
+        small_config("drop_last", partition__stages=2, train__drop_last=True, schedule="cosine"),
     ],
-    3: [
-        small_config("exact", method__link={"delay": 0, "length": 2}, optimizer=ADAMW),
-        small_config("exact_micro", method__link__delay=0, train__microbatches=2),
-        small_config("late_all", method__link={"delay": 1, "length": "all"}),
-        small_config("late_micro", method__link__delay=1, train__microbatches=4, optimizer=ADAMW),
-        small_config("very_late", method__link={"delay": 3, "length": 1}),
-        small_config("unweighted", method__link__weight=0.0),
+    4: [
+        *grid(4, [1, "all"], [0, 1, 3], [1, 2]),
+        small_config("greedy", partition__stages=4, method="greedy", train__microbatches=2),
+        small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"}),
+    ],
+    8: [
+        small_config("late", partition__stages=8, model=DEEP, optimizer=ADAMW),
     ],
 }
 
 
-@pytest.mark.parametrize("stages", GRID)
+@pytest.mark.parametrize("stages", JOBS)
 def test_pipeline_equals_local_bit_for_bit(stages, tmp_path):
-    runs = train_in_processes(GRID[stages], stages, tmp_path)
-    for tree, run in zip(GRID[stages], runs, strict=True):
+    runs = train_in_processes(JOBS[stages], stages, tmp_path)
+    for tree, run in zip(JOBS[stages], runs, strict=True):
         assert_same_run(run, train_locally(tree, tmp_path))
