@@ -56,6 +56,7 @@ def test_a_run_folder_says_what_was_run_and_how_it_went(folder, capsys):
     assert (result["engine"], result["method"], result["steps"]) == ("local", "backlink", 12)
     assert result["val_accuracy"] == result["stage_val_accuracy"][-1]
     assert [stage["blocks"] for stage in result["stages"]] == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert sum(stage["busy_seconds"] for stage in result["stages"]) <= result["train_seconds"]
     assert all(stage["busy_seconds"] > 0 and stage["peak_memory_bytes"] > 1e6 for stage in result["stages"])
     rows = [json.loads(line) for line in (folder / "runs/small/metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["stage"]) for row in rows] == [(e, s) for e in (1, 2) for s in (1, 2, 3)]

@@ -7,6 +7,7 @@ from conftest import assert_same_run, metrics_of, small_config, state_of, train_
 
 from blpipe.config import parse_config
 from blpipe.data import open_data
+from blpipe.engines.common import build_stage
 from blpipe.heads import build_head
 from blpipe.plan import make_plan
 from blpipe.seeds import derive_seed
@@ -115,3 +116,22 @@ def test_recomputing_the_tail_changes_nothing_but_memory(tmp_path):
                                        train__microbatches=2), tmp_path / f"{keep}{delay}")
             for keep in ("graph", "recompute"))
         assert_same_run(kept, recomputed)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_microbatches_change_nothing_but_rounding(delay, tmp_path):
+    model = {"name": "mlp", "args": {"hidden": [16, 16, 16], "batch_norm": False}}
+    whole, parts = (
+        train_locally(small_config("run", model=model, method__link={"delay": delay, "length": 2},
+                                   train__microbatches=microbatches), tmp_path / str(microbatches))
+        for microbatches in (1, 4))
+    for name, tensor in model_of(whole).items():
+        torch.testing.assert_close(model_of(parts)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_every_stage_draws_from_a_stream_of_its_own():
+    _, _, plan = prepared(small_config("run"))
+    states = [build_stage(plan, index, torch.device("cpu")).stream.state[0] for index in range(3)]
+    again = build_stage(plan, 1, torch.device("cpu")).stream.state[0]
+    assert torch.equal(states[1], again)
+    assert not any(torch.equal(states[a], states[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
