@@ -33,9 +33,10 @@ class Recorder:
     def add(self, epoch: Epoch) -> None:
         """Append a row for every stage."""
         assert epoch.reports is not None
-        lr = self._plan.config.optimizer.lr * learning_rate(self._plan, self._plan.train_steps(epoch.index)[-1].index)
+        last_step = (epoch.index + 1) * len(self._plan.step_sizes) - 1
+        lr = self._plan.config.optimizer.lr * learning_rate(self._plan, last_step)
         rows = [{"epoch": epoch.index + 1, "stage": number, "lr": lr,
-                 "samples_per_second": self._samples_an_epoch / report.train_seconds, **asdict(report)}
+                 "samples_per_second": self._plan.samples_per_epoch / report.train_seconds, **asdict(report)}
                 for number, report in enumerate(epoch.reports, start=1)]
         with self._rows_path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -51,9 +52,9 @@ class Recorder:
             "method": plan.config.method.name,
             "val_accuracy": last[-1]["val_accuracy"],
             "stage_val_accuracy": [row["val_accuracy"] for row in last],
-            "samples_per_second": self._samples_an_epoch * plan.config.train.epochs / seconds,
+            "samples_per_second": self._plan.samples_per_epoch * plan.config.train.epochs / seconds,
             "train_seconds": seconds,
-            "steps": plan.config.train.epochs * len(plan.train_steps(0)),
+            "steps": plan.config.train.epochs * len(plan.step_sizes),
             "stages": [row | {
                 "busy_seconds": self._total(number, "busy_seconds"),
                 "wait_seconds": self._total(number, "wait_seconds"),
@@ -64,10 +65,6 @@ class Recorder:
         }
         self._result_path.write_text(json.dumps(result, indent=2) + "\n")
         return result
-
-    @property
-    def _samples_an_epoch(self) -> int:
-        return sum(sum(step.sizes) for step in self._plan.train_steps(0))
 
     def _total(self, stage: int, key: str) -> float | None:
         values = [row[key] for row in self._rows if row["stage"] == stage]

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -62,10 +63,20 @@ class Plan:
         """Names of the blocks of the stage with this index, from 0."""
         return [name for name, _ in named_blocks(self.stages[stage])]
 
+    @cached_property
+    def step_sizes(self) -> list[tuple[int, ...]]:
+        """The microbatch sizes of every step of an epoch."""
+        return step_sizes(self.data.train_samples, self.config)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Training samples that an epoch goes through."""
+        return sum(map(sum, self.step_sizes))
+
     def train_steps(self, epoch: int) -> list[Step]:
         """The steps of one epoch, from 0."""
-        sizes = step_sizes(self.data.train_samples, self.config)
-        return [Step(epoch * len(sizes) + i, micro) for i, micro in enumerate(sizes)]
+        first = epoch * len(self.step_sizes)
+        return [Step(first + i, sizes) for i, sizes in enumerate(self.step_sizes)]
 
     def evaluation_sizes(self) -> list[int]:
         """Batch sizes of one evaluation."""

@@ -136,7 +136,7 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
 
 
 def _train(engine: Engine, plan: Plan, run: Path, resume: bool) -> None:
-    leader, config, samples = launched_rank() == 0, plan.config, sum(sum(s.sizes) for s in plan.train_steps(0))
+    leader, config = launched_rank() == 0, plan.config
     first_epoch = 0
     if resume:
         newest = checkpoint.latest(run)
@@ -146,13 +146,13 @@ def _train(engine: Engine, plan: Plan, run: Path, resume: bool) -> None:
         recorder = Recorder(run, plan, engine.name, first_epoch)
         for line in notices(plan):
             print(f"note: {line}")
-    steps = len(plan.train_steps(0))
+    steps = len(plan.step_sizes)
     with tqdm(total=steps * config.train.epochs, initial=steps * first_epoch, unit="step", dynamic_ncols=True,
               disable=None if leader and config.runtime.progress else True) as bar:
         for epoch in train(engine, plan, first_epoch, bar.update):
             if leader:
                 recorder.add(epoch)
-                tqdm.write(epoch_line(epoch, config.train.epochs, samples))
+                tqdm.write(epoch_line(epoch, config.train.epochs, plan.samples_per_epoch))
             done, every = epoch.index + 1, config.checkpoint.every_epochs
             if done == config.train.epochs or (every and done % every == 0):
                 checkpoint.save(run, done, plan, engine.stages, engine.group)

@@ -119,7 +119,7 @@ def role(plan: Plan, index: int) -> Role:
 
 def learning_rate(plan: Plan, step: int) -> float:
     """The factor on the learning rate at a step of the run, from 0."""
-    return lr_factor(plan.config.schedule, step, len(plan.train_steps(0)), plan.config.train.epochs)
+    return lr_factor(plan.config.schedule, step, len(plan.step_sizes), plan.config.train.epochs)
 
 
 def report(train: Tally, val: Tally, busy: float | None, wait: float | None, train_seconds: float,

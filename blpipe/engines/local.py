@@ -27,6 +27,8 @@ from blpipe.plan import Plan, Step
 from blpipe.program import Kind, Op, Ports, evaluation_program, execute, train_program
 from blpipe.transport.memory import MemoryQueue
 
+_ENDED = object()
+
 
 class LocalEngine:
     """See `Engine`."""
@@ -109,7 +111,7 @@ class LocalEngine:
             for k in list(running):
                 started = perf_counter()
                 try:
-                    if next(running[k], True):
+                    if next(running[k], _ENDED) is _ENDED:
                         del running[k]
                 except Exception as error:
                     raise blame(self.plan, k, f"step {now[k].step}", error) from error
