@@ -2,23 +2,26 @@
 
 A checkpoint is keyed by names, not by stages or processes: `model/<block>.<parameter>`,
 `head/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`, `random/<stage>/<device>`. It is
-written aside and renamed when complete. Reading one never runs code from it: it holds tensors only.
+written aside and renamed when complete. Reading one never runs code from it: it holds tensors, and an index
+that is unpickled for DCP's own classes alone.
 """
 
 import json
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from blpipe.errors import UserError
+from blpipe.errors import CheckpointError, UserError, one_line
 from blpipe.plan import Plan
 from blpipe.stage import Stage
 
@@ -36,21 +39,25 @@ def save(run: Path, epochs_done: int, plan: Plan, stages: dict[int, Stage],
     leader = group is None or dist.get_rank() == 0
     target = run / "checkpoints" / f"epoch_{epochs_done:05d}"
     partial = target.with_name(f".{target.name}.partial")
-    if leader:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     state = {key: tensor for index, stage in stages.items() for key, tensor in _state(plan, index, stage).items()}
-    if group is not None:
-        dist.barrier(group)
-    with _without_warning():
-        dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
-    if leader:
-        (partial / _PROGRESS).write_text(json.dumps({"epochs_done": epochs_done}))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in checkpoints(run):
-            if old != target:
-                shutil.rmtree(old)
+    try:
+        if leader:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        if group is not None:
+            dist.barrier(group)
+        with _without_warning():
+            dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
+        if leader:
+            (partial / _PROGRESS).write_text(json.dumps({"epochs_done": epochs_done}))
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            for old in checkpoints(run):
+                if old != target:
+                    shutil.rmtree(old)
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        raise CheckpointError(f"cannot write the checkpoint {target}: {one_line(error)}; "
+                              "the checkpoint before it is still there") from error
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -66,7 +73,7 @@ def latest(run: Path) -> Path:
     """
     found = checkpoints(run)
     if not found:
-        raise UserError(f"{run}: holds no checkpoint; train it first: python -m blpipe train CONFIG")
+        raise UserError(f"{run}: holds no checkpoint yet; train it from the start, with --overwrite")
     return found[-1]
 
 
@@ -76,32 +83,91 @@ def epochs_done(checkpoint: Path) -> int:
 
 
 def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
-    """Put a checkpoint's state into `stages`; they must be those of the run that saved it."""
-    state = read(checkpoint, lambda key: True)
+    """Put a checkpoint's state into `stages`; they must be those of the run that saved it.
+
+    A random stream of a device that the run did not have starts anew.
+    """
+    load_weights(checkpoint, plan, stages)
     for index, stage in stages.items():
-        stage.blocks.load_state_dict({name: state[f"model/{name}"] for name in stage.blocks.state_dict()})
-        if stage.head is not None:
-            prefix = f"head/{plan.block_names(index)[-1]}/"
-            stage.head.load_state_dict({name: state[prefix + name] for name in stage.head.state_dict()})
-        stage.stream.state = [state[f"random/{index}/{i}"] for i in range(len(stage.stream.state))]
+        mine = (f"random/{index}/", *(f"optimizer/{name}/" for _, name in _optimized(plan, index, stage)))
+        state = read(checkpoint, _starting_with(mine))
+        stage.stream.state = [state.get(f"random/{index}/{i}", fresh) for i, fresh in enumerate(stage.stream.state)]
         _load_optimizer(plan, index, stage, state)
+
+
+def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
+    """Put a checkpoint's weights and buffers into the blocks and heads of `stages`.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of another model.
+    """
+    for index, stage in stages.items():
+        _load_module(checkpoint, "model/", stage.blocks)
+        if stage.head is not None:
+            _load_module(checkpoint, f"head/{plan.block_names(index)[-1]}/", stage.head)
+
+
+def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module) -> None:
+    keys = {prefix + name for name in module.state_dict()}
+    state = read(checkpoint, keys.__contains__)
+    if state.keys() != keys:
+        raise UserError(f"{checkpoint}: holds no {min(keys - state.keys())}; it belongs to another model or partition")
+    module.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in state.items()})
 
 
 def model_state(checkpoint: Path) -> dict[str, Tensor]:
     """The plain model's state_dict."""
     return {key.removeprefix("model/"): tensor
-            for key, tensor in read(checkpoint, lambda key: key.startswith("model/")).items()}
+            for key, tensor in read(checkpoint, _starting_with(("model/",))).items()}
 
 
 def read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose keys are wanted, by key."""
-    reader = dcp.FileSystemReader(checkpoint)
-    known = reader.read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()
-             if isinstance(entry, TensorStorageMetadata) and wanted(key)}
-    with _without_warning():
-        dcp.load(state, storage_reader=reader, no_dist=True)
+    """The tensors of a checkpoint whose keys are wanted, by key.
+
+    Raises:
+        UserError: a damaged checkpoint.
+    """
+    try:
+        reader = _TensorReader(checkpoint)
+        known = reader.read_metadata().state_dict_metadata
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()
+                 if isinstance(entry, TensorStorageMetadata) and wanted(key)}
+        with _without_warning():
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (Exception, dcp.CheckpointException) as error:
+        raise UserError(f"{checkpoint}: is damaged, or no checkpoint: {type(error).__name__}: "
+                        f"{one_line(error)}") from error
     return state
+
+
+def _starting_with(prefixes: tuple[str, ...]) -> Callable[[str], bool]:
+    return lambda key: key.startswith(prefixes)
+
+
+class _TensorReader(dcp.FileSystemReader):
+    """DCP's reader, with an index that can hold nothing but what DCP itself puts there."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    _OF_DCP = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in (*self._OF_DCP, "torch", "torch.serialization", "pathlib", "pathlib._local") and "." not in name:
+            found = super().find_class(module, name)
+            is_class = isinstance(found, type)
+            if (module, name) in self._OTHERS or isinstance(found, torch.dtype) or \
+                    (is_class and issubclass(found, PurePath)) or \
+                    (is_class and module in self._OF_DCP and found.__module__ == module):
+                return found
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which no checkpoint needs")
 
 
 @contextmanager

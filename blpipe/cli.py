@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from blpipe import launch
+
 _EXAMPLES = """\
 examples:
   torchrun --standalone --nproc-per-node=4 -m blpipe train configs/quickstart.yaml
@@ -21,19 +23,29 @@ exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupt
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code, or raises SystemExit with it."""
-    arguments = _parse(argv)
+    try:
+        return _main(_parse(argv))
+    except KeyboardInterrupt:
+        _report("interrupted; `train --resume RUN` goes on from the last checkpoint")
+        raise SystemExit(130) from None
+
+
+def _main(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import; --help and usage errors need not wait for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from blpipe.errors import PeerLostError, StageError
+    from blpipe.errors import CheckpointError, PeerLostError, StageError
     try:
-        (record(_run) if _under_torchrun() else _run)(arguments)
-    except (StageError, PeerLostError) as error:
-        if not _under_torchrun():  # else the recorded traceback stands in torchrun's own summary
+        (record(_run) if launch.under_torchrun() else _run)(arguments)
+        return 0
+    except (StageError, PeerLostError, CheckpointError) as error:
+        if not launch.under_torchrun():
             traceback.print_exception(error.__cause__)
-        _report(str(error))
-        return 1
-    return 0
+            _report(str(error))
+            return 1
+        _report(str(error))  # the recorded traceback stands in torchrun's own summary
+        sys.stdout.flush()
+        os._exit(1)  # an ordinary exit could wait for messages that nobody sends any more
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -43,18 +55,11 @@ def _run(arguments: argparse.Namespace) -> None:
     except UserError as error:
         _report(str(error))
         raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        _report("interrupted; `train --resume RUN` goes on from the last checkpoint")
-        raise SystemExit(130) from None
-
-
-def _under_torchrun() -> bool:
-    return "RANK" in os.environ
 
 
 def _report(text: str) -> None:
     """Print each line to stderr, from one rank alone: what one meets, others meet too, or lose a neighbour by it."""
-    if not _under_torchrun() or _is_reporter():
+    if not launch.under_torchrun() or _is_reporter():
         print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
     else:
         time.sleep(1)  # once a rank has ended, torchrun ends the others: let the reporter speak
@@ -64,7 +69,7 @@ def _is_reporter() -> bool:
     from blpipe.transport.world import meet
     try:
         return meet(timeout_seconds=10).is_reporter()
-    except RuntimeError:  # the store has gone with its host: better twice than never
+    except (RuntimeError, ValueError):  # no store there (any more): better twice than never
         return True
 
 
@@ -130,10 +135,18 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from blpipe import runs
+    _refuse_torchrun()
     print(runs.evaluate_run(Path(arguments.run)))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from blpipe import runs
+    _refuse_torchrun()
     runs.export_run(Path(arguments.run), Path(arguments.out))
     print(f"wrote {arguments.out}")
+
+
+def _refuse_torchrun() -> None:
+    from blpipe.errors import ConfigError
+    if (launch.world_size() or 1) > 1:
+        raise ConfigError("torchrun: only train runs in several processes; run `python -m blpipe …`")

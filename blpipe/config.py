@@ -192,14 +192,14 @@ class CheckpointConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where and how the run executes; nothing here changes its results on a CPU."""
+    """Where and how the run executes. On a CPU nothing but `threads` changes its results."""
 
     engine: Literal["auto", "local", "pipeline"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Positive | None = None
     runs: str = "runs"
     progress: bool = True
-    timeout_seconds: Annotated[float, Field(gt=0.0)] = 600.0
+    timeout_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 600.0
 
 
 def _folder_name(value: str) -> str:
@@ -323,8 +323,11 @@ def _explain(error: Any) -> str:
         return f"{path}: must be a mapping of keys to values, got {error['input']!r}"
     if error["type"] == "missing":
         return f"{path}: is required, and not given"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "valid list")
     value = error["input"]
+    if error["type"] == "literal_error":
+        close = get_close_matches(str(value), re.findall(r"'([^']+)'", message), n=1)
+        message += f" (did you mean {close[0]!r}?)" if close else ""
     return f"{path}: {message}" if isinstance(value, dict | BaseModel) else f"{path}: {message}, got {value!r}"
 
 

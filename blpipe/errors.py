@@ -31,9 +31,13 @@ class StageError(RuntimeError):
     def __init__(self, stage: int, blocks: Iterable[str], where: str, cause: BaseException):
         names = list(blocks)
         span = names[0] if len(names) == 1 else f"{names[0]}…{names[-1]}"
-        super().__init__(f"stage {stage} (rank {stage - 1}, blocks {span}) failed at {where}: "
-                         f"{type(cause).__name__}: {cause}")
+        reason = f"{type(cause).__name__}: {one_line(cause)}".removesuffix(": ")
+        super().__init__(f"stage {stage} (rank {stage - 1}, blocks {span}) failed at {where}: {reason}")
         self.stage = stage
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. Exit code 1."""
 
 
 class PeerLostError(RuntimeError):

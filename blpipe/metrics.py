@@ -11,6 +11,7 @@ import torch
 
 import blpipe
 from blpipe.engines.common import learning_rate
+from blpipe.errors import UserError
 from blpipe.plan import Plan
 from blpipe.trainer import Epoch
 
@@ -21,13 +22,18 @@ class Recorder:
     Args:
         run: the run folder.
         epochs_done: rows of later epochs, left by an interrupted run, are dropped.
+
+    Raises:
+        UserError: rows of the epochs done are missing.
     """
 
     def __init__(self, run: Path, plan: Plan, engine: str, epochs_done: int = 0):
         self._plan, self._engine = plan, engine
         self._rows_path, self._result_path = run / "metrics.jsonl", run / "result.json"
-        rows = read_rows(run)
-        self._rows = [row for row in rows if row["epoch"] <= epochs_done]
+        self._rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
+        if len(self._rows) != epochs_done * len(plan.stages):
+            raise UserError(f"{self._rows_path}: holds {len(self._rows)} rows of the {epochs_done * len(plan.stages)} "
+                            "that belong to the checkpoint; restore it, or train anew with --overwrite")
         self._rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
 
     def add(self, epoch: Epoch) -> None:

@@ -116,10 +116,12 @@ def make_plan(config: Config, data: DataSpec) -> Plan:
         outputs={size: [list(specs.values())[end] for end in ends] for size, specs in traced.items()},
         boundaries=[Boundary(shapes[end], classes, tuple(shapes[end + 1:])) for end in ends],
         tails=[tail_length(config.method.link, len(stage)) if stage in linked_stages else 0 for stage in stages])
-    if config.method.name != "bp":
-        _check_heads(plan, sizes)
+    _check_boundaries(plan)
     _check_loss(plan)
-    build_optimizer(config.optimizer, model.parameters())
+    for k, stage in enumerate(stages):
+        has_head = config.method.name != "bp" and k < len(stages) - 1
+        head = _checked_head(plan, k, sizes) if has_head else nn.Identity()
+        build_optimizer(config.optimizer, [*stage.parameters(), *head.parameters()])
     return plan
 
 
@@ -160,18 +162,25 @@ def notices(plan: Plan) -> list[str]:
             "use all of their blocks"]
 
 
-def _check_heads(plan: Plan, sizes: set[int]) -> None:
-    for k, boundary in enumerate(plan.boundaries[:-1]):
-        name = plan.block_names(k)[-1]
-        with torch.device("meta"):
-            head = build_head(plan.config.method.head, boundary, plan.config.seed, name)
-        for size in sizes:
-            given = plan.outputs[size][k]
-            output = _trace(f"method.head (after block {name})", head, given, plan.data, training=True)
-            wanted = plan.outputs[size][-1].shape
-            if output.shape != wanted:
-                raise ConfigError(f"method.head: after block {name} it gives {list(output.shape)} of "
-                                  f"{list(given.shape)}; it must give {list(wanted)}, the logits")
+def _check_boundaries(plan: Plan) -> None:
+    for specs in plan.outputs.values():
+        for k, spec in enumerate(specs):
+            if not spec.dtype.is_floating_point:
+                raise ConfigError(f"partition: stage {k + 1} ends with block {plan.block_names(k)[-1]}, which gives "
+                                  f"{str(spec.dtype).removeprefix('torch.')}; cut where floating-point numbers pass")
+
+
+def _checked_head(plan: Plan, index: int, sizes: set[int]) -> nn.Module:
+    name = plan.block_names(index)[-1]
+    head = build_head(plan.config.method.head, plan.boundaries[index], plan.config.seed, name)
+    for size in sizes:
+        given = plan.outputs[size][index]
+        output = _trace(f"method.head (after block {name})", head, given, plan.data, training=True)
+        wanted = plan.outputs[size][-1].shape
+        if output.shape != wanted:
+            raise ConfigError(f"method.head: after block {name} it gives {list(output.shape)} of {list(given.shape)}; "
+                              f"it must give {list(wanted)}, the logits; give a method.head.target that does")
+    return head
 
 
 def _check_loss(plan: Plan) -> None:
@@ -200,10 +209,11 @@ def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool
 
 
 def _trace(what: str, module: nn.Module, given: TensorSpec, data: DataSpec, training: bool) -> TensorSpec:
-    state = {n: torch.empty_like(t, device="meta") for n, t in (*module.named_parameters(), *module.named_buffers())}
     modes = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:
+        state = {n: torch.empty_like(t, device="meta")
+                 for n, t in (*module.named_parameters(), *module.named_buffers())}
         with torch.device("meta"), torch.no_grad():
             x = functional_call(module, state, (torch.empty(given.shape, dtype=given.dtype),))
     except Exception as error:
@@ -223,6 +233,9 @@ def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error:
     if training and given[0] == 1 and "more than 1 value per channel" in str(error):
         return (f"train.batch_size: BatchNorm in {what.removeprefix('model: ')} cannot train on a microbatch of "
                 "1 sample; set train.drop_last=true, fewer train.microbatches, or another batch size")
+    if "meta" in str(error):
+        return (f"{what} cannot be traced: {one_line(error)}; blocks and heads must run on meta tensors: register "
+                "their tensors as buffers, and read no values in forward")
     return (f"{what} cannot take an input of shape {list(given)} (samples of {list(data.shape)}): "
             f"{one_line(error)}; change model.args or the samples' size")
 

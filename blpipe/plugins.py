@@ -64,8 +64,9 @@ def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         return function(*args, **kwargs)
     except ConfigError:
         raise
-    except Exception as error:
-        raise ConfigError(f"{key}: {type(error).__name__}: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        given = f" (with args {kwargs})" if kwargs else ""
+        raise ConfigError(f"{key}: {type(error).__name__}: {one_line(error)}{given}") from error
 
 
 def did_you_mean(name: str, known: Mapping[str, Any]) -> str:

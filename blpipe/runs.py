@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from blpipe import checkpoint
+from blpipe import checkpoint, launch
 from blpipe.config import Config, dump_config, load_config
 from blpipe.data import Data, DataSpec, open_data
 from blpipe.engines.common import Engine
@@ -14,7 +14,7 @@ from blpipe.errors import ConfigError, UserError
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_plan, notices
 from blpipe.trainer import choose_engine, open_local, open_pipeline, train, use_threads
-from blpipe.transport.world import Meeting, choose_device, launched_rank, meet
+from blpipe.transport.world import Meeting, meet
 
 _PARTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints")
 
@@ -27,7 +27,6 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
         StageError: a stage failed while it ran.
     """
     use_threads(config.runtime)
-    choose_device(config.runtime.device)
     if choose_engine(config) == "local":
         plan, data, run = _prepare(config, overwrite, resume)
         _train(open_local(plan, data), plan, run, resume)
@@ -47,7 +46,7 @@ def evaluate_run(run: Path) -> str:
     data = open_data(config.data, config.seed)
     plan = make_plan(config, data.spec)
     engine = open_local(plan, data)
-    checkpoint.load(newest, plan, engine.stages)
+    checkpoint.load_weights(newest, plan, engine.stages)
     engine.evaluate()
     reports = engine.reports()
     assert reports is not None
@@ -67,6 +66,7 @@ def export_run(run: Path, out: Path) -> None:
         torch.save(state, partial)
         partial.replace(out)
     except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
         raise UserError(f"--out: cannot write {out}: {error}") from error
 
 
@@ -103,8 +103,9 @@ def _run_folder(config: Config, overwrite: bool, resume: bool) -> Path:
     if resume:
         return run
     if present and not overwrite:
-        raise ConfigError(f"name: {run} already holds a run; go on with `train --resume {run}`, replace it with "
-                          "--overwrite, or choose another name=…")
+        go_on = f"go on with `train --resume {run}`, " if checkpoint.checkpoints(run) else ""
+        raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another "
+                          "name=…")
     try:
         for path in present:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -136,27 +137,30 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
 
 
 def _train(engine: Engine, plan: Plan, run: Path, resume: bool) -> None:
-    leader, config = launched_rank() == 0, plan.config
-    first_epoch = 0
-    if resume:
-        newest = checkpoint.latest(run)
-        first_epoch = checkpoint.epochs_done(newest)
-        checkpoint.load(newest, plan, engine.stages)
-    if leader:
-        recorder = Recorder(run, plan, engine.name, first_epoch)
+    first_epoch = _resume_from(run, plan, engine) if resume else 0
+    recorder = Recorder(run, plan, engine.name, first_epoch) if launch.rank() == 0 else None
+    if recorder is not None:
         for line in notices(plan):
             print(f"note: {line}")
-    steps = len(plan.step_sizes)
+    config, steps = plan.config, len(plan.step_sizes)
+    hide_bar = None if recorder is not None and config.runtime.progress else True  # None: where there is no terminal
     with tqdm(total=steps * config.train.epochs, initial=steps * first_epoch, unit="step", dynamic_ncols=True,
-              disable=None if leader and config.runtime.progress else True) as bar:
+              disable=hide_bar) as bar:
         for epoch in train(engine, plan, first_epoch, bar.update):
-            if leader:
+            if recorder is not None:
                 recorder.add(epoch)
                 tqdm.write(epoch_line(epoch, config.train.epochs, plan.samples_per_epoch))
             done, every = epoch.index + 1, config.checkpoint.every_epochs
             if done == config.train.epochs or (every and done % every == 0):
                 checkpoint.save(run, done, plan, engine.stages, engine.group)
-    if leader:
+    if recorder is not None:
         result = recorder.finish()
         print(stage_table(result["stages"], result["stage_val_accuracy"]))
         print(f"run folder: {run}")
+
+
+def _resume_from(run: Path, plan: Plan, engine: Engine) -> int:
+    """Load the newest checkpoint; returns the epoch to begin with."""
+    newest = checkpoint.latest(run)
+    checkpoint.load(newest, plan, engine.stages)
+    return checkpoint.epochs_done(newest)

@@ -29,7 +29,8 @@ class TailRun:
     parameters: dict[str, Tensor]  # the live ones, or the snapshot that it ran with
     h: Tensor                      # its input, a leaf: the body's graph ends before it
     out: Tensor | None             # its output with its graph; None once that is given up for recomputing
-    random_state: list[Tensor]     # where the random stream stood, for recomputing
+    random_state: list[Tensor]     # for recomputing: where the random stream stood
+    buffers: dict[str, Tensor]     # for recomputing: the tail's buffers as they were
 
 
 @dataclass
@@ -114,13 +115,16 @@ class Stage:
         self.tally.add(loss, logits, targets)
         if loss.requires_grad:
             (loss * share).backward()
-        error = cut.grad
+        # A head may ignore its input.
+        error: Tensor | None = cut.grad if cut.grad is not None else torch.zeros_like(cut)
         if flight.tail_run is not None:
             error = self._local_backward_of_tail(flight.tail_run, error)
             self._awaiting_error.append(flight.tail_run)
-        if flight.h.requires_grad:
+        if flight.h.requires_grad and error is not None:
             torch.autograd.backward(flight.h, error)
-        return flight.x.grad
+        if not self.sends_error:
+            return None
+        return flight.x.grad if flight.x.grad is not None else torch.zeros_like(flight.x)
 
     def link_backward(self, error: Tensor) -> None:
         """Backpropagate λ · e_k through the tail of the oldest microbatch that awaits its error."""
@@ -143,10 +147,11 @@ class Stage:
     @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
         """Run blocks and head in evaluation mode and count; returns x_k for the next stage."""
-        out = self.blocks(x)
-        if self.head is not None:
-            logits = self.head(out)
-            self.tally.add(self.loss(logits, targets), logits, targets)
+        with self.stream:
+            out = self.blocks(x)
+            if self.head is not None:
+                logits = self.head(out)
+                self.tally.add(self.loss(logits, targets), logits, targets)
         return out
 
     def train(self, mode: bool) -> None:
@@ -163,8 +168,11 @@ class Stage:
             parameters = self._snapshot = self._snapshot or {
                 name: p.detach().clone().requires_grad_() for name, p in self._tail_live.items()}
         cut = h.detach().requires_grad_(h.requires_grad)
-        random_state = self.stream.read() if self.link.keep == "recompute" else []
-        return TailRun(parameters, cut, functional_call(self.tail, parameters, (cut,)), random_state)
+        random_state, buffers = [], {}
+        if self.link.keep == "recompute":
+            random_state = self.stream.read()
+            buffers = {name: buffer.clone() for name, buffer in self.tail.named_buffers()}
+        return TailRun(parameters, cut, functional_call(self.tail, parameters, (cut,)), random_state, buffers)
 
     def _local_backward_of_tail(self, run: TailRun, error: Tensor | None) -> Tensor | None:
         """Returns ∂L_k/∂h, or None if the body wants none."""
@@ -180,10 +188,9 @@ class Stage:
         return gradients[-1] if run.h.requires_grad else None
 
     def _recompute(self, run: TailRun) -> Tensor:
-        """The tail's output again, bit for bit: same weights and random numbers; its buffers stay as they are."""
-        buffers = {name: buffer.clone() for name, buffer in self.tail.named_buffers()}
+        """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
         with self.stream.rewound_to(run.random_state):
-            return functional_call(self.tail, {**run.parameters, **buffers}, (run.h.detach(),))
+            return functional_call(self.tail, {**run.parameters, **run.buffers}, (run.h.detach(),))
 
     def _add_to_live(self, gradients: tuple[Tensor | None, ...]) -> None:
         for live, gradient in zip(self._tail_live.values(), gradients, strict=True):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from blpipe import launch
 from blpipe.config import Config, RuntimeConfig
 from blpipe.data import Data
 from blpipe.engines.common import Engine, OnStep, StageReport
@@ -12,7 +13,7 @@ from blpipe.engines.local import LocalEngine
 from blpipe.engines.pipeline import PipelineEngine, contract
 from blpipe.errors import ConfigError
 from blpipe.plan import Plan
-from blpipe.transport.world import Meeting, World, choose_device, launched_world_size
+from blpipe.transport.world import Meeting, World, choose_device
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ def choose_engine(config: Config) -> str:
     """"pipeline" under torchrun, else "local", or as `runtime.engine` says where that is possible.
 
     Raises:
-        ConfigError: an engine or a number of processes that does not fit the launch or the stages.
+        ConfigError: an engine, a device or a number of processes that does not fit the launch or the stages.
     """
-    launched, stages, wanted = launched_world_size(), config.partition.stage_count, config.runtime.engine
+    launched, stages, wanted = launch.world_size(), config.partition.stage_count, config.runtime.engine
     command = f"torchrun --standalone --nproc-per-node={stages} -m blpipe train …"
     if launched is not None and launched > 1 and wanted == "local":
         raise ConfigError(f"runtime.engine: local, but torchrun started {launched} processes; "
@@ -39,7 +40,13 @@ def choose_engine(config: Config) -> str:
     if launched is not None and launched != stages and wanted != "local":
         raise ConfigError(f"partition.stages: {stages} stages need {stages} processes, torchrun started {launched}; "
                           f"run `{command}`, set partition.stages={launched}, or leave torchrun out")
-    return "pipeline" if launched is not None and stages > 1 and wanted != "local" else "local"
+    device, own_gpu = choose_device(config.runtime.device)
+    if launched is None or stages == 1 or wanted == "local":
+        return "local"
+    if config.method.name == "bp" and device.type == "cuda" and not own_gpu:
+        raise ConfigError("method.name: bp in the pipeline needs a GPU for each stage, and there are fewer here; "
+                          "use runtime.device=cpu, or leave torchrun out")
+    return "pipeline"
 
 
 def open_local(plan: Plan, data: Data) -> Engine:
@@ -53,15 +60,11 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
     """This process's stage, connected to its neighbours; `data` on rank 0 alone.
 
     Raises:
-        UserError: neighbours that do not fit together, or a method that cannot share GPUs.
+        UserError: neighbours that do not fit together.
     """
     device, own_gpu = choose_device(plan.config.runtime.device)
-    if device.type == "cuda" and not own_gpu:
-        if plan.config.method.name == "bp":
-            raise ConfigError("method.name: bp in the pipeline needs a GPU for each stage, and there are fewer here; "
-                              "use runtime.device=cpu, or leave torchrun out")
-        if meeting.rank == 0:
-            print("note: there are more stages than GPUs here; stages share them, and send through host memory")
+    if device.type == "cuda" and not own_gpu and meeting.rank == 0:
+        print("note: there are more stages than GPUs here; stages share them, and send through host memory")
     _use(device)
     return PipelineEngine(plan, data, World(meeting, plan.config.name, device, own_gpu,
                                             plan.config.runtime.timeout_seconds, contract(plan)))

@@ -1,9 +1,11 @@
 """The command line as users meet it: help, bad input, run folders, eval, export, resume."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from blpipe import checkpoint, cli, models
 from blpipe.config import load_config
 from blpipe.data import open_data
 from blpipe.plan import make_plan
+from blpipe.seeds import RandomStream
 
 
 @pytest.fixture
@@ -243,3 +246,84 @@ def test_shipped_configs_fit_together(path):
         from blpipe.data import DataSpec
         spec = DataSpec((3, 32, 32), "float32", (), 10, 50000, 10000)
     assert len(make_plan(config, spec).stages) == stages
+
+
+def test_what_cannot_begin_overwrites_nothing(folder, capsys):
+    assert run("train", "small.yaml") == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+    assert run("train", "small.yaml", "--overwrite", "optimizer={name: muon, lr: 0.1}") == 2
+    assert "optimizer: ValueError: Muon only supports 2D parameters" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")} == before
+
+
+def test_a_run_without_a_checkpoint_says_to_start_again(folder, capsys):
+    (folder / "runs/small").mkdir(parents=True)
+    (folder / "runs/small/config.yaml").write_text((folder / "small.yaml").read_text())
+    assert run("train", "--resume", "runs/small") == 2
+    assert "holds no checkpoint yet; train it from the start, with --overwrite" in capsys.readouterr().err
+    assert run("train", "small.yaml") == 2
+    assert "already holds a run; replace it with --overwrite, or" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_with_its_path(folder, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
+    assert run("train", "small.yaml") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "blpipe: cannot write the checkpoint runs/small/checkpoints/epoch_00001: [Errno 28] No space left on device; "
+        "the checkpoint before it is still there")
+
+
+@pytest.mark.parametrize("damage", ["index", "tensors", "code"])
+def test_a_damaged_checkpoint_is_named_and_runs_nothing(folder, capsys, damage):
+    assert run("train", "small.yaml") == 0
+    checkpointed = folder / "runs/small/checkpoints/epoch_00001"
+    data, = checkpointed.glob("*.distcp")
+    if damage == "index":
+        (checkpointed / ".metadata").write_bytes(b"nonsense")
+    elif damage == "tensors":
+        data.write_bytes(data.read_bytes()[:1000])
+    else:
+        (checkpointed / ".metadata").write_bytes(pickle.dumps(RunsCode(folder / "ran")))
+    capsys.readouterr()
+    assert run("eval", "runs/small") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("blpipe: runs/small/checkpoints/epoch_00001: is damaged, or no checkpoint: ")
+    assert not (folder / "ran").exists()
+
+
+class RunsCode:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_run_can_go_on_where_there_is_one_more_random_stream(folder, monkeypatch):
+    """As on a GPU after a CPU: its stream starts anew, and evaluating needs none."""
+    assert run("train", "small.yaml") == 0
+    read = RandomStream.read
+    monkeypatch.setattr(RandomStream, "read", lambda stream: [*read(stream), torch.zeros(16, dtype=torch.uint8)])
+    monkeypatch.setattr(RandomStream, "_write", lambda stream, state: torch.set_rng_state(state[0]))
+    assert run("eval", "runs/small") == 0
+    assert run("train", "--resume", "runs/small") == 0
+
+
+def test_export_to_where_it_cannot_write_leaves_nothing(folder, capsys):
+    assert run("train", "small.yaml") == 0
+    before = sorted(folder.iterdir())
+    assert run("export", "runs/small", "--out", "runs") == 2
+    assert run("export", "runs/small", "--out", "no/such/folder/model.pt") == 2
+    assert capsys.readouterr().err.count("blpipe: --out: cannot write ") == 2
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_lone_rank_variable_is_no_torchrun(folder, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert run("train", "none.yaml") == 2
+    assert capsys.readouterr().err.startswith("blpipe: none.yaml: no such file")

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import pickle
+import random
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -81,10 +82,10 @@ class Listed(Dataset):
 
 
 class Noisy(Listed):
-    """One whose samples are drawn from torch's global stream."""
+    """One whose samples are drawn from the global streams of torch, Python and numpy."""
 
     def __getitem__(self, index):
-        return torch.rand(2), self.samples[index]
+        return torch.cat([torch.rand(2), torch.tensor([random.random(), np.random.rand()])]), self.samples[index]
 
 
 # ---- batches: order, resumption, completeness
@@ -803,7 +804,7 @@ def test_randomness_inside_a_dataset_follows_seed_epoch_and_step(monkeypatch):
     whole = list(plain.train_batches(0, 1, 2, False))
     x = whole[1][0]
     torch.manual_seed(derive_seed(0, "sample", 1, 1))
-    assert torch.equal(x, torch.stack([torch.rand(2), torch.rand(2)]))
+    assert torch.equal(x[:, :2], torch.stack([torch.rand(2), torch.rand(2)]))
     torch.set_rng_state(state)
     parallel = opened_target((dataset, dataset), monkeypatch, workers=2)
     assert equal(whole, parallel.train_batches(0, 1, 2, False))

@@ -238,7 +238,8 @@ def test_a_head_that_cannot_train_on_one_sample_is_refused():
 def test_heads_are_checked_against_the_logits():
     target = {"target": "test_plan:own_head"}
     assert plan(method={"head": target | {"args": {"classes": 4}}}).classes == 4
-    refused(r"^method\.head: after block layer2 it gives \[8, 3\] of \[8, 128\]; it must give \[8, 4\], the logits$",
+    refused(r"^method\.head: after block layer2 it gives \[8, 3\] of \[8, 128\]; it must give \[8, 4\], the logits; "
+            r"give a method\.head\.target that does$",
             method={"head": target | {"args": {"classes": 3}}})
 
 

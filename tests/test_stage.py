@@ -131,3 +131,29 @@ def make_frozen_copy(stage):
     parameters = [p for p in (*stage.blocks.parameters(), *stage.head.parameters()) if p.requires_grad]
     return Stage(stage.blocks, stage.head, stage.loss, tail=2, link=stage.link, sends_error=True,
                  optimizer=torch.optim.SGD(parameters, lr=0.1), stream=stage.stream)
+
+
+def test_a_recomputed_tail_has_the_buffers_of_its_own_forward():
+    """Spectral normalisation reads a buffer that every training forward moves on."""
+    gradients = []
+    for keep in ("graph", "recompute"):
+        torch.manual_seed(0)
+        blocks = nn.Sequential(nn.Linear(5, 5), torch.nn.utils.spectral_norm(nn.Linear(5, 5)))
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), tail=1, link=LinkConfig(delay=1, keep=keep),
+                      sends_error=True, optimizer=torch.optim.SGD(blocks.parameters(), lr=0.1),
+                      stream=RandomStream(1, CPU))
+        for seed in range(2):
+            x, targets = microbatch(seed)
+            stage.forward(x)
+            stage.local_backward(targets, 1.0)
+        stage.link_backward(torch.ones(8, 5))
+        gradients.append([p.grad for p in blocks.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_stage_that_ignores_its_input_sends_a_zero_error():
+    stage = make_stage()
+    stage.blocks[0][0].register_forward_hook(lambda module, inputs, output: output.detach())
+    x, targets = microbatch(0)
+    stage.forward(x)
+    assert torch.equal(stage.local_backward(targets, 1.0), torch.zeros(8, 5))

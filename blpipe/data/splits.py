@@ -1,10 +1,12 @@
 """A split: raw samples and their targets, fetched batch by batch, from memory or from a map-style Dataset."""
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -147,10 +149,17 @@ Split = TensorSplit | DatasetSplit
 
 @contextmanager
 def fixed_randomness(seed: int) -> Iterator[None]:
-    """Users' code sees torch's global CPU stream at `seed`; outside, the stream is as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's streams as well
-        yield
+    """Users' code sees the global CPU streams of torch, numpy and Python at `seed`; outside, they are as they were."""
+    outside = np.random.get_state(), random.getstate()
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's streams as well
+            yield
+    finally:
+        np.random.set_state(outside[0])
+        random.setstate(outside[1])
 
 
 def usable(x: Tensor) -> Tensor | None:

@@ -4,12 +4,16 @@
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from blpipe.engines.common import Feed
+from blpipe.errors import PeerLostError
 from blpipe.plan import Plan, Step, TensorSpec
 from blpipe.stage import Stage
 from blpipe.transport.queues import ReceiveQueue, SendQueue
@@ -41,7 +45,7 @@ class Backprop:
                 self._schedules[size, count] = self._new_schedule(size, count)
             schedule = self._schedules[size, count]
             self._share = size / sum(step.sizes)
-            with self.stage.stream:
+            with self.stage.stream, self._lost_peer():
                 if feed is not None and self._targets_out is not None:
                     xs, targets = zip(*(feed.get() for _ in range(count)), strict=True)
                     self._targets_out.put(torch.cat(targets))
@@ -56,6 +60,18 @@ class Backprop:
         """Wait until everything sent has arrived."""
         if self._targets_out is not None:
             self._targets_out.drain()
+
+    @contextmanager
+    def _lost_peer(self) -> Iterator[None]:
+        """torch's schedules raise a lost connection and a failing block alike; gloo's messages name its sources."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                me = f"stage {self.world.rank + 1} (rank {self.world.rank})"
+                raise PeerLostError(f"{me} in torch's schedule: another process ended, or did not answer within "
+                                    "runtime.timeout_seconds") from error
+            raise
 
     def _new_schedule(self, size: int, count: int) -> Schedule:
         rank, outputs = self.world.rank, self.plan.outputs[size]

@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol
 
 import pynvml
@@ -106,7 +107,10 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
         head = build_head(config.method.head, plan.boundaries[index], config.seed, plan.block_names(index)[-1])
         head.to(device)
     parameters = [*blocks.parameters(), *(head.parameters() if head is not None else [])]
-    return Stage(blocks, head, build_loss(config.method.loss), tail=plan.tails[index], link=config.method.link,
+    loss = build_loss(config.method.loss)
+    if isinstance(loss, nn.Module):  # it may hold tensors, such as class weights
+        loss.to(device)
+    return Stage(blocks, head, loss, tail=plan.tails[index], link=config.method.link,
                  sends_error=role(plan, index).sends_error, optimizer=build_optimizer(config.optimizer, parameters),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device))
 
@@ -120,6 +124,13 @@ def role(plan: Plan, index: int) -> Role:
 def learning_rate(plan: Plan, step: int) -> float:
     """The factor on the learning rate at a step of the run, from 0."""
     return lr_factor(plan.config.schedule, step, len(plan.step_sizes), plan.config.train.epochs)
+
+
+def seconds_since(started: float, device: torch.device) -> float:
+    """Seconds since `perf_counter()` was `started`, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - started
 
 
 def report(train: Tally, val: Tally, busy: float | None, wait: float | None, train_seconds: float,

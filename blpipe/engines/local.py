@@ -19,6 +19,7 @@ from blpipe.engines.common import (
     learning_rate,
     report,
     role,
+    seconds_since,
     test_microbatches,
     train_microbatches,
 )
@@ -54,7 +55,7 @@ class LocalEngine:
             delay = self.plan.config.method.link.delay
             feed = Feed(train_microbatches(self.data, self.plan, epoch, self.device))
             self._run([train_program(steps, role(self.plan, k), delay) for k in self.stages], feed, steps, on_step)
-        self._train_seconds = perf_counter() - started
+        self._train_seconds = seconds_since(started, self.device)
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
@@ -123,17 +124,18 @@ class LocalEngine:
         stages = list(self.stages.values())
         microbatches = train_microbatches(self.data, self.plan, epoch, self.device)
         for step in self.plan.train_steps(epoch):
-            for size in step.sizes:
-                x, targets = next(microbatches)
-                for k, stage in enumerate(stages):
-                    with stage.stream:
-                        try:
+            stage = stages[0]
+            try:
+                for size in step.sizes:
+                    x, targets = next(microbatches)
+                    for stage in stages:
+                        with stage.stream:
                             x = stage.blocks(x)
-                        except Exception as error:
-                            raise blame(self.plan, k, f"step {step.index}", error) from error
-                loss = stages[-1].loss(x, targets)
-                stages[-1].tally.add(loss, x, targets)
-                (loss * (size / sum(step.sizes))).backward()
-            for stage in stages:
-                stage.step(learning_rate(self.plan, step.index))
+                    loss = stage.loss(x, targets)
+                    stage.tally.add(loss, x, targets)
+                    (loss * (size / sum(step.sizes))).backward()
+                for stage in stages:
+                    stage.step(learning_rate(self.plan, step.index))
+            except Exception as error:
+                raise blame(self.plan, stages.index(stage), f"step {step.index}", error) from error
             on_step()

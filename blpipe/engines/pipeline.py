@@ -15,6 +15,7 @@ from blpipe.engines.common import (
     learning_rate,
     report,
     role,
+    seconds_since,
     test_microbatches,
     train_microbatches,
 )
@@ -56,7 +57,9 @@ class PipelineEngine:
         self.stage.train(True)
         self._train_tally = self.stage.tally
         steps = self.plan.train_steps(epoch)
-        feed = Feed(train_microbatches(self.data, self.plan, epoch, self.world.device)) if self.data else None
+        feed = None
+        if self.data is not None:
+            feed = Feed(train_microbatches(self.data, self.plan, epoch, self.world.device))
         waited, started = self._waited(), perf_counter()
         if self._backprop is not None:
             self._train_by_backprop(self._backprop, steps, feed, on_step)
@@ -69,7 +72,8 @@ class PipelineEngine:
                 ahead = (self.plan.config.method.link.delay + 1) * self.plan.config.train.microbatches + 1
                 self._errors_in.expect([self._error_layout(size) for size in sizes], ahead)
             self._run(train_program(steps, self.role, self.plan.config.method.link.delay), feed, steps, on_step)
-        self._train_seconds, self._wait_seconds = perf_counter() - started, self._waited() - waited
+        self._wait_seconds = self._waited() - waited
+        self._train_seconds = seconds_since(started, self.world.device)
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
@@ -77,7 +81,9 @@ class PipelineEngine:
         self._val_tally = self.stage.tally
         sizes = self.plan.evaluation_sizes()
         self._expect_activations(sizes)
-        feed = Feed(test_microbatches(self.data, self.plan, self.world.device)) if self.data else None
+        feed = None
+        if self.data is not None:
+            feed = Feed(test_microbatches(self.data, self.plan, self.world.device))
         self._run(evaluation_program(len(sizes), self.role), feed, [], lambda: None)
 
     def reports(self) -> list[StageReport] | None:

@@ -21,6 +21,8 @@ def mlp(hidden: Sequence[int] = (128, 128, 128), dropout: float = 0.0, batch_nor
     Raises:
         ValueError: a width below 1.
     """
+    if classes < 1:
+        raise ValueError(f"classes {classes} must be at least 1")
     if any(width < 1 for width in hidden):
         raise ValueError(f"hidden {list(hidden)} must be widths of at least 1")
     blocks: OrderedDict[str, nn.Module] = OrderedDict()

@@ -40,6 +40,8 @@ def resnet_cifar(depth: int = 20, width: float = 1.0, in_channels: int = 3, clas
     Raises:
         ValueError: `depth` is not 6n + 2, or `width` leaves no channel.
     """
+    if min(in_channels, classes) < 1:
+        raise ValueError(f"in_channels {in_channels} and classes {classes} must be at least 1")
     if depth < 8 or (depth - 2) % 6:
         nearest = 6 * max(1, round((depth - 2) / 6)) + 2
         raise ValueError(f"depth {depth} is not 6n + 2; the nearest is {nearest}")

@@ -28,6 +28,8 @@ def vgg_cifar(depth: int = 11, width: float = 1.0, hidden: int = 0, dropout: flo
     Raises:
         ValueError: an unknown `depth`, or `width` leaves no channel.
     """
+    if min(in_channels, classes) < 1:
+        raise ValueError(f"in_channels {in_channels} and classes {classes} must be at least 1")
     if depth not in _LAYERS:
         raise ValueError(f"depth {depth} is not one of {', '.join(map(str, _LAYERS))}")
     widths = [int(channels * width) for channels in _CHANNELS]

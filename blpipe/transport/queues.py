@@ -7,6 +7,8 @@ described on the wire. A process issues all of its communication from one thread
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from math import prod
 from time import perf_counter
 
@@ -41,6 +43,16 @@ def _offsets(layout: Layout) -> list[int]:
     return offsets
 
 
+@contextmanager
+def lost_peer(doing: str) -> Iterator[None]:
+    """What torch.distributed raises, as a PeerLostError that says what this process was doing."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(f"{doing}: that process ended, or did not answer within "
+                            "runtime.timeout_seconds") from error
+
+
 class _End:
     """What the two ends of a queue share.
 
@@ -58,13 +70,9 @@ class _End:
 
     def _wait(self, work: dist.Work) -> None:
         started = perf_counter()
-        try:
+        with lost_peer(self._name):
             work.wait()
-        except RuntimeError as error:
-            raise PeerLostError(f"{self._name}: that process ended, or did not answer within "
-                                "runtime.timeout_seconds") from error
-        finally:
-            self.wait_seconds += perf_counter() - started
+        self.wait_seconds += perf_counter() - started
 
 
 class SendQueue(_End):
@@ -89,7 +97,8 @@ class SendQueue(_End):
         buffer = torch.empty(message_bytes(layout), dtype=torch.uint8, device=self._wire)
         for view, tensor in zip(views(buffer, layout), tensors, strict=True):
             view.copy_(tensor)
-        work = dist.isend(buffer, self._peer, self._group)
+        with lost_peer(self._name):
+            work = dist.isend(buffer, self._peer, self._group)
         assert work is not None
         self._sends.append((work, buffer))
         self.bytes_sent += buffer.numel()
@@ -112,8 +121,8 @@ class ReceiveQueue(_End):
         """Announce the messages to come, all earlier ones being through; `ahead` of them are posted at any time."""
         assert not self._posted and next(self._layouts, None) is None, f"{self._name}: not drained"
         self._layouts = iter(layouts)
-        for _ in range(ahead):
-            self._post_next()
+        for layout in islice(self._layouts, ahead):
+            self._post(layout)
 
     def has_message(self) -> bool:
         """Always: `get` waits for one."""
@@ -123,14 +132,13 @@ class ReceiveQueue(_End):
         """The next message, on this stage's device."""
         work, buffer, layout = self._posted.popleft()
         self._wait(work)
-        self._post_next()
+        for following in islice(self._layouts, 1):
+            self._post(following)
         return tuple(tensor.to(self._device) for tensor in views(buffer, layout))
 
-    def _post_next(self) -> None:
-        layout = next(self._layouts, None)
-        if layout is None:
-            return
+    def _post(self, layout: Layout) -> None:
         buffer = torch.empty(message_bytes(layout), dtype=torch.uint8, device=self._wire)
-        work = dist.irecv(buffer, self._peer, self._group)
+        with lost_peer(self._name):
+            work = dist.irecv(buffer, self._peer, self._group)
         assert work is not None
         self._posted.append((work, buffer, layout))

@@ -12,17 +12,7 @@ from torch.distributed.rendezvous import rendezvous
 
 import blpipe
 from blpipe.errors import PeerLostError, UserError
-from blpipe.transport.queues import ReceiveQueue, SendQueue
-
-
-def launched_world_size() -> int | None:
-    """How many processes torchrun started; None without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
-
-
-def launched_rank() -> int:
-    """This process's rank; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
 
 
 @dataclass
@@ -38,11 +28,13 @@ class Meeting:
         self.store.set(f"{run}/announcement", json.dumps(message))
 
     def listen(self, run: str) -> dict[str, Any]:
-        """What rank 0 announced; waits for it."""
+        """What rank 0 announced; waits for it as long as rank 0 may need for its data."""
+        key = f"{run}/announcement"
         try:
-            return json.loads(self.store.get(f"{run}/announcement"))
+            self.store.wait([key], timedelta(days=1))
+            return json.loads(self.store.get(key))
         except RuntimeError as error:
-            raise PeerLostError(f"rank {self.rank}: rank 0 announced nothing within runtime.timeout_seconds") from error
+            raise PeerLostError(f"rank {self.rank} waiting for rank 0: that process ended") from error
 
     def is_reporter(self) -> bool:
         """Whether this process is to report the failure: the first one that asks is."""
@@ -118,12 +110,14 @@ class World:
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, on rank 0; None elsewhere."""
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self.control)
+        with lost_peer(f"stage {self.rank + 1} (rank {self.rank}) reporting"):
+            dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        dist.barrier(group=self.control)
+        with lost_peer(f"stage {self.rank + 1} (rank {self.rank}) waiting for all others"):
+            dist.barrier(group=self.control)
 
     def close(self) -> None:
         """Part from the others."""
@@ -156,7 +150,8 @@ def shake_hands(meeting: Meeting, run: str, contract: dict[str, Any]) -> None:
     meeting.store.set(f"{run}/hands/{meeting.rank}", json.dumps(mine))
     for neighbour in (meeting.rank - 1, meeting.rank + 1):
         if 0 <= neighbour < meeting.size:
-            theirs = json.loads(meeting.store.get(f"{run}/hands/{neighbour}"))
+            with lost_peer(f"rank {meeting.rank} shaking hands with rank {neighbour}"):
+                theirs = json.loads(meeting.store.get(f"{run}/hands/{neighbour}"))
             different = [key for key in mine if mine[key] != json.loads(json.dumps(theirs.get(key)))]
             if different:
                 key = different[0]

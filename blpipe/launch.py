@@ -1,0 +1,18 @@
+"""How this process was started, from torchrun's environment. Imports nothing heavy."""
+
+import os
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has said who this process is and where the others meet."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def world_size() -> int | None:
+    """How many processes torchrun started; None without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
+
+
+def rank() -> int:
+    """This process's rank; 0 without torchrun."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0
