@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,18 +53,26 @@ def train_locally(tree: dict, folder: Path) -> Path:
 
 
 def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: float = 110) -> list[Path]:
-    """Train each config in `stages` processes under torchrun; returns the run folders."""
+    """Train each config in `stages` processes; returns the run folders."""
     jobs = folder / f"jobs{stages}.json"
     jobs.write_text(json.dumps([{**tree, "runtime": {**tree["runtime"], "runs": str(folder / "pipeline")}}
                                 for tree in trees]))
-    done = torchrun(stages, str(REPOSITORY / "tests" / "ranks.py"), str(jobs), timeout=timeout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = subprocess.Popen([sys.executable, str(REPOSITORY / "tests" / "ranks.py"), str(stages), str(jobs)],
+                             env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             start_new_session=True)
+    try:
+        output, _ = ranks.communicate(timeout=timeout)
+    finally:
+        if ranks.returncode is None:
+            os.killpg(ranks.pid, signal.SIGKILL)
+            ranks.wait()
+    assert ranks.returncode == 0, output
     return [folder / "pipeline" / tree["name"] for tree in trees]
 
 
 def torchrun(processes: int, *arguments: str, timeout: float = 110, **kwargs) -> subprocess.CompletedProcess:
     """torchrun on this machine, with a time-out."""
-    return subprocess.run(torchrun_command(processes, *arguments), env=torchrun_environment(), capture_output=True,
+    return subprocess.run(torchrun_command(processes, *arguments), env=child_environment(), capture_output=True,
                           text=True, timeout=timeout, **kwargs)
 
 
@@ -72,8 +81,8 @@ def torchrun_command(processes: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
 
 
-def torchrun_environment() -> dict[str, str]:
-    """Lets the ranks find the package and the tests' models; one thread each, which torchrun then need not say."""
+def child_environment() -> dict[str, str]:
+    """Lets processes find the package and the tests' models; one thread each, which torchrun then need not say."""
     return os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 

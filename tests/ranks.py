@@ -1,9 +1,15 @@
-"""Run under torchrun by the tests: train a list of configs one after the other, in one set of processes.
+"""Train a list of configs one after the other, in one set of real processes; used by the tests.
 
-    torchrun --standalone --nproc-per-node=K tests/ranks.py JOBS.json
+    python tests/ranks.py K JOBS.json
+
+The processes are forked from one that has imported torch already, and find each other through the variables
+that torchrun sets. (What torchrun itself does is tested by test_processes.py and test_readme.py.)
 """
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -11,8 +17,29 @@ import torch
 
 from blpipe.config import parse_config
 from blpipe.runs import train_run
+from blpipe.transport.world import meet
+
+
+def rank(index: int, trees: list[dict]) -> None:
+    """One stage of every run."""
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(index)
+    torch.set_num_threads(1)
+    store = meet(timeout_seconds=60)  # keeps rank 0's server up from the first run to the last
+    for tree in trees:
+        train_run(parse_config(tree))
+    del store
+
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for tree in json.loads(Path(sys.argv[1]).read_text()):
-        train_run(parse_config(tree))
+    processes, trees = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
+                      LOCAL_WORLD_SIZE=str(processes))
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank, args=(index, trees)) for index in range(processes)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in ranks))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import small_config, torchrun, torchrun_command, torchrun_environment
+from conftest import child_environment, small_config, torchrun, torchrun_command
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ class Started:
 
     def __init__(self, folder, *overrides):
         self.process = subprocess.Popen(
-            torchrun_command(3, "-m", "blpipe", "train", "long.yaml", *overrides), env=torchrun_environment(),
+            torchrun_command(3, "-m", "blpipe", "train", "long.yaml", *overrides), env=child_environment(),
             text=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         self.begun = ""
         for line in self.process.stdout:
