@@ -96,7 +96,7 @@ def test_the_conv_head_has_no_convolution_where_there_is_no_map():
     ("conf", {}, r"^method\.head\.name: unknown 'conf' \(did you mean 'conv'\?\); one of .*conv, linear"),
     ("conv", {"width": 1}, r"^method\.head\.args: got an unexpected keyword argument 'width'; it takes hidden$"),
     ("linear", {"hidden": 1}, r"^method\.head\.args: got an unexpected keyword argument 'hidden'; it takes no arg"),
-    ("conv", {"hidden": 0}, r"^method\.head: ValueError: hidden 0 must be at least 1$"),
+    ("conv", {"hidden": 0}, r"^method\.head: ValueError: hidden 0 must be at least 1 \(with args \{'hidden': 0\}\)$"),
 ])
 def test_a_head_that_cannot_be_built_is_refused(name, args, message):
     with pytest.raises(ConfigError, match=message):
@@ -155,7 +155,7 @@ def test_cross_entropy_by_hand():
 
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.1, float("nan")])
 def test_label_smoothing_out_of_range_is_refused(label_smoothing):
-    with pytest.raises(ConfigError, match=r"^method\.loss: ValueError: label_smoothing .* must be from 0 to 1$"):
+    with pytest.raises(ConfigError, match=r"^method\.loss: ValueError: label_smoothing .* must be from 0 to 1 \(with "):
         build_loss(LossConfig(args={"label_smoothing": label_smoothing}))
 
 

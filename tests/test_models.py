@@ -282,7 +282,7 @@ def test_a_target_that_returns_no_blocks_is_refused(what, message):
     ({"name": "mlp", "args": {"widths": [1]}},
      r"^model\.args: got an unexpected keyword argument 'widths'; it takes hidden, dropout, batch_norm, in_shape"),
     ({"name": "resnet_cifar", "args": {"depth": 21}},
-     r"^model: ValueError: depth 21 is not 6n \+ 2; the nearest is 20$"),
+     r"^model: ValueError: depth 21 is not 6n \+ 2; the nearest is 20 \(with args "),
     ({"name": "resnet_cifar", "args": {"depth": "20"}}, r"^model: TypeError: "),
     ({"target": "test_models:own_return"}, r"^model\.args: missing a required argument: 'what'; it takes what$"),
     ({"target": "test_models"}, r"^model\.target: 'test_models' is not of the form package\.module:function$"),

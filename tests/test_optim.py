@@ -69,7 +69,7 @@ def test_without_trainable_parameters_there_is_no_optimizer(over):
     ("sgd", {"lr": 1.0}, r"^optimizer\.args\.lr: got 1\.0; the learning rate is optimizer\.lr$"),
     ("sgd", {"betas": [0.9, 0.9]}, r"^optimizer\.args: got an unexpected keyword argument 'betas'; it takes lr, mom"),
     ("sgd", {"params": []}, r"^optimizer\.args: multiple values for argument 'params'"),
-    ("sgd", {"momentum": -1.0}, r"^optimizer: ValueError: Invalid momentum value: -1\.0$"),
+    ("sgd", {"momentum": -1.0}, r"^optimizer: ValueError: Invalid momentum value: -1\.0 \(with args "),
     ("sgd", {"momentum": "a"}, r"^optimizer: TypeError: "),
 ])
 def test_what_does_not_fit_is_refused(name, args, message):

@@ -106,7 +106,8 @@ def test_a_launch_that_does_not_fit_is_refused(monkeypatch, launched, engine, st
 
 
 def launch(monkeypatch, processes):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", str(processes))):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", str(processes)), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value) if processes else monkeypatch.delenv(name, raising=False)
 
 
