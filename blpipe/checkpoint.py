@@ -156,16 +156,18 @@ class _TensorReader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    _OF_DCP = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+    _DCP = "torch.distributed.checkpoint.metadata"
+    _OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout"),
+               ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in (*self._OF_DCP, "torch", "torch.serialization", "pathlib", "pathlib._local") and "." not in name:
+        if (module, name) in self._OTHERS:
+            return super().find_class(module, name)
+        if module in (self._DCP, "torch", "pathlib", "pathlib._local") and "." not in name:
             found = super().find_class(module, name)
             is_class = isinstance(found, type)
-            if (module, name) in self._OTHERS or isinstance(found, torch.dtype) or \
-                    (is_class and issubclass(found, PurePath)) or \
-                    (is_class and module in self._OF_DCP and found.__module__ == module):
+            if isinstance(found, torch.dtype) or (is_class and issubclass(found, PurePath)) or \
+                    (is_class and module == self._DCP == found.__module__):
                 return found
         raise pickle.UnpicklingError(f"its index names {module}.{name}, which no checkpoint needs")
 

@@ -152,8 +152,15 @@ def shake_hands(meeting: Meeting, run: str, contract: dict[str, Any]) -> None:
         if 0 <= neighbour < meeting.size:
             with lost_peer(f"rank {meeting.rank} shaking hands with rank {neighbour}"):
                 theirs = json.loads(meeting.store.get(f"{run}/hands/{neighbour}"))
-            different = [key for key in mine if mine[key] != json.loads(json.dumps(theirs.get(key)))]
-            if different:
-                key = different[0]
-                raise UserError(f"rank {meeting.rank} and rank {neighbour} differ in {key}: {mine[key]} and "
-                                f"{theirs.get(key)}; start every rank with the same config and versions")
+            if mine != theirs:
+                difference = _first_difference(mine, theirs)
+                raise UserError(f"rank {meeting.rank} and rank {neighbour} differ in {difference}; "
+                                "start every rank with the same config and versions")
+
+
+def _first_difference(mine: Any, theirs: Any, path: str = "") -> str:
+    """The first key in which two nested dictionaries differ, and both values."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        key = next(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
+        return _first_difference(mine.get(key), theirs.get(key), f"{path}.{key}" if path else key)
+    return f"{path}: {mine} and {theirs}"
