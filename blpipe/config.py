@@ -118,7 +118,7 @@ def _link_length(value: Any) -> Any:
 
 
 class LinkConfig(Section):
-    """The backward link (DESIGN: §1, §2): how far, how late and how strongly errors go one stage back."""
+    """The backward link: how far, how late and how strongly errors go one stage back."""
 
     length: Annotated[Any, AfterValidator(_link_length)] = 1
     delay: NotNegative = 1

@@ -1,4 +1,4 @@
-"""The pipeline engine and the local engine compute the same, bit for bit (DESIGN §3, invariant 1)."""
+"""The pipeline engine and the local engine compute the same, bit for bit."""
 
 from itertools import product
 

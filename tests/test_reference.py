@@ -1,4 +1,4 @@
-"""The engines against plain PyTorch: a hand-written reference, a plain loop, plain backpropagation (DESIGN §3)."""
+"""The engines against plain PyTorch: a hand-written reference, a plain loop, plain backpropagation."""
 
 import pytest
 import torch
