@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: rows, results, tables, and the GPU's own readings."""
+"""What a run leaves for people and programs: rows, results, tables."""
 
 import json
 import platform

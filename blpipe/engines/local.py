@@ -54,17 +54,16 @@ class LocalEngine:
             steps = self.plan.train_steps(epoch)
             delay = self.plan.config.method.link.delay
             feed = Feed(train_microbatches(self.data, self.plan, epoch, self.device))
-            self._run([train_program(steps, role(self.plan, k), delay) for k in self.stages], feed, steps, on_step)
+            programs = [train_program(steps, role(self.plan, k), delay) for k in self.stages]
+            self._busy = self._run(programs, feed, steps, on_step)
         self._train_seconds = seconds_since(started, self.device)
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
         self._set_mode(training=False)
-        busy = list(self._busy)
         batches = len(self.plan.evaluation_sizes())
         feed = Feed(test_microbatches(self.data, self.plan, self.device))
         self._run([evaluation_program(batches, role(self.plan, k)) for k in self.stages], feed, [], lambda: None)
-        self._busy = busy
 
     def reports(self) -> list[StageReport]:
         """One report a stage; no stage waits for another process."""
@@ -83,12 +82,15 @@ class LocalEngine:
         for stage in self.stages.values():
             stage.train(training)
         self._tallies[training] = self._tallies_now()
-        if training:
-            self._busy = [0.0] * len(self.stages)
 
     def _run(self, programs: Sequence[Iterator[Op]], feed: Feed, steps: Sequence[Step],
-             on_step: OnStep) -> None:
-        """Advance every stage's program as far as it goes, in turn, until all are through."""
+             on_step: OnStep) -> list[float]:
+        """Advance every stage's program as far as it goes, in turn, until all are through.
+
+        Returns:
+            The seconds that each stage took.
+        """
+        busy = [0.0] * len(self.stages)
         edges = range(len(self.stages) - 1)
         forward = [MemoryQueue(capacity=1) for _ in edges]
         errors = [MemoryQueue() for _ in edges]
@@ -116,8 +118,9 @@ class LocalEngine:
                         del running[k]
                 except Exception as error:
                     raise blame(self.plan, k, f"step {now[k].step}", error) from error
-                self._busy[k] += perf_counter() - started
+                busy[k] += perf_counter() - started
             assert not running or now != before, "the stages' programs wait for each other"
+        return busy
 
     def _backpropagate(self, epoch: int, on_step: OnStep) -> None:
         """Plain end-to-end backpropagation of the last stage's loss."""

@@ -83,7 +83,6 @@ class SendQueue(_End):
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
-        self.bytes_sent = 0
 
     def has_room(self) -> bool:
         """Always: `put` waits where there is none."""
@@ -101,7 +100,6 @@ class SendQueue(_End):
             work = dist.isend(buffer, self._peer, self._group)
         assert work is not None
         self._sends.append((work, buffer))
-        self.bytes_sent += buffer.numel()
 
     def drain(self) -> None:
         """Wait until everything sent has arrived."""
