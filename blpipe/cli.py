@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,9 +21,14 @@ examples:
 
 exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted"""
 
+_GRACE_SECONDS = 2.0  # between SIGTERM and the end of a process under torchrun
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code, or raises SystemExit with it."""
+    if launch.under_torchrun():
+        # Once one process has ended, torchrun ends the others: first let them find out and say what happened.
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS))
     try:
         return _main(_parse(argv))
     except KeyboardInterrupt:
@@ -59,7 +65,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _report(text: str) -> None:
     """Print each line to stderr, from one rank alone: what one meets, others meet too, or lose a neighbour by it."""
-    if not launch.under_torchrun() or _is_reporter():
+    ending = 0 < signal.getitimer(signal.ITIMER_REAL)[0] < _GRACE_SECONDS / 2  # as are the others: nobody is to blame
+    if not launch.under_torchrun() or (not ending and _is_reporter()):
         print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
     else:
         time.sleep(1)  # once a rank has ended, torchrun ends the others: let the reporter speak
