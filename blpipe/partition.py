@@ -33,6 +33,7 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
     elif config.cuts is not None:
         starts = _starts("partition.cuts", config.cuts, names)
     else:
+        assert config.strategy == "even", "balanced cuts are settled before"
         starts = even_starts(len(names), config.stage_count)
     stages = [nn.Sequential(OrderedDict(items[start:stop]))
               for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
