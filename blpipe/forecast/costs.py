@@ -85,6 +85,11 @@ def profile(network: Network, device: torch.device, data: Data | None = None) ->
         device: measured on, or estimated for.
         data: measure, and begin with a batch of these; None estimates without running anything.
     """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return _profile(network, device, data)
+
+
+def _profile(network: Network, device: torch.device, data: Data | None) -> Profile:
     config = network.config
     size = config.train.batch_size // config.train.microbatches
     targets = torch.zeros((size, *network.data.target_shape), dtype=torch.int64)
@@ -205,12 +210,11 @@ class _Trial:
         x, targets = x.to(device), self._targets.to(device)
         rounds: list[list[float]] = []
         started = perf_counter()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            while len(rounds) < 3 or (len(rounds) < _MOST_ROUNDS and perf_counter() - started < _MEASURE_SECONDS):
-                clock = Clock(device)
-                self._round(module, x, targets, clock.time)
-                clock.time(lambda: optimizer.step() if optimizer is not None else None)
-                rounds.append(clock.seconds)
+        while len(rounds) < 3 or (len(rounds) < _MOST_ROUNDS and perf_counter() - started < _MEASURE_SECONDS):
+            clock = Clock(device)
+            self._round(module, x, targets, clock.time)
+            clock.time(lambda: optimizer.step() if optimizer is not None else None)
+            rounds.append(clock.seconds)
         forward, backward, for_input, for_weights, step = (median(column) for column in zip(*rounds[1:], strict=True))
         return replace(cost, forward=forward, backward=backward, input_backward=for_input,
                        weight_backward=for_weights, step=step)

@@ -1,10 +1,12 @@
 """The peak memory of a stage: its own program, run on tensors without values."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blpipe.balance import Table
@@ -14,7 +16,7 @@ from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, on_meta
 from blpipe.optim import build_optimizer
-from blpipe.plan import Network, Step, TensorSpec, make_plan, tail_length
+from blpipe.plan import Network, Step, TensorSpec, make_plan
 from blpipe.program import Ports, execute, train_program
 from blpipe.transport.queues import SendQueue
 
@@ -64,29 +66,34 @@ def peak_bytes(network: Network, start: int, end: int) -> int:
 
 
 def estimated_bytes(costs: Profile) -> Table:
-    """What a stage of the blocks i … j−1 needs at least about: [N + 1, N + 1], infinity for j ≤ i."""
+    """About what a stage of the blocks i … j−1 needs: [N + 1, N + 1], infinity for j ≤ i."""
+    count = len(costs.blocks)
+    start, end = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
+    return np.where(start < end, _estimate(costs, np.minimum(start, end), end), np.inf)
+
+
+def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
     config, blocks = costs.network.config, costs.blocks
     link, train = config.method.link, config.train
-    total_params = _sums(block.param_bytes for block in blocks)
-    total_saved = _sums(block.saved_bytes for block in blocks)
+    params = np.cumsum([0] + [block.param_bytes for block in blocks])
+    saved = np.cumsum([0] + [block.saved_bytes for block in blocks])
+    # What passes each boundary; that before the first block counts as nothing, as does the model's output.
+    passing = np.array([0] + [block.output_bytes for block in blocks[:-1]] + [0])
+    heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
     copies = 2 + state_copies(config.optimizer)  # the weights, their gradients and the optimizer's own
-    count = len(blocks)
-    table = torch.full((count + 1, count + 1), float("inf"), dtype=torch.float64).numpy()
-    for start in range(count):
-        for end in range(start + 1, count + 1):
-            saved = total_saved[end] - total_saved[start]
-            needs = copies * (total_params[end] - total_params[start])
-            linked = config.method.name == "backlink" and end < count
-            if config.method.name == "bp":
-                saved *= min(train.microbatches, config.partition.stage_count)  # in flight in 1F1B
-            elif linked:
-                tail = end - tail_length(link, end - start)
-                if link.delay:
-                    needs += total_params[end] - total_params[tail]
-                kept = total_saved[end] - total_saved[tail] if link.keep == "graph" else blocks[tail - 1].output_bytes
-                saved += kept * link.delay * train.microbatches
-            table[start, end] = needs + saved
-    return table
+    needs = copies * (params[end] - params[start])
+    if config.method.name == "bp":
+        in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B
+        return needs + in_flight * (saved[end] - saved[start])
+    needs = needs + saved[end] - saved[start] + heads[end] + 2 * np.maximum(passing[start], passing[end])
+    needs = needs + (ACTIVATIONS_AHEAD + 1) * passing[start] + SendQueue.IN_FLIGHT * passing[end]
+    if config.method.name == "backlink":
+        tail = start if link.length == "all" else np.maximum(start, end - link.length)
+        kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
+        late = params[end] - params[tail] if link.delay else 0
+        linked = late + link.delay * train.microbatches * kept + errors_ahead(config) * passing[end]
+        needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
+    return needs
 
 
 def state_copies(config: OptimizerConfig) -> int:
@@ -98,13 +105,6 @@ def state_copies(config: OptimizerConfig) -> int:
     optimizer.step()
     return sum(value.shape == parameter.shape for value in optimizer.state[parameter].values()
                if isinstance(value, Tensor))
-
-
-def _sums(values: Iterable[int]) -> list[int]:
-    sums = [0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return sums
 
 
 class _Inbox:

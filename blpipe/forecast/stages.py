@@ -1,5 +1,6 @@
 """What a stage costs, from its blocks, its head and its backward link; and the cuts that balance all of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,14 +147,22 @@ def unsettled(partition: PartitionConfig) -> bool:
     return partition.strategy == "balanced" and partition.cuts is None and partition.target is None
 
 
-def _too_little_memory(memory: Table, exact: Any, stages: int, limit: int) -> str:
-    known: set[tuple[int, int]] = set()
-    starts = best_starts(memory, (1.0,) * stages)
-    while starts is not None and refine(memory, exact, starts, known):
-        starts = best_starts(memory, (1.0,) * stages)
-    least = least_maximum(memory, (1.0,) * stages)
+def _too_little_memory(memory: Table, exact: Callable[[int, int], float], stages: int, limit: int) -> str:
+    ways = []
+    least = _least_limit(memory, exact, stages)
+    if np.isfinite(least):
+        ways.append(f"give at least {int(least):,} bytes ({human_bytes(least)})")
     enough = fewest_stages(memory <= limit)
-    ways = [f"give at least {int(least):,} bytes ({human_bytes(least)})"] if np.isfinite(least) else []
-    ways += [f"use {enough} stages"] if enough is not None and enough != stages else []
+    while enough is not None and cheapest_within(memory, memory, exact, limit, (1.0,) * enough) is None:
+        enough = fewest_stages(memory <= limit)  # by exact values where estimates were too low
+    if enough is not None:
+        ways.append(f"use {enough} stages")
     return (f"partition.memory_limit: no partition into {stages} stages keeps every stage within "
             f"{human_bytes(limit)}; {' or '.join(ways) or 'use a smaller model or smaller microbatches'}")
+
+
+def _least_limit(memory: Table, exact: Callable[[int, int], float], stages: int) -> float:
+    known: set[tuple[int, int]] = set()
+    while (starts := best_starts(memory, (1.0,) * stages)) is not None and refine(memory, exact, starts, known):
+        pass
+    return least_maximum(memory, (1.0,) * stages)
