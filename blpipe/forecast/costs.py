@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +79,22 @@ class Profile:
     feed: float
     step_call: float
     measured: bool
+
+    @cached_property
+    def sums(self) -> dict[str, NDArray[np.float64]]:
+        """By field of `Cost`, its sum over the first i blocks, i = 0 … N."""
+        return {field.name: np.cumsum([0.0] + [getattr(block, field.name) for block in self.blocks])
+                for field in fields(Cost)}
+
+    @cached_property
+    def head_seconds(self) -> NDArray[np.float64]:
+        """Forward and backward of the head behind i blocks, i = 0 … N; infinity where none fits."""
+        return np.array([np.inf] + [np.inf if h is None else h.forward + h.backward for h in self.heads])
+
+    @cached_property
+    def head_step(self) -> NDArray[np.float64]:
+        """The optimizer step of the head behind i blocks, i = 0 … N."""
+        return np.array([0.0] + [0.0 if head is None else head.step for head in self.heads])
 
 
 def profile(network: Network, device: torch.device, data: Data | None = None) -> Profile:
@@ -192,9 +211,12 @@ class _Trial:
         module = on_meta(self._module).train()
         x, targets = torch.empty(self._given.shape, dtype=self._given.dtype, device="meta"), self._targets.to("meta")
         held = Ledger()
+        for tensor in (x, targets, *module.parameters(), *module.buffers()):
+            held.count(tensor)
+        before = held.live
         with held:
             out = self._forward(module, x, targets)
-            saved, out_bytes = held.live, out.nbytes
+            saved, out_bytes = held.live - before, out.nbytes
         del out
         self._round(module, x, targets, count)
         (flops, forward), (more_flops, backward), (_, for_input), (_, for_weights) = counts

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, least_maximum, refine
 from blpipe.config import Config, LinkConfig, PartitionConfig
@@ -14,6 +13,8 @@ from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import estimated_bytes, meta_network, peak_bytes
 from blpipe.plan import Network
 from blpipe.text import human_bytes
+
+_OPTIMISM = 0.9  # on estimates of memory: no partition that fits is missed, and exact values follow
 
 
 @dataclass(frozen=True)
@@ -46,37 +47,33 @@ def stage_cost(costs: Profile, start: Any, end: Any, link: LinkConfig) -> StageC
     Args:
         start, end: numbers, or arrays [...] that broadcast to each other.
     """
-    blocks = costs.blocks
-    forward, backward, inputs, weights, step = (
-        np.cumsum([0.0] + [getattr(block, name) for block in blocks])
-        for name in ("forward", "backward", "input_backward", "weight_backward", "step"))
-    head_seconds = np.array([np.inf] + [np.inf if h is None else h.forward + h.backward for h in costs.heads])
-    head_step = np.array([0.0] + [0.0 if h is None else h.step for h in costs.heads])
-    first, last = np.equal(start, 0), np.equal(end, len(blocks))
-    feed = np.where(first, costs.feed, 0.0)
+    def total(field: str) -> Any:
+        return costs.sums[field][end] - costs.sums[field][start]
+
+    block = costs.blocks[0]
+    first, last = np.equal(start, 0), np.equal(end, len(costs.blocks))
     # The first stage's input wants no gradient.
-    whole = backward[end] - backward[start] - np.where(first, blocks[0].backward - blocks[0].weight_backward, 0.0)
+    backward = total("backward") - np.where(first, block.backward - block.weight_backward, 0.0)
     return StageCost(
-        forward=feed + forward[end] - forward[start],
-        backward=whole + np.where(last, head_seconds[-1], 0.0),
-        input_backward=inputs[end] - inputs[start] - np.where(first, blocks[0].input_backward, 0.0),
-        weight_backward=weights[end] - weights[start],
-        local_backward=whole + head_seconds[end],
-        link_backward=np.where(last, 0.0, _link_seconds(costs, start, end, link, forward, backward)),
-        step=costs.step_call + step[end] - step[start] + np.where(last, 0.0, head_step[end]))
+        forward=np.where(first, costs.feed, 0.0) + total("forward"),
+        backward=backward + np.where(last, costs.head_seconds[-1], 0.0),
+        input_backward=total("input_backward") - np.where(first, block.input_backward, 0.0),
+        weight_backward=total("weight_backward"),
+        local_backward=backward + costs.head_seconds[end],
+        link_backward=np.where(last, 0.0, _link_seconds(costs, start, end, link)),
+        step=costs.step_call + total("step") + np.where(last, 0.0, costs.head_step[end]))
 
 
-def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, forward: NDArray[np.float64],
-                  backward: NDArray[np.float64]) -> Any:
+def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig) -> Any:
     """A backward through the tail whose first block wants no gradient for its input."""
     if link.weight == 0.0 or link.length == 0:
         return 0.0
     tail = start if link.length == "all" else np.maximum(start, end - link.length)
+    backward, weights, forward = (costs.sums[field] for field in ("backward", "weight_backward", "forward"))
     # Where start ≥ end there is no stage, and the result is not used.
-    first = np.minimum(tail, len(costs.blocks) - 1)
-    for_input = np.array([block.backward - block.weight_backward for block in costs.blocks])[first]
+    after = np.minimum(tail + 1, len(costs.blocks))
     again = forward[end] - forward[tail] if link.keep == "recompute" else 0.0
-    return again + backward[end] - backward[tail] - for_input
+    return again + backward[end] - backward[after] + weights[after] - weights[tail]
 
 
 def seconds_table(costs: Profile, method: str, link: LinkConfig) -> Table:
@@ -118,10 +115,18 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
             raise ConfigError(f"partition.stages: the model cannot be cut into {stages} stages: shared parameters or "
                               "boundaries without a head forbid it; use fewer stages or give a method.head.target")
         return starts
-    memory, on_meta = estimated_bytes(costs), meta_network(costs.network)
+    memory, on_meta = _OPTIMISM * estimated_bytes(costs), meta_network(costs.network)
+
+    known: dict[Any, int] = {}
 
     def exact(start: int, end: int) -> float:
-        return memory[start, end] if method == "bp" else peak_bytes(on_meta, start, end)
+        if method == "bp":
+            return memory[start, end] / _OPTIMISM
+        # Stages of alike blocks at alike boundaries need the same.
+        alike = (start == 0 or costs.blocks[start - 1].output_bytes, *costs.blocks[start:end], costs.heads[end - 1])
+        if alike not in known:
+            known[alike] = peak_bytes(on_meta, start, end)
+        return known[alike]
 
     starts = cheapest_within(seconds, memory, exact, limit, speeds)
     if starts is None:

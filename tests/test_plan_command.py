@@ -1,0 +1,115 @@
+"""`blpipe plan`: what it shows, writes and refuses; it starts no process group and trains nothing."""
+
+import json
+
+import pytest
+import yaml
+from conftest import small_config
+
+from blpipe.cli import main
+from blpipe.config import load_config
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A config of three stages in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    tree = small_config("planned", train__microbatches=4, partition={"stages": 3, "costs": "analytic"})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "c.yaml"
+
+
+def plan(capsys, *arguments):
+    main(["plan", "c.yaml", *arguments])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "c.yaml", *arguments])
+    assert ended.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_tables_of_stages_and_methods(config, capsys):
+    output = plan(capsys)
+    lines = output.splitlines()
+    assert lines[0] == "planned: backlink in 3 stages, a step of 16 samples in 4 microbatches"
+    header = next(line for line in lines if line.startswith("stage "))
+    assert header.split("  ")[0] == "stage"
+    for word in ("blocks", "parameters", "FLOP", "step time", "sends on", "sends back", "peak memory"):
+        assert word in header
+    for method in ("backlink d=1", "backlink d=0", "GPipe", "1F1B", "zero-bubble", "one device"):
+        assert any(line.startswith(method) for line in lines)
+    assert not (config.parent / "runs").exists()
+
+
+def test_json_says_what_each_stage_holds_computes_and_sends(config, capsys):
+    found = json.loads(plan(capsys, "--json"))
+    assert [stage["blocks"] for stage in found["stages"]] == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert found["cuts"] == ["2", "4"]
+    first, second, last = found["stages"]
+    # Four microbatches of 4 samples: activations of 6 × 8 × 8 floats with an int64 target each; then 8 × 4 × 4.
+    assert first["sent_forward_bytes"] == 16 * (6 * 8 * 8 * 4 + 8)
+    assert second["sent_back_bytes"] == 16 * 6 * 8 * 8 * 4
+    assert last["sent_back_bytes"] == 16 * 8 * 4 * 4 * 4
+    assert (first["sent_back_bytes"], last["sent_forward_bytes"]) == (0, 0)
+    assert found["costs"] == "analytic"
+    for stage in found["stages"]:
+        assert stage["seconds"] > 0
+        assert stage["flops"] > 0
+        assert stage["peak_memory_bytes"] > 4 * stage["params"]
+    for method in found["methods"]:
+        assert method["samples_per_second"] == pytest.approx(16 / method["seconds_per_step"])
+        assert 0 < method["efficiency"] <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(("method", "back"), [("greedy", False), ("bp", True)])
+def test_other_methods(config, capsys, method, back):
+    found = json.loads(plan(capsys, "--json", f"method={method}"))
+    assert (found["stages"][1]["sent_back_bytes"] > 0) == back
+    assert found["methods"][0]["method"] == ("greedy" if method == "greedy" else "backlink d=0")
+
+
+def test_measured_costs_take_seconds_and_balance(config, capsys):
+    found = json.loads(plan(capsys, "--json", "partition.costs=measured", "partition.strategy=balanced"))
+    assert found["costs"] == "measured"
+    assert len(found["cuts"]) == 2
+    # The cuts that it found are a config of their own.
+    cuts = ",".join(found["cuts"])
+    again = json.loads(plan(capsys, "--json", f"partition={{cuts: [{cuts}], costs: analytic}}"))
+    assert again["cuts"] == found["cuts"]
+    assert load_config("c.yaml").partition.cuts is None
+
+
+def test_a_sweep_over_stages_with_a_picture_and_a_trace(config, capsys):
+    output = plan(capsys, "--stages", "1,2,6", "--out", "plan.png", "--trace", "plan.json")
+    rows = [line.split() for line in output.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["1", "2", "6"]
+    assert (config.parent / "plan.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads((config.parent / "plan.json").read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["ph"] == "X"} >= {"forward", "local backward", "link backward"}
+
+
+def test_a_thousand_stages_take_seconds(config, capsys):
+    changes = ["model={name: mlp, args: {hidden: 1100 * [8]}}".replace("1100 * [8]", str([8] * 1100)),
+               "partition.stages=4", "--stages", "1024", "--json"]
+    found = json.loads(plan(capsys, *changes))
+    rows = {row["method"]: row for row in found["sweep"]}
+    assert all(row["stages"] == 1024 for row in rows.values())
+    assert rows["backlink d=1"]["samples_per_second"] > rows["1F1B"]["samples_per_second"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--stages", "2,many"], "--stages: '2,many' must be whole numbers from 1 on"),
+    (["--stages", "1,7"], "--stages: 7 stages need as many blocks, and the model has 6"),
+    (["--out", "nowhere/plan.png"], "--out: cannot write nowhere/plan.png"),
+    (["--out", "plan.docx"], "--out: cannot write plan.docx"),
+    (["--trace", "nowhere/plan.json"], "--trace: cannot write nowhere/plan.json"),
+    (["--bandwidth", "0"], "--bandwidth: 0.0 must be above 0"),
+    (["partition.speeds=[1, 2]"], "partition: 2 speeds for 3 stages"),
+    (["partition.costs=guessed"], "partition.costs: should be 'measured' or 'analytic'"),
+])
+def test_bad_options_are_one_line_and_exit_code_2(config, capsys, arguments, message):
+    assert refused(capsys, *arguments).startswith(f"blpipe: {message}")
