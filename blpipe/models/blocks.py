@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from blpipe.models.tracing import by_mode, is_size, module_path, operation, stack_of, trace
+from blpipe.models.tracing import is_size, module_path, operation, stack_of, trace
 
 _TUPLES = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit", "meshgrid"}
 _RANDOM = re.compile("drop|rand|bernoulli|normal|multinomial|poisson|exponential|stochastic")
@@ -41,12 +41,24 @@ def blocks_of(model: nn.Module) -> nn.Sequential:
     for group in groups:
         operations = [node for piece in group.pieces for node in piece.nodes]
         value = group.pieces[-1].value
-        blocks[_unused(group.name, blocks)] = _block(model, given, operations, value)
+        blocks[_unused(group.name, blocks)] = block = _block(model, given, operations, value)
+        out_of_place(block)
         given = value
     for constant in set(vars(model)) - own:  # tensors made in forward, which tracing leaves on the model
         delattr(model, constant)
     _carry_along(model, [block for block in blocks.values() if isinstance(block, TracedBlock)])
     return nn.Sequential(blocks)
+
+
+def out_of_place(module: nn.Module) -> None:
+    """Switch `inplace=True` off in `module`: in place, a stage's first operation would overwrite its input,
+    which its neighbour or another graph still needs.
+
+    In training it costs no memory: the normalisation before a ReLU does not keep its own output.
+    """
+    for part in module.modules():
+        if getattr(part, "inplace", False) is True:
+            part.inplace = False  # type: ignore[assignment]
 
 
 class _Piece(NamedTuple):
@@ -57,11 +69,12 @@ class _Piece(NamedTuple):
 
     def calls(self) -> tuple[str, ...]:
         """The module calls that all of it lies in, outermost first."""
-        stacks = [stack_of(node) for node in self.nodes]
-        shared = [calls for calls in zip(*stacks, strict=False) if len(set(calls)) == 1]
-        # A common prefix: after the first level at which the stacks differ, nothing is shared.
-        length = next((i for i, calls in enumerate(zip(*stacks, strict=False)) if len(set(calls)) > 1), len(shared))
-        return tuple(calls[0] for calls in shared[:length])
+        common: list[str] = []
+        for level in zip(*map(stack_of, self.nodes), strict=False):
+            if len(set(level)) > 1:
+                break
+            common.append(level[0])
+        return tuple(common)
 
 
 def _pieces(model: nn.Module, given: fx.Node, nodes: list[fx.Node], output: fx.Node) -> list[_Piece]:
@@ -88,22 +101,22 @@ def _movable(node: fx.Node, given: fx.Node, model: nn.Module) -> bool:
     if node.op == "get_attr" or _is_batch_size(node, given) or _is_device(node):
         return True
     return node.op in ("call_function", "call_method") and node.target is not torch._assert \
-        and bool(node.all_input_nodes) and not _RANDOM.search(operation(node, model)) \
-        and not str(node.target).endswith("_") and all(_movable(source, given, model) for source in node.all_input_nodes)
+        and bool(node.all_input_nodes) and all(_movable(source, given, model) for source in node.all_input_nodes) \
+        and not _RANDOM.search(operation(node, model)) and not str(node.target).endswith("_")
 
 
 def _is_batch_size(node: fx.Node, given: fx.Node) -> bool:
     """`x.shape[0]`, `x.size(0)` or `x.size()[0]` of the model's input: the same for the input of every block."""
     if node.op == "call_method":
-        return node.target == "size" and (*node.args, *node.kwargs.values()) == (given, 0)
+        return node.target == "size" and [*node.args, *node.kwargs.values()] == [given, 0]
     if node.target is not operator.getitem or node.args[1] != 0:
         return False
     shape = node.args[0]
-    return isinstance(shape, fx.Node) and shape.args in ((given, "shape"), (given,)) and is_size(shape)
+    return isinstance(shape, fx.Node) and is_size(shape) and list(shape.args) in ([given, "shape"], [given])
 
 
 def _is_device(node: fx.Node) -> bool:
-    return node.target is getattr and node.args[1] == "device"
+    return node.target is getattr and str(node.args[1]) == "device"
 
 
 def _is_tensor(node: fx.Node, model: nn.Module) -> bool:

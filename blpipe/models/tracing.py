@@ -102,8 +102,8 @@ def _explain(problem: _Untraceable) -> str:
     at = f" at {problem.place}" if problem.place else ""
     inside = f" (module {problem.path})" if problem.path else ""
     return (f"model: cannot be traced{at}{inside}: {problem.reason}; rewrite that line without reading values or "
-            "shapes into control flow, put it in a function marked with torch.fx.wrap or in a small module of its own, or "
-            "return the blocks yourself, as an nn.Sequential, a list or a dict")
+            "shapes into control flow, put it in a function marked with torch.fx.wrap or in a small module of its "
+            "own, or return the blocks yourself, as an nn.Sequential, a list or a dict")
 
 
 def _size(module: nn.Module) -> int:
