@@ -1,6 +1,6 @@
 """Checkpoints: the whole state of a drained pipeline, by torch's distributed checkpointing (DCP).
 
-A checkpoint is keyed by names, not by stages or processes: `model/<block>.<parameter>`,
+A checkpoint is keyed by names, not by stages or processes: `model/<the plain model's name>`,
 `head/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`, `random/<stage>/<device>`. It is
 written aside and renamed when complete. Reading one never runs code from it: it holds tensors, and an index
 that is unpickled for DCP's own classes alone.
@@ -10,6 +10,7 @@ import json
 import pickle
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from blpipe.errors import CheckpointError, UserError, one_line
+from blpipe.models.build import plain_metadata, plain_names
 from blpipe.plan import Plan
 from blpipe.stage import Stage
 
@@ -49,7 +51,8 @@ def save(run: Path, epochs_done: int, plan: Plan, stages: dict[int, Stage],
         with _without_warning():
             dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
         if leader:
-            (partial / _PROGRESS).write_text(json.dumps({"epochs_done": epochs_done}))
+            (partial / _PROGRESS).write_text(json.dumps(
+                {"epochs_done": epochs_done, "metadata": plain_metadata(plan.model)}))
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             for old in checkpoints(run):
@@ -79,7 +82,11 @@ def latest(run: Path) -> Path:
 
 def epochs_done(checkpoint: Path) -> int:
     """How many epochs a checkpoint has behind it."""
-    return json.loads((checkpoint / _PROGRESS).read_text())["epochs_done"]
+    return _progress(checkpoint)["epochs_done"]
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _PROGRESS).read_text())
 
 
 def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
@@ -102,23 +109,27 @@ def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None
         UserError: a damaged checkpoint, or one of another model.
     """
     for index, stage in stages.items():
-        _load_module(checkpoint, "model/", stage.blocks)
+        _load_module(checkpoint, "model/", stage.blocks, plain_names(stage.blocks))
         if stage.head is not None:
-            _load_module(checkpoint, f"head/{plan.block_names(index)[-1]}/", stage.head)
+            _load_module(checkpoint, f"head/{plan.block_names(index)[-1]}/", stage.head,
+                         {name: name for name in stage.head.state_dict()})
 
 
-def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module) -> None:
-    keys = {prefix + name for name in module.state_dict()}
+def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module, names: dict[str, str]) -> None:
+    """`names`: from those in the module's state_dict to those in the checkpoint."""
+    keys = {prefix + name for name in names.values()}
     state = read(checkpoint, keys.__contains__)
     if state.keys() != keys:
         raise UserError(f"{checkpoint}: holds no {min(keys - state.keys())}; it belongs to another model or partition")
-    module.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    module.load_state_dict({name: state[prefix + stored] for name, stored in names.items()})
 
 
 def model_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The plain model's state_dict."""
-    return {key.removeprefix("model/"): tensor
-            for key, tensor in read(checkpoint, _starting_with(("model/",))).items()}
+    """The plain model's state_dict, with its modules' versions as `torch.nn.Module.load_state_dict` reads them."""
+    state = OrderedDict((key.removeprefix("model/"), tensor)
+                        for key, tensor in read(checkpoint, _starting_with(("model/",))).items())
+    state._metadata = _progress(checkpoint).get("metadata", {})  # type: ignore[attr-defined]
+    return state
 
 
 def read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -180,7 +191,8 @@ def _without_warning() -> Iterator[None]:
 
 
 def _state(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
-    state = {f"model/{name}": tensor for name, tensor in stage.blocks.state_dict().items()}
+    own = stage.blocks.state_dict()
+    state = {f"model/{plain}": own[name] for name, plain in plain_names(stage.blocks).items()}
     if stage.head is not None:
         boundary = plan.block_names(index)[-1]
         state |= {f"head/{boundary}/{name}": tensor for name, tensor in stage.head.state_dict().items()}
@@ -209,6 +221,7 @@ def _optimized(plan: Plan, index: int, stage: Stage) -> Iterable[tuple[torch.nn.
     """The optimizer's parameters in its order, with their names in the checkpoint."""
     boundary = plan.block_names(index)[-1]
     head = stage.head.named_parameters() if stage.head is not None else ()
-    named = [*((p, name) for name, p in stage.blocks.named_parameters()),
+    plain = plain_names(stage.blocks)
+    named = [*((p, plain[name]) for name, p in stage.blocks.named_parameters()),
              *((p, f"head/{boundary}/{name}") for name, p in head)]
     return [(p, name) for p, name in named if p.requires_grad]

@@ -20,14 +20,27 @@ class Boundary:
     """What a head is built for.
 
     Args:
-        shape: of one sample at the boundary, without the batch: [C, H, W], [T, D] or [D].
+        shape: of one sample at the boundary, without the batch: [C, H, W], or [H, W, C] if `channels_last`;
+            [T, D] or [D].
         classes: number of logits.
-        later: shapes at the outputs of the blocks that follow, in order.
+        later: shapes at the outputs of the blocks that follow, in order; maps always as [C, H, W].
+        channels_last: whether `shape` is a map with its channels last.
+        target_shape: of one sample's targets: () for a class label, (T,) where every position has one.
     """
 
     shape: Shape
     classes: int
     later: tuple[Shape, ...] = ()
+    channels_last: bool = False
+    target_shape: Shape = ()
+
+
+class ChannelsFirst(nn.Module):
+    """[B, H, W, C] to [B, C, H, W]."""
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Permute."""
+        return x_BHWC.permute(0, 3, 1, 2)
 
 
 class PoolToFeatures(nn.Module):
@@ -41,8 +54,12 @@ class PoolToFeatures(nn.Module):
 
 
 def linear(boundary: Boundary) -> nn.Module:
-    """Global average pool and one fully connected layer."""
-    return nn.Sequential(OrderedDict(pool=PoolToFeatures(), fc=nn.Linear(_features(boundary), boundary.classes)))
+    """Global average pool and one fully connected layer; where every token has a target, no pool."""
+    layers = _before_pool(boundary)
+    if not _per_token(boundary):
+        layers["pool"] = PoolToFeatures()
+    layers["fc"] = nn.Linear(_features(boundary), boundary.classes)
+    return nn.Sequential(layers)
 
 
 def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
@@ -51,36 +68,51 @@ def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
     The convolution takes its channels and stride from what the network does next: twice the channels at
     half the resolution, but no more channels than the network's widest map and no map below 2×2. For
     widths 16-32-64: 16→32 stride 2, 32→64 stride 2, 64→64 stride 1, the head that InfoPro compares
-    (arXiv 2101.10832). Tokens and flat features have no map to convolve: FC `hidden`, ReLU, FC.
+    (arXiv 2101.10832). Tokens and flat features have no map to convolve: FC `hidden`, ReLU, FC, without the
+    pool where every token has a target.
 
     Raises:
         ValueError: `hidden` is below 1.
     """
     if hidden < 1:
         raise ValueError(f"hidden {hidden} must be at least 1")
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers = _before_pool(boundary)
     features = _features(boundary)
     if len(boundary.shape) == 3:
-        channels, height, width = boundary.shape
-        widest = max(shape[0] for shape in (boundary.shape, *boundary.later) if len(shape) == 3)
+        channels, height, width = channels_first(boundary.shape, boundary.channels_last)
+        widest = max([channels, *(shape[0] for shape in boundary.later if len(shape) == 3)])
         features = min(2 * channels, widest)
         stride = 2 if features > channels and min(height, width) > 2 else 1
         layers["conv"] = convolution = nn.Conv2d(channels, features, 3, stride, 1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         layers["bn"] = nn.BatchNorm2d(features)
         layers["relu"] = nn.ReLU()
-    layers["pool"] = PoolToFeatures()
+    if not _per_token(boundary):
+        layers["pool"] = PoolToFeatures()
     layers["fc1"] = nn.Linear(features, hidden)
     layers["relu1"] = nn.ReLU()
     layers["fc2"] = nn.Linear(hidden, boundary.classes)
     return nn.Sequential(layers)
 
 
+def channels_first(shape: Shape, channels_last: bool) -> Shape:
+    """The shape of a map as [C, H, W]; any other as it is."""
+    return (shape[-1], *shape[:-1]) if channels_last else shape
+
+
+def _before_pool(boundary: Boundary) -> "OrderedDict[str, nn.Module]":
+    return OrderedDict(permute=ChannelsFirst()) if boundary.channels_last else OrderedDict()
+
+
+def _per_token(boundary: Boundary) -> bool:
+    return len(boundary.shape) == 2 and boundary.target_shape == boundary.shape[:1]
+
+
 def _features(boundary: Boundary) -> int:
     if len(boundary.shape) not in (1, 2, 3):
         raise ValueError(f"a boundary of shape {list(boundary.shape)} is no map, tokens or features; "
                          "give method.head.target")
-    return boundary.shape[0] if len(boundary.shape) == 3 else boundary.shape[-1]
+    return boundary.shape[0] if len(boundary.shape) == 3 and not boundary.channels_last else boundary.shape[-1]
 
 
 BUILT_IN = {"linear": linear, "conv": conv}

@@ -7,7 +7,7 @@ from torch import nn
 
 from blpipe.config import PartitionConfig
 from blpipe.errors import ConfigError
-from blpipe.models.build import named_blocks
+from blpipe.models.build import named_blocks, plain_names
 from blpipe.plugins import call, did_you_mean, import_target
 
 
@@ -71,8 +71,9 @@ def _starts(key: str, cuts: Sequence[str], names: list[str]) -> list[int]:
 def _refuse_shared_parameters(stages: list[nn.Sequential]) -> None:
     owner: dict[nn.Parameter, tuple[int, str]] = {}
     for number, stage in enumerate(stages, start=1):
+        plain = plain_names(stage)
         for name, parameter in stage.named_parameters():
-            first, first_name = owner.setdefault(parameter, (number, name))
+            first, first_name = owner.setdefault(parameter, (number, plain[name]))
             if first != number:
-                raise ConfigError(f"partition: {first_name} (stage {first}) and {name} (stage {number}) are one "
+                raise ConfigError(f"partition: {first_name} (stage {first}) and {plain[name]} (stage {number}) are one "
                                   "parameter; cut so that both are in one stage, or untie them")

@@ -4,29 +4,21 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from blpipe.config import Config, LinkConfig
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError, one_line
-from blpipe.heads import Boundary, Shape, build_head
+from blpipe.heads import Boundary, build_head, channels_first
 from blpipe.losses import build_loss
 from blpipe.models import build_model
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import partition
+from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
 from blpipe.text import blocks_text
-
-
-class TensorSpec(NamedTuple):
-    """Shape and dtype of one tensor, batch included."""
-
-    shape: Shape
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -134,14 +126,18 @@ def make_network(config: Config, data: DataSpec) -> Network:
                           f"samples; use at most {data.train_samples}")
     model = build_model(config.model, data, config.seed)
     training = {size for step in step_sizes(data.train_samples, config) for size in step}
-    traced = {size: trace_shapes(model, data, size, training=True) for size in training}
+    with layer_calls(model) as calls:
+        traced = {size: trace_shapes(model, data, size, True, calls) for size in training}
     for size in {*evaluation_sizes(data.test_samples, config)} - training:
-        traced[size] = trace_shapes(model, data, size, training=False)
+        traced[size] = trace_shapes(model, data, size, False, {})
     any_size = next(iter(traced))
     shapes = [spec.shape[1:] for spec in traced[any_size].values()]
+    last = channels_last(traced[any_size], calls)
     classes = _classes(traced[any_size], data)
+    later = tuple(map(channels_first, shapes, last))
     return Network(config, data, model, {size: list(specs.values()) for size, specs in traced.items()},
-                   [Boundary(shape, classes, tuple(shapes[i + 1:])) for i, shape in enumerate(shapes)])
+                   [Boundary(shape, classes, later[i + 1:], last[i], data.target_shape)
+                    for i, shape in enumerate(shapes)])
 
 
 def make_plan(config: Config, data: DataSpec, network: Network | None = None) -> Plan:
@@ -225,7 +221,7 @@ def _checked_head(plan: Plan, index: int) -> nn.Module:
     head = build_head(plan.config.method.head, plan.boundaries[index], plan.config.seed, name)
     for size in {size for sizes in plan.step_sizes for size in sizes}:
         given = plan.outputs[size][index]
-        output = _trace(f"method.head (after block {name})", head, given, plan.data, training=True)
+        output = trace_module(f"method.head (after block {name})", head, given, plan.data, training=True)
         wanted = plan.outputs[size][-1].shape
         if output.shape != wanted:
             raise ConfigError(f"method.head: after block {name} it gives {list(output.shape)} of {list(given.shape)}; "
@@ -243,51 +239,6 @@ def _check_loss(plan: Plan) -> None:
                           f"{list(output.shape[:-1])}: {one_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
         raise ConfigError("method.loss: the function must return a scalar tensor, the mean over the batch")
-
-
-def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool) -> "OrderedDict[str, TensorSpec]":
-    """The output of every block for `size` samples, computed on the meta device.
-
-    Raises:
-        ConfigError: a block that cannot take what the one before it gives, or gives no tensor.
-    """
-    spec = TensorSpec((size, *data.shape), getattr(torch, data.dtype))
-    specs: OrderedDict[str, TensorSpec] = OrderedDict()
-    for name, block in named_blocks(model):
-        specs[name] = spec = _trace(f"model: block {name}", block, spec, data, training)
-    return specs
-
-
-def _trace(what: str, module: nn.Module, given: TensorSpec, data: DataSpec, training: bool) -> TensorSpec:
-    modes = [(part, part.training) for part in module.modules()]
-    module.train(training)
-    try:
-        state = {n: torch.empty_like(t, device="meta")
-                 for n, t in (*module.named_parameters(), *module.named_buffers())}
-        with torch.device("meta"), torch.no_grad():
-            x = functional_call(module, state, (torch.empty(given.shape, dtype=given.dtype),))
-    except Exception as error:
-        raise ConfigError(_cannot_take(what, given.shape, data, training, error)) from error
-    finally:
-        for part, mode in modes:
-            part.training = mode
-    size = given.shape[0]
-    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[0] != size:
-        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ConfigError(f"{what} made {shape} of {list(given.shape)}; it must return one tensor [{size}, …] "
-                          f"for a batch of {size}")
-    return TensorSpec(tuple(x.shape), x.dtype)
-
-
-def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error: Exception) -> str:
-    if training and given[0] == 1 and "more than 1 value per channel" in str(error):
-        return (f"train.batch_size: BatchNorm in {what.removeprefix('model: ')} cannot train on a microbatch of "
-                "1 sample; set train.drop_last=true, fewer train.microbatches, or another batch size")
-    if "meta" in str(error):
-        return (f"{what} cannot be traced: {one_line(error)}; blocks and heads must run on meta tensors: register "
-                "their tensors as buffers, and read no values in forward")
-    return (f"{what} cannot take an input of shape {list(given)} (samples of {list(data.shape)}): "
-            f"{one_line(error)}; change model.args or the samples' size")
 
 
 def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:

@@ -22,7 +22,8 @@ from blpipe.heads import build_head
 from blpipe.losses import Loss, build_loss
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
-from blpipe.plan import Network, TensorSpec
+from blpipe.plan import Network
+from blpipe.shapes import TensorSpec, likeness
 
 # Nominal speeds for estimates: (floating-point operations, bytes of memory traffic) a second.
 NOMINAL = {"cpu": (5e10, 1e10), "cuda": (4e13, 2e12)}
@@ -167,17 +168,6 @@ def _step_call_seconds(config: OptimizerConfig) -> float:
     for _ in range(_MOST_ROUNDS):
         clock.time(optimizer.step)
     return median(clock.seconds)
-
-
-def likeness(module: nn.Module) -> Hashable:
-    """Equal for modules that do the same work: the same classes, settings and shapes throughout."""
-    parts = []
-    for name, part in module.named_modules():
-        plain = {key: value for key, value in vars(part).items() if not key.startswith("_")}
-        tensors = [(key, tuple(t.shape), t.dtype, t.requires_grad)
-                   for key, t in (*part._parameters.items(), *part._buffers.items()) if t is not None]
-        parts.append((name, type(part), repr(plain), str(tensors)))
-    return tuple(parts)
 
 
 Observe = Callable[[Callable[[], Any]], Any]  # calls a function, notes what it cost, returns what it returned

@@ -16,8 +16,9 @@ from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, on_meta
 from blpipe.optim import build_optimizer
-from blpipe.plan import Network, Step, TensorSpec, make_plan
+from blpipe.plan import Network, Step, make_plan
 from blpipe.program import Ports, execute, train_program
+from blpipe.shapes import TensorSpec
 from blpipe.transport.queues import SendQueue
 
 _META = torch.device("meta")

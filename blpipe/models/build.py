@@ -11,9 +11,11 @@ from torch import nn
 from blpipe.config import Named
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
+from blpipe.models.blocks import TracedBlock, blocks_of, out_of_place
 from blpipe.models.mlp import mlp
 from blpipe.models.resnet_cifar import resnet_cifar
 from blpipe.models.vgg_cifar import vgg_cifar
+from blpipe.models.zoo import PREFIX, torchvision_model
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed
 
@@ -23,49 +25,40 @@ BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifa
 def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     """The plain model as `nn.Sequential` of named blocks, initialised from `seed`.
 
-    A built-in model takes the data's channels, shape and number of classes where `args` do not give them.
+    A built-in model takes the data's channels, shape and number of classes where `args` do not give them. A
+    model of torchvision, and a module that a `target` returns, is cut into blocks by `blocks_of`.
 
     Raises:
-        ConfigError: unknown name, arguments that do not fit, or a `target` that returns no blocks.
+        ConfigError: unknown name, arguments that do not fit, or a `target` whose result makes no blocks.
     """
-    builder = resolve("model", config, BUILT_IN)
-    args = dict(config.args)
-    if config.name is not None:
-        args = _from_data(builder, data) | args
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "model"))
-        built = call("model", builder, **args)
-    blocks = as_blocks(built)
+        if config.name is not None and config.name.startswith(PREFIX):
+            return blocks_of(torchvision_model(config.name, config.args, data.classes))
+        builder = resolve("model", config, BUILT_IN)
+        args = dict(config.args) if config.name is None else _from_data(builder, data) | config.args
+        blocks = as_blocks(call("model", builder, **args))
     out_of_place(blocks)
     return blocks
 
 
-def out_of_place(module: nn.Module) -> None:
-    """Switch `inplace=True` off in `module`: in place, a stage's first operation would overwrite its input,
-    which its neighbour or another graph still needs.
-
-    In training it costs no memory: the normalisation before a ReLU does not keep its own output.
-    """
-    for part in module.modules():
-        if getattr(part, "inplace", False) is True:
-            part.inplace = False  # type: ignore[assignment]
-
-
 def as_blocks(built: Any) -> nn.Sequential:
-    """Take an `nn.Sequential`, a list or a dict of modules as blocks; parameter names stay as they are.
+    """Take an `nn.Sequential`, a list or a dict of modules as blocks; cut any other module into blocks.
 
     Raises:
-        ConfigError: anything else, or nothing in it.
+        ConfigError: anything else, nothing in it, or a module that cannot be traced.
     """
     if isinstance(built, nn.Sequential) and type(built).forward is nn.Sequential.forward:
         blocks = nn.Sequential(OrderedDict(named_blocks(built)))  # a subclass's constructor takes no blocks
-    elif isinstance(built, nn.ModuleDict | Mapping):
+    elif isinstance(built, nn.ModuleDict | Mapping) and not _has_forward(built):
         blocks = nn.Sequential(OrderedDict(_checked(dict(built.items()))))
-    elif isinstance(built, list | tuple | nn.ModuleList):
+    elif isinstance(built, list | tuple | nn.ModuleList) and not _has_forward(built):
         blocks = nn.Sequential(OrderedDict(_checked({str(i): module for i, module in enumerate(built)})))
+    elif isinstance(built, nn.Module):
+        blocks = blocks_of(built)
     else:
-        raise ConfigError(f"model.target: it returned a {type(built).__name__}; return an nn.Sequential, "
-                          "or a list or dict of modules: the blocks in order")
+        raise ConfigError(f"model.target: it returned a {type(built).__name__}; return an nn.Module, or a list or "
+                          "dict of modules: the blocks in order")
     if len(blocks) == 0:
         raise ConfigError("model.target: it returned no blocks; return at least one module")
     return blocks
@@ -74,6 +67,25 @@ def as_blocks(built: Any) -> nn.Sequential:
 def named_blocks(blocks: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """The blocks in order with their names; unlike `named_children`, a module used twice is there twice."""
     return list(zip(blocks._modules, blocks, strict=True))
+
+
+def plain_names(blocks: nn.Sequential) -> dict[str, str]:
+    """From the names in the state_dict of `blocks`, or of a run of them, to those in the plain model's.
+
+    They differ in blocks that `blocks_of` cut out of a model: inside, names are that model's own.
+    """
+    return {f"{block}.{name}": name if isinstance(part, TracedBlock) else f"{block}.{name}"
+            for block, part in named_blocks(blocks) for name in part.state_dict()}
+
+
+def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
+    """The versions of the plain model's modules, by path, which its state_dict carries as `_metadata`."""
+    kept = getattr(blocks, "plain_metadata", None)
+    return dict(blocks.state_dict()._metadata if kept is None else kept)  # type: ignore[attr-defined]
+
+
+def _has_forward(built: Any) -> bool:
+    return isinstance(built, nn.Module) and type(built).forward is not nn.Module.forward
 
 
 def _checked(modules: dict[Any, Any]) -> dict[str, nn.Module]:

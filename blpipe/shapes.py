@@ -1,0 +1,149 @@
+"""What crosses each boundary: shapes, dtypes and where a map has its channels, without running anything."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from blpipe.data import DataSpec
+from blpipe.errors import ConfigError, one_line
+from blpipe.heads import Shape
+from blpipe.models.build import named_blocks
+
+_CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d,
+                   nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one tensor, batch included."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool,
+                 calls: "dict[str, list[LayerCall]]") -> "OrderedDict[str, TensorSpec]":
+    """The output of every block for `size` samples, computed on the meta device.
+
+    Args:
+        calls: from `layer_calls`. Of blocks that are alike, with alike inputs, one is run, and the others get
+            its calls.
+
+    Raises:
+        ConfigError: a block that cannot take what the one before it gives, or gives no tensor.
+    """
+    spec = TensorSpec((size, *data.shape), getattr(torch, data.dtype))
+    specs: OrderedDict[str, TensorSpec] = OrderedDict()
+    known: dict[Hashable, str] = {}
+    for name, block in named_blocks(model):
+        first = known.setdefault((likeness(block), spec), name)
+        if first == name:
+            spec = trace_module(f"model: block {name}", block, spec, data, training)
+        else:
+            spec, calls[name] = specs[first], calls.get(first, [])
+        specs[name] = spec
+    return specs
+
+
+def likeness(module: nn.Module) -> Hashable:
+    """Equal for modules that do the same work: the same classes, settings and shapes throughout."""
+    parts = []
+    for name, part in module.named_modules():
+        settings = {key: value for key, value in vars(part).items() if key not in _EVERY_MODULE}
+        tensors = [(key, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+                   for key, tensor in (*part._parameters.items(), *part._buffers.items()) if tensor is not None]
+        parts.append((name, type(part), repr(settings), str(tensors)))
+    return tuple(parts)
+
+
+def trace_module(what: str, module: nn.Module, given: TensorSpec, data: DataSpec, training: bool) -> TensorSpec:
+    """The output of `module`, which messages call `what`, for the input `given`, computed on the meta device.
+
+    Raises:
+        ConfigError: it cannot take that input, or gives no tensor [batch, …].
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        state = {n: torch.empty_like(t, device="meta")
+                 for n, t in (*module.named_parameters(), *module.named_buffers())}
+        with torch.device("meta"), torch.no_grad():
+            x = functional_call(module, state, (torch.empty(given.shape, dtype=given.dtype),))
+    except Exception as error:
+        raise ConfigError(_cannot_take(what, given.shape, data, training, error)) from error
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    size = given.shape[0]
+    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[0] != size:
+        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ConfigError(f"{what} made {shape} of {list(given.shape)}; it must return one tensor [{size}, …] "
+                          f"for a batch of {size}")
+    return TensorSpec(tuple(x.shape), x.dtype)
+
+
+def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error: Exception) -> str:
+    if training and given[0] == 1 and "more than 1 value per channel" in str(error):
+        return (f"train.batch_size: BatchNorm in {what.removeprefix('model: ')} cannot train on a microbatch of "
+                "1 sample; set train.drop_last=true, fewer train.microbatches, or another batch size")
+    if "meta" in str(error):
+        return (f"{what} cannot be traced: {one_line(error)}; blocks and heads must run on meta tensors: register "
+                "their tensors as buffers, and read no values in forward")
+    return (f"{what} cannot take an input of shape {list(given)} (samples of {list(data.shape)}): "
+            f"{one_line(error)}; change model.args or the samples' size")
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer that works on channels in a known place."""
+
+    channels_last: bool
+    taken: Shape
+    given: Shape
+
+
+@contextmanager
+def layer_calls(model: nn.Sequential) -> Iterator[dict[str, list[LayerCall]]]:
+    """Record, by block, the calls of layers that tell where a map has its channels."""
+    calls: dict[str, list[LayerCall]] = {name: [] for name, _ in named_blocks(model)}
+
+    def recorder(name: str, last: bool) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda layer, args, out: calls[name].append(LayerCall(last, tuple(args[0].shape), tuple(out.shape)))
+
+    hooks = [layer.register_forward_hook(recorder(name, last)) for name, block in named_blocks(model)
+             for layer in block.modules() if (last := _works_on_last(layer)) is not None]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def channels_last(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:
+    """Whether the output of each block is a map with its channels last, [B, H, W, C].
+
+    The first layer in the next block that takes the map as it is tells; else the last one in the block itself
+    that gives it; else the shape.
+    """
+    answers = []
+    for (name, (shape, _)), following in zip_longest(specs.items(), list(specs)[1:]):
+        by_next = [call.channels_last for call in calls.get(following, []) if call.taken == shape]
+        by_block = [call.channels_last for call in calls[name] if call.given == shape]
+        by_shape = len(shape) == 4 and shape[1] == shape[2] != shape[3]
+        answers.append(len(shape) == 4 and [*by_next, *reversed(by_block), by_shape][0])
+    return answers
+
+
+def _works_on_last(layer: nn.Module) -> bool | None:
+    """Whether a layer works on channels that are last; None if it does not care."""
+    if type(layer) is nn.LayerNorm:  # a subclass may permute first
+        return True if len(layer.normalized_shape) == 1 else None
+    if isinstance(layer, nn.Linear):
+        return True
+    return False if isinstance(layer, _CHANNELS_FIRST) else None
