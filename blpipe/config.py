@@ -92,6 +92,10 @@ class DataConfig(Named):
     test_samples: Positive | None = None
 
 
+def _block_name(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # an nn.Sequential's own names are numbers
+
+
 def _bytes(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -106,7 +110,7 @@ class PartitionConfig(Section):
 
     stages: Positive | None = None
     strategy: str = "even"
-    cuts: tuple[str, ...] | None = Field(default=None, strict=False)
+    cuts: tuple[Annotated[str, BeforeValidator(_block_name)], ...] | None = Field(default=None, strict=False)
     target: str | None = None
     args: dict[str, Any] = {}
     costs: Literal["measured", "analytic"] = "measured"

@@ -127,9 +127,9 @@ def make_network(config: Config, data: DataSpec) -> Network:
     model = build_model(config.model, data, config.seed)
     training = {size for step in step_sizes(data.train_samples, config) for size in step}
     with layer_calls(model) as calls:
-        traced = {size: trace_shapes(model, data, size, True, calls) for size in training}
+        traced = {size: trace_shapes(model, data, size, training=True, calls=calls) for size in training}
     for size in {*evaluation_sizes(data.test_samples, config)} - training:
-        traced[size] = trace_shapes(model, data, size, False, {})
+        traced[size] = trace_shapes(model, data, size, training=False)
     any_size = next(iter(traced))
     shapes = [spec.shape[1:] for spec in traced[any_size].values()]
     last = channels_last(traced[any_size], calls)

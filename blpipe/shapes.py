@@ -29,7 +29,7 @@ class TensorSpec(NamedTuple):
 
 
 def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool,
-                 calls: "dict[str, list[LayerCall]]") -> "OrderedDict[str, TensorSpec]":
+                 calls: "dict[str, list[LayerCall]] | None" = None) -> "OrderedDict[str, TensorSpec]":
     """The output of every block for `size` samples, computed on the meta device.
 
     Args:
@@ -47,7 +47,9 @@ def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool
         if first == name:
             spec = trace_module(f"model: block {name}", block, spec, data, training)
         else:
-            spec, calls[name] = specs[first], calls.get(first, [])
+            spec = specs[first]
+            if calls is not None:
+                calls[name] = calls[first]
         specs[name] = spec
     return specs
 

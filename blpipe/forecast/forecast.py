@@ -16,7 +16,9 @@ from blpipe.partition import even_starts
 from blpipe.plan import Plan, Step
 from blpipe.program import Kind, Op, Role, train_program
 
-_STEPS = 8  # simulated, of which the later half is counted
+# Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few.
+_STEPS, _DRAINED_STEPS, _MANY_STAGES = 8, 2, 64
+_MOST_BLOCK_RUNS = 600  # a few seconds
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,25 @@ class Forecaster:
                 float(stage_cost(self.costs, start, end, method.link).batch_seconds(method.name, micro))
                 / self._speed(k),
                 0 if last else micro * self._forward_bytes(end), micro * self._error_bytes(start) if linked else 0,
-                int(estimates[start, end]) if method.name == "bp" else peak_bytes(on_meta, start, end)))
+                peak_bytes(on_meta, start, end) if self._can_rehearse(end - start) else int(estimates[start, end])))
         return rows
+
+    def _can_rehearse(self, blocks: int) -> bool:
+        """Whether a stage's own program can be run for its memory, in seconds; else an estimate has to do."""
+        method, train = self.config.method, self.config.train
+        runs = blocks * train.microbatches * (method.link.delay + 2)
+        return method.name != "bp" and runs <= _MOST_BLOCK_RUNS
 
     def compare(self, starts: list[int] | None, stages: int) -> list[MethodForecast]:
         """Every method on `stages` devices; each in its own best partition, or all with the given `starts`."""
-        return [self._forecast(method, self.timeline(method, cuts), cuts) for method in methods(self.config)
-                for cuts in [starts or self._starts_for(method.kind, stages)]]
+        rows = []
+        for method in methods(self.config):
+            cuts = starts or self._starts_for(method.kind, stages)
+            steps = _DRAINED_STEPS if method.kind == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
+            rows.append(self._forecast(method, self.timeline(method, cuts, steps), cuts))
+        return rows
 
-    def timeline(self, method: Method, starts: list[int], steps: int = _STEPS) -> Timeline:
+    def timeline(self, method: Method, starts: list[int], steps: int) -> Timeline:
         """The simulation of so many steps."""
         ends, count = [*starts[1:], len(self.costs.blocks)], len(starts)
         seconds = []
