@@ -86,7 +86,7 @@ class PartitionConfig(Section):
     """How the blocks are cut into stages."""
 
     stages: Positive | None = None
-    strategy: Literal["even"] = "even"
+    strategy: str = "even"
     cuts: tuple[str, ...] | None = Field(default=None, strict=False)
     target: str | None = None
     args: dict[str, Any] = {}

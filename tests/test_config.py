@@ -216,7 +216,6 @@ def test_every_error_is_said_at_once_a_line_each():
     ({"schedule": {"final": 1.5}}, "schedule.final", "1.5"),
     ({"partition": {"cuts": "abc"}}, "partition.cuts", "'abc'"),
     ({"partition": {"cuts": [1]}}, "partition.cuts.0", "1"),
-    ({"partition": {"stages": 2, "strategy": "odd"}}, "partition.strategy", "'odd'"),
     ({"data": {"normalize": {"mean": [0], "std": [0]}}}, "data.normalize.std.0", "0"),
 ])
 def test_wrong_types_and_values_are_refused_with_path_and_value(sections, key, value):
