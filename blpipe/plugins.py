@@ -13,7 +13,6 @@ from typing import Any
 from blpipe.config import Named
 from blpipe.errors import ConfigError, one_line
 
-
 GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "partition": "blpipe.partitions",
           "method.head": "blpipe.heads", "method.loss": "blpipe.losses"}
 """By a part's section of the config: the entry point group in which packages register theirs."""
