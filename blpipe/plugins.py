@@ -47,8 +47,8 @@ def by_name(key: str, name: str, built_in: Mapping[str, Callable[..., Any]]) -> 
         raise ConfigError(f"{key}: unknown {name!r}{did_you_mean(name, known)}; one of {', '.join(sorted(known))}, "
                           f"or {section}.target for your own")
     if len(holders) > 1:
-        raise ConfigError(f"{key}: {name!r} is registered by {' and '.join(holders)}; uninstall all but one, or say "
-                          f"{section}.target={found[0].value}")
+        raise ConfigError(f"{key}: {name!r} is registered by {' and '.join(holders)}; uninstall all but one, or give "
+                          f"{section}.target {found[0].value!r} in place of the name")
     return _load(key, found[0]) if found else built_in[name]
 
 
