@@ -1,6 +1,7 @@
 """The command line: subcommands, and what each kind of error prints and returns."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ _EXAMPLES = """\
 examples:
   torchrun --standalone --nproc-per-node=4 -m blpipe train configs/quickstart.yaml
   python -m blpipe train configs/quickstart.yaml train.epochs=3 name=short
+  python -m blpipe plan configs/quickstart.yaml partition.strategy=balanced --out plan.png
   python -m blpipe eval runs/quickstart
   python -m blpipe export runs/quickstart --out model.pt
 
@@ -113,6 +115,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="go on with this run folder from its last checkpoint")
     train.set_defaults(command=_train)
 
+    plan = commands.add_parser("plan", help="show what a config will cost before it runs",
+                               description="Measure every block, cut the model and simulate its stages. Nothing is "
+                                           "trained, and no other process is needed.")
+    plan.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value",
+                      help="keys to set over the file's; partition.costs=analytic runs nothing")
+    plan.add_argument("--stages", metavar="1,2,4,…", help="also simulate these numbers of stages")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("--out", metavar="FILE.png", help="draw the timeline, and with --stages the scaling curve")
+    plan.add_argument("--trace", metavar="FILE.json", help="write the timeline for ui.perfetto.dev")
+    plan.add_argument("--latency", type=float, metavar="SECONDS", help="of a message between two stages")
+    plan.add_argument("--bandwidth", type=float, metavar="BYTES", help="a second, between two stages")
+    plan.set_defaults(command=_plan)
+
     evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint",
                                    description="Evaluate every stage's head on the test samples.")
     evaluate.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
@@ -138,6 +154,28 @@ def _train(arguments: argparse.Namespace) -> None:
     if not arguments.config:
         raise ConfigError("CONFIG: which config? give one, such as configs/quickstart.yaml, or --resume RUN")
     runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from blpipe.config import load_config
+    from blpipe.forecast import report
+    from blpipe.forecast.picture import draw
+    _refuse_torchrun()
+    config = load_config(arguments.config, arguments.overrides)
+    found = report.make_report(config, _numbers("--stages", arguments.stages), arguments.latency, arguments.bandwidth)
+    if arguments.out:
+        draw(found, Path(arguments.out))
+    if arguments.trace:
+        report.save_trace(found, Path(arguments.trace))
+    print(json.dumps(report.as_json(found), indent=2) if arguments.json else report.as_text(found))
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    from blpipe.errors import ConfigError
+    words = [word for word in (text or "").split(",") if word]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"{option}: {text!r} must be whole numbers from 1 on, such as 1,2,4,8")
+    return sorted({int(word) for word in words})
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

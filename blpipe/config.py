@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from blpipe.errors import ConfigError, one_line
 
@@ -82,6 +92,15 @@ class DataConfig(Named):
     test_samples: Positive | None = None
 
 
+def _bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError("must be a number of bytes, or such as 500MB or 16GiB") from None
+
+
 class PartitionConfig(Section):
     """How the blocks are cut into stages."""
 
@@ -90,6 +109,9 @@ class PartitionConfig(Section):
     cuts: tuple[str, ...] | None = Field(default=None, strict=False)
     target: str | None = None
     args: dict[str, Any] = {}
+    costs: Literal["measured", "analytic"] = "measured"
+    speeds: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(default=None, strict=False)
+    memory_limit: Annotated[Positive | None, BeforeValidator(_bytes)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "PartitionConfig":
@@ -100,6 +122,10 @@ class PartitionConfig(Section):
                              "leave stages out")
         if self.cuts is None and self.stages is None:
             raise ValueError("give stages (how many) or cuts (the block that each later stage begins with)")
+        if self.speeds is not None and len(self.speeds) != self.stage_count:
+            raise ValueError(f"{len(self.speeds)} speeds for {self.stage_count} stages; give one a stage, or none")
+        if self.memory_limit is not None and self.strategy != "balanced":
+            raise ValueError("memory_limit needs strategy: balanced, which finds the cuts that keep it")
         return self
 
     @property
@@ -199,6 +225,7 @@ class RuntimeConfig(Section):
     threads: Positive | None = None
     runs: str = "runs"
     progress: bool = True
+    trace: bool = False
     timeout_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 600.0
 
 
@@ -222,6 +249,12 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _traceable(self) -> "Config":
+        if self.runtime.trace and self.method.name == "bp":
+            raise ValueError("runtime.trace traces stage programs, and method bp runs none; set runtime.trace=false")
+        return self
 
 
 _EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")

@@ -13,6 +13,7 @@ import blpipe
 from blpipe.engines.common import learning_rate
 from blpipe.errors import UserError
 from blpipe.plan import Plan
+from blpipe.text import blocks_text, percent, table
 from blpipe.trainer import Epoch
 
 
@@ -103,17 +104,8 @@ def stage_table(stages: list[dict[str, Any]], accuracies: list[float | None]) ->
     """A table with a row a stage, from a result's `stages`."""
     rows = [("stage", "blocks", "parameters", "accuracy", "busy", "waiting")]
     for number, (stage, accuracy) in enumerate(zip(stages, accuracies, strict=True), start=1):
-        blocks = stage["blocks"]
         busy, wait = stage.get("busy_seconds"), stage.get("wait_seconds")
         total = None if busy is None or wait is None else busy + wait
-        rows.append((str(number), blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}",
-                     f"{stage['params']:,}", percent(accuracy), percent(busy / total if total else None),
-                     percent(wait / total if total else None)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) if i == 1 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
-
-
-def percent(share: float | None) -> str:
-    """A share 0…1 in per cent; a dash where there is none."""
-    return "–" if share is None else f"{100 * share:.1f} %"
+        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", percent(accuracy),
+                     percent(busy / total if total else None), percent(wait / total if total else None)))
+    return table(rows, left=[1])

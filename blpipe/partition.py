@@ -31,7 +31,8 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
                                                     **config.args), names, config.stage_count)
     elif config.cuts is not None:
         starts = _starts("partition.cuts", config.cuts, names)
-    elif (strategy := by_name("partition.strategy", config.strategy, {"even": even_starts})) is even_starts:
+    elif (strategy := by_name("partition.strategy", config.strategy, BUILT_IN)) is even_starts:
+        assert config.strategy == "even", "balanced cuts are settled before"
         starts = even_starts(len(names), config.stage_count)
     else:
         starts = _returned("partition.strategy", call("partition", strategy, blocks, config.stage_count,
@@ -49,6 +50,9 @@ def even_starts(blocks: int, stages: int) -> list[int]:
     """
     size, longer = divmod(blocks, stages)
     return [k * size + max(0, k - (stages - longer)) for k in range(stages)]
+
+
+BUILT_IN = {"even": even_starts, "balanced": even_starts}  # balanced: once settled, it is cuts
 
 
 def _returned(key: str, returned: Any, names: list[str], stages: int) -> list[int]:

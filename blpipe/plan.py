@@ -19,6 +19,7 @@ from blpipe.models import build_model
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import partition
+from blpipe.text import blocks_text
 
 
 class TensorSpec(NamedTuple):
@@ -34,6 +35,27 @@ class Step:
 
     index: int
     sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The plain model before it is cut, and what passes between its blocks.
+
+    Args:
+        outputs: by microbatch size, the output of every block in order.
+        boundaries: what a head after each block is built for; the last one is the model's own output.
+    """
+
+    config: Config
+    data: DataSpec
+    model: nn.Sequential
+    outputs: dict[int, list[TensorSpec]]
+    boundaries: list[Boundary]
+
+    @cached_property
+    def block_names(self) -> list[str]:
+        """Names of all blocks in order."""
+        return [name for name, _ in named_blocks(self.model)]
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,16 @@ class Plan:
         """Names of the blocks of the stage with this index, from 0."""
         return [name for name, _ in named_blocks(self.stages[stage])]
 
+    @property
+    def starts(self) -> list[int]:
+        """The index of each stage's first block."""
+        return [0, *accumulate(len(stage) for stage in self.stages[:-1])]
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The first and the last block of every stage."""
+        return [blocks_text(self.block_names(k)) for k in range(len(self.stages))]
+
     @cached_property
     def step_sizes(self) -> list[tuple[int, ...]]:
         """The microbatch sizes of every step of an epoch."""
@@ -91,36 +123,50 @@ class Plan:
         return TensorSpec((size, *self.data.target_shape), torch.int64)
 
 
-def make_plan(config: Config, data: DataSpec) -> Plan:
-    """Build the model, cut it and trace its shapes; no process group, no training.
+def make_network(config: Config, data: DataSpec) -> Network:
+    """Build the model and trace its shapes, block by block.
 
     Raises:
-        ConfigError: anything in `config` that does not fit together or does not fit the data.
+        ConfigError: a model or a batch size that does not fit the data.
     """
     if config.train.batch_size > data.train_samples:
         raise ConfigError(f"train.batch_size: {config.train.batch_size} is more than the {data.train_samples} training "
                           f"samples; use at most {data.train_samples}")
     model = build_model(config.model, data, config.seed)
-    stages = partition(config.partition, model)
-    sizes = {size for step in step_sizes(data.train_samples, config) for size in step}
-    traced = {size: trace_shapes(model, data, size, training=True) for size in sizes}
-    for size in {*evaluation_sizes(data.test_samples, config)} - sizes:
+    training = {size for step in step_sizes(data.train_samples, config) for size in step}
+    traced = {size: trace_shapes(model, data, size, training=True) for size in training}
+    for size in {*evaluation_sizes(data.test_samples, config)} - training:
         traced[size] = trace_shapes(model, data, size, training=False)
     any_size = next(iter(traced))
     shapes = [spec.shape[1:] for spec in traced[any_size].values()]
     classes = _classes(traced[any_size], data)
+    return Network(config, data, model, {size: list(specs.values()) for size, specs in traced.items()},
+                   [Boundary(shape, classes, tuple(shapes[i + 1:])) for i, shape in enumerate(shapes)])
+
+
+def make_plan(config: Config, data: DataSpec, network: Network | None = None) -> Plan:
+    """Cut the model into stages and check that all parts fit; no process group, no training.
+
+    Args:
+        network: the one of this config and data, where it is there already.
+
+    Raises:
+        ConfigError: anything in `config` that does not fit together or does not fit the data.
+    """
+    network = network or make_network(config, data)
+    stages = partition(config.partition, network.model)
     ends = [end - 1 for end in accumulate(len(stage) for stage in stages)]
     linked_stages = stages[:-1] if config.method.name == "backlink" else []
     plan = Plan(
-        config, data, model, stages,
-        outputs={size: [list(specs.values())[end] for end in ends] for size, specs in traced.items()},
-        boundaries=[Boundary(shapes[end], classes, tuple(shapes[end + 1:])) for end in ends],
+        config, data, network.model, stages,
+        outputs={size: [specs[end] for end in ends] for size, specs in network.outputs.items()},
+        boundaries=[network.boundaries[end] for end in ends],
         tails=[tail_length(config.method.link, len(stage)) if stage in linked_stages else 0 for stage in stages])
     _check_boundaries(plan)
     _check_loss(plan)
     for k, stage in enumerate(stages):
         has_head = config.method.name != "bp" and k < len(stages) - 1
-        head = _checked_head(plan, k, sizes) if has_head else nn.Identity()
+        head = _checked_head(plan, k) if has_head else nn.Identity()
         build_optimizer(config.optimizer, [*stage.parameters(), *head.parameters()])
     return plan
 
@@ -152,14 +198,18 @@ def tail_length(link: LinkConfig, blocks: int) -> int:
 
 def notices(plan: Plan) -> list[str]:
     """What a user may want to know of how the config was read, a line each."""
+    lines = []
+    if plan.config.partition.strategy == "balanced":
+        lines.append(f"partition: balanced by {plan.config.partition.costs} costs; "
+                     f"cuts: [{', '.join(plan.config.partition.cuts or ())}]")
     link = plan.config.method.link
     if plan.config.method.name != "backlink" or link.length == "all" or link.weight == 0.0:
-        return []
+        return lines
     short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if len(stage) < link.length]
-    if not short:
-        return []
-    return [f"method.link.length: {link.length} is more than some stages have; stages {', '.join(map(str, short))} "
-            "use all of their blocks"]
+    if short:
+        lines.append(f"method.link.length: {link.length} is more than some stages have; stages "
+                     f"{', '.join(map(str, short))} use all of their blocks")
+    return lines
 
 
 def _check_boundaries(plan: Plan) -> None:
@@ -170,10 +220,10 @@ def _check_boundaries(plan: Plan) -> None:
                                   f"{str(spec.dtype).removeprefix('torch.')}; cut where floating-point numbers pass")
 
 
-def _checked_head(plan: Plan, index: int, sizes: set[int]) -> nn.Module:
+def _checked_head(plan: Plan, index: int) -> nn.Module:
     name = plan.block_names(index)[-1]
     head = build_head(plan.config.method.head, plan.boundaries[index], plan.config.seed, name)
-    for size in sizes:
+    for size in {size for sizes in plan.step_sizes for size in sizes}:
         given = plan.outputs[size][index]
         output = _trace(f"method.head (after block {name})", head, given, plan.data, training=True)
         wanted = plan.outputs[size][-1].shape

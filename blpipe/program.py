@@ -39,9 +39,9 @@ class Kind(Enum):
 
 
 class Op(NamedTuple):
-    """One operation on one microbatch (from 0; −1 for a whole step)."""
+    """One operation, of a `Kind` where a stage runs it, on one microbatch (from 0; −1 for a whole step)."""
 
-    kind: Kind
+    kind: Enum
     step: int
     microbatch: int = -1
 

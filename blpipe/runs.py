@@ -7,16 +7,19 @@ import torch
 from tqdm import tqdm
 
 from blpipe import checkpoint, launch
-from blpipe.config import Config, dump_config, load_config
+from blpipe.config import Config, PartitionConfig, dump_config, load_config
 from blpipe.data import Data, DataSpec, open_data
 from blpipe.engines.common import Engine
 from blpipe.errors import ConfigError, UserError
+from blpipe.forecast.costs import profile
+from blpipe.forecast.stages import settle, unsettled
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
-from blpipe.plan import Plan, make_plan, notices
+from blpipe.plan import Plan, make_network, make_plan, notices
+from blpipe.trace import write_trace
 from blpipe.trainer import choose_engine, open_local, open_pipeline, train, use_threads
-from blpipe.transport.world import Meeting, meet
+from blpipe.transport.world import Meeting, choose_device, meet
 
-_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints")
+_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "checkpoints")
 
 
 def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -92,7 +95,12 @@ def resume_config(run: Path) -> Config:
 def _prepare(config: Config, overwrite: bool, resume: bool) -> tuple[Plan, Data, Path]:
     """Check everything that can be checked, then make the run folder."""
     data = open_data(config.data, config.seed)
-    plan = make_plan(config, data.spec)
+    network = make_network(config, data.spec)
+    if unsettled(config.partition):
+        device, _ = choose_device(config.runtime.device)
+        costs = profile(network, device, data if config.partition.costs == "measured" else None)
+        config = settle(config, network, costs)
+    plan = make_plan(config, data.spec, network)
     data.check_labels(plan.classes)
     return plan, data, _run_folder(config, overwrite, resume)
 
@@ -125,11 +133,13 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
             meeting.is_reporter()  # before another rank can be
             meeting.announce(config.name, {"failed": True})
             raise
-        meeting.announce(config.name, {"data": data.spec.to_json(), "run": str(run)})
+        meeting.announce(config.name, {"data": data.spec.to_json(), "run": str(run),
+                                       "partition": plan.config.partition.model_dump()})
     else:
         told = meeting.listen(config.name)
         if "failed" in told:
             raise UserError("rank 0 could not begin")
+        config = config.model_copy(update={"partition": PartitionConfig(**told["partition"])})
         plan, run = make_plan(config, DataSpec.from_json(told["data"])), Path(told["run"])
     engine = open_pipeline(plan, data, meeting)
     _train(engine, plan, run, resume)
@@ -150,6 +160,10 @@ def _train(engine: Engine, plan: Plan, run: Path, resume: bool) -> None:
             if recorder is not None:
                 recorder.add(epoch)
                 tqdm.write(epoch_line(epoch, config.train.epochs, plan.samples_per_epoch))
+            if config.runtime.trace and epoch.index == first_epoch:
+                spans = engine.spans()
+                if spans is not None:
+                    write_trace(run / "trace.json", spans, plan.stage_names)
             done, every = epoch.index + 1, config.checkpoint.every_epochs
             if done == config.train.epochs or (every and done % every == 0):
                 checkpoint.save(run, done, plan, engine.stages, engine.group)

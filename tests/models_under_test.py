@@ -35,3 +35,22 @@ def failing_net(at: int = 3) -> dict[str, nn.Module]:
     blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
     blocks["block2"] = nn.Sequential(blocks["block2"], Fails(at))
     return blocks
+
+
+class Tied(nn.Module):
+    """A linear layer with another one's weight."""
+
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        self.weight = other.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D] to [B, D]."""
+        return nn.functional.linear(x, self.weight)
+
+
+def tied_net() -> dict[str, nn.Module]:
+    """Blocks of which the second and the fourth share a weight."""
+    second = nn.Linear(16, 16)
+    return {"a": nn.Sequential(nn.Flatten(), nn.Linear(128, 16)), "b": second, "c": nn.ReLU(), "d": Tied(second),
+            "e": nn.Linear(16, 16), "f": nn.Linear(16, 4)}

@@ -77,8 +77,8 @@ def test_more_stages_than_blocks_are_refused(config):
 
 
 def test_an_unknown_strategy_is_refused():
-    refused(r"^partition\.strategy: unknown 'evn' \(did you mean 'even'\?\); one of even, or partition\.target for "
-            "your own$", stages=2, strategy="evn")
+    refused(r"^partition\.strategy: unknown 'evn' \(did you mean 'even'\?\); one of balanced, even, or "
+            r"partition\.target for your own$", stages=2, strategy="evn")
 
 
 # Cuts.

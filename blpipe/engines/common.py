@@ -19,6 +19,9 @@ from blpipe.plan import Plan
 from blpipe.program import Role
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
+from blpipe.trace import Span
+
+TRACED_STEPS = 50  # of a run; with `runtime.trace`
 
 OnStep = Callable[[], object]  # called at each optimizer step of this process's first stage
 
@@ -58,6 +61,9 @@ class Engine(Protocol):
 
     def reports(self) -> list[StageReport] | None:
         """One report a stage on the leading process; None on the others."""
+
+    def spans(self) -> list[Span] | None:
+        """The operations of the run's first steps, of all stages, on the leading process; None on the others."""
 
     def close(self) -> None:
         """Part from the other processes."""

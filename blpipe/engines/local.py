@@ -11,6 +11,7 @@ import torch
 
 from blpipe.data import Data
 from blpipe.engines.common import (
+    TRACED_STEPS,
     Feed,
     OnStep,
     StageReport,
@@ -26,6 +27,7 @@ from blpipe.engines.common import (
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
 from blpipe.program import Kind, Op, Ports, evaluation_program, execute, train_program
+from blpipe.trace import Span, SpanLog
 from blpipe.transport.memory import MemoryQueue
 
 _ENDED = object()
@@ -43,6 +45,7 @@ class LocalEngine:
         self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
         self._busy = [0.0] * len(self.stages)
         self._train_seconds = 0.0
+        self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
 
     def train_epoch(self, epoch: int, on_step: OnStep) -> None:
         """Train all steps of one epoch, from 0."""
@@ -72,6 +75,10 @@ class LocalEngine:
                        self.device)
                 for train, val, busy in zip(self._tallies[True], self._tallies[False], self._busy, strict=True)]
 
+    def spans(self) -> list[Span]:
+        """The traced operations of all stages."""
+        return self._log.spans if self._log is not None else []
+
     def close(self) -> None:
         """Nothing to part from."""
 
@@ -95,10 +102,13 @@ class LocalEngine:
         forward = [MemoryQueue(capacity=1) for _ in edges]
         errors = [MemoryQueue() for _ in edges]
         now: dict[int, Op] = {}
+        log = self._log if steps else None
 
         def watch(index: int) -> Callable[[Op], None]:
             def note(op: Op) -> None:
                 now[index] = op
+                if log is not None:
+                    log.begin(index, op)
                 if index == 0 and op.kind is Kind.STEP:
                     on_step()
             return note
@@ -119,6 +129,8 @@ class LocalEngine:
                 except Exception as error:
                     raise blame(self.plan, k, f"step {now[k].step}", error) from error
                 busy[k] += perf_counter() - started
+                if log is not None:
+                    log.end(k)
             assert not running or now != before, "the stages' programs wait for each other"
         return busy
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
+from blpipe.config import Config
 from blpipe.data import Data
 from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import (
+    TRACED_STEPS,
     Feed,
     OnStep,
     StageReport,
@@ -21,10 +23,11 @@ from blpipe.engines.common import (
 )
 from blpipe.plan import Plan, Step
 from blpipe.program import Inbox, Kind, Op, Ports, evaluation_program, execute, train_program
+from blpipe.trace import Span, SpanLog
 from blpipe.transport.queues import Layout
 from blpipe.transport.world import World
 
-_ACTIVATIONS_AHEAD = 2  # receives of activations posted before they are asked for
+ACTIVATIONS_AHEAD = 2  # receives of activations posted before they are asked for
 
 
 class PipelineEngine:
@@ -51,6 +54,7 @@ class PipelineEngine:
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
         self._train_tally = self._val_tally = self.stage.tally
         self._train_seconds = self._wait_seconds = 0.0
+        self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
 
     def train_epoch(self, epoch: int, on_step: OnStep) -> None:
         """Train all steps of one epoch, from 0."""
@@ -68,9 +72,7 @@ class PipelineEngine:
             self._expect_activations(sizes)
             if self.role.linked:
                 assert self._errors_in is not None
-                # Every error that can be under way has a receive waiting, so that no sender of errors ever waits.
-                ahead = (self.plan.config.method.link.delay + 1) * self.plan.config.train.microbatches + 1
-                self._errors_in.expect([self._error_layout(size) for size in sizes], ahead)
+                self._errors_in.expect([self._error_layout(size) for size in sizes], errors_ahead(self.plan.config))
             self._run(train_program(steps, self.role, self.plan.config.method.link.delay), feed, steps, on_step)
         self._wait_seconds = self._waited() - waited
         self._train_seconds = seconds_since(started, self.world.device)
@@ -95,6 +97,11 @@ class PipelineEngine:
             train, val, self._train_seconds - self._wait_seconds if measured else None,
             self._wait_seconds if measured else None, self._train_seconds, self.world.device))
 
+    def spans(self) -> list[Span] | None:
+        """The traced operations of all stages, on rank 0."""
+        gathered = self.world.gather(self._log.spans if self._log is not None else [])
+        return None if gathered is None else [span for spans in gathered for span in spans]
+
     def close(self) -> None:
         """Part from the other processes."""
         self.world.barrier()
@@ -106,16 +113,21 @@ class PipelineEngine:
         assert inbox is not None
         ports = Ports(inbox, self._activations_out, self._errors_in, self._errors_out)
         now = Op(Kind.RECEIVE, steps[0].index if steps else 0)
+        log = self._log if steps else None
 
         def watch(op: Op) -> None:
             nonlocal now
             now = op
+            if log is not None:
+                log.begin(self.index, op)
             if op.kind is Kind.STEP:
                 on_step()
 
         try:
             for _ in execute(program, self.stage, ports, steps, lambda s: learning_rate(self.plan, s), watch):
                 raise AssertionError("queues between processes wait by themselves")
+            if log is not None:
+                log.end(self.index)
             for queue in (self._activations_out, self._errors_out):
                 if queue is not None:
                     queue.drain()
@@ -137,7 +149,7 @@ class PipelineEngine:
 
     def _expect_activations(self, sizes: Sequence[int]) -> None:
         if self._activations_in is not None:
-            self._activations_in.expect([self._activation_layout(size) for size in sizes], _ACTIVATIONS_AHEAD)
+            self._activations_in.expect([self._activation_layout(size) for size in sizes], ACTIVATIONS_AHEAD)
 
     def _activation_layout(self, size: int) -> Layout:
         return self.plan.outputs[size][self.index - 1], self.plan.targets(size)
@@ -148,6 +160,11 @@ class PipelineEngine:
     def _waited(self) -> float:
         queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out]
         return sum(queue.wait_seconds for queue in queues if queue is not None)
+
+
+def errors_ahead(config: Config) -> int:
+    """Receives of errors posted ahead: one for every error that can be under way, so that no sender ever waits."""
+    return (config.method.link.delay + 1) * config.train.microbatches + 1
 
 
 def contract(plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,263 @@
+"""What each block and each head costs: seconds measured on a device, or estimated where nothing should run."""
+
+import copy
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from blpipe.config import OptimizerConfig
+from blpipe.data import Data
+from blpipe.errors import ConfigError
+from blpipe.forecast.ledger import Ledger, on_meta
+from blpipe.heads import build_head
+from blpipe.losses import Loss, build_loss
+from blpipe.models.build import named_blocks
+from blpipe.optim import build_optimizer
+from blpipe.plan import Network, TensorSpec
+
+# Nominal speeds for estimates: (floating-point operations, bytes of memory traffic) a second.
+NOMINAL = {"cpu": (5e10, 1e10), "cuda": (4e13, 2e12)}
+_MEASURE_SECONDS = 0.3  # spent on each distinct block, as far as three rounds allow
+_MOST_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a block, or of a head with its loss, for one microbatch on one device.
+
+    Args:
+        forward, backward: seconds; the backward gives the gradients of the input and of the parameters.
+        input_backward, weight_backward: seconds for one of them alone.
+        step: seconds of the optimizer step, once a batch.
+        flops: floating-point operations of forward and backward, a multiply-add counting as two.
+        params: number of parameters.
+        param_bytes, saved_bytes, output_bytes: of the parameters; of what a forward keeps for its backward,
+            output included; of the output.
+    """
+
+    forward: float
+    backward: float
+    input_backward: float
+    weight_backward: float
+    step: float
+    flops: int
+    params: int
+    param_bytes: int
+    saved_bytes: int
+    output_bytes: int
+
+    def without(self, step_call: float) -> "Cost":
+        """The same, less what every call of an optimizer step takes."""
+        return replace(self, step=max(0.0, self.step - step_call))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The costs of a network, block by block.
+
+    Args:
+        blocks: of every block.
+        heads: of a head with its loss after every block, None where no head fits; after the last block it is the
+            loss alone.
+        feed: seconds that the first stage needs to read and prepare a microbatch.
+        step_call: seconds of an optimizer step that do not depend on the number of parameters.
+        measured: whether seconds were measured; estimates otherwise.
+    """
+
+    network: Network
+    blocks: list[Cost]
+    heads: list[Cost | None]
+    feed: float
+    step_call: float
+    measured: bool
+
+
+def profile(network: Network, device: torch.device, data: Data | None = None) -> Profile:
+    """The costs of all blocks and of a head after each of them; blocks that are alike are looked at once.
+
+    Args:
+        device: measured on, or estimated for.
+        data: measure, and begin with a batch of these; None estimates without running anything.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return _profile(network, device, data)
+
+
+def _profile(network: Network, device: torch.device, data: Data | None) -> Profile:
+    config = network.config
+    size = config.train.batch_size // config.train.microbatches
+    targets = torch.zeros((size, *network.data.target_shape), dtype=torch.int64)
+    first, feed = None, 0.0
+    if data is not None:
+        first, targets, feed = _first_microbatch(network, data, size)
+    known: dict[Hashable, Cost] = {}
+
+    def cost_of(module: nn.Module, given: TensorSpec, x: Tensor | None = None, finish: Loss | None = None) -> Cost:
+        key = (likeness(module), given, finish is None, x is None)
+        if key not in known:
+            trial = _Trial(module, given, x, targets, finish)
+            known[key] = trial.estimate(device)
+            if data is not None:
+                known[key] = trial.measure(device, known[key], config.optimizer)
+        return known[key]
+
+    inputs = [TensorSpec((size, *network.data.shape), getattr(torch, network.data.dtype)), *network.outputs[size]]
+    loss = build_loss(config.method.loss)
+    blocks = [cost_of(block, given, first if i == 0 else None)
+              for i, ((_, block), given) in enumerate(zip(named_blocks(network.model), inputs, strict=False))]
+    heads = [cost_of(head, given, finish=loss) if head is not None else None
+             for head, given in zip(_heads(network), inputs[1:], strict=True)]
+    step_call = _step_call_seconds(config.optimizer) if data is not None else 0.0
+    return Profile(network, [cost.without(step_call) for cost in blocks],
+                   [cost.without(step_call) if cost else None for cost in heads], feed, step_call, data is not None)
+
+
+def _heads(network: Network) -> Iterator[nn.Module | None]:
+    config, names = network.config, network.block_names
+    for name, boundary in zip(names[:-1], network.boundaries, strict=False):
+        try:
+            yield build_head(config.method.head, boundary, config.seed, name)
+        except ConfigError:
+            yield None  # no stage can end here
+    yield nn.Identity()
+
+
+def _first_microbatch(network: Network, data: Data, size: int) -> tuple[Tensor, Tensor, float]:
+    """The first microbatch, and the seconds that one takes to be read."""
+    train = network.config.train
+    batches = data.train_batches(network.config.seed, 0, train.batch_size, train.drop_last)
+    x, targets = next(batches)
+    started, count = perf_counter(), 0
+    for _ in zip(range(3), batches, strict=False):
+        count += 1
+    seconds = (perf_counter() - started) / count if count else 0.0
+    return x[:size], targets[:size], seconds / train.microbatches
+
+
+def _step_call_seconds(config: OptimizerConfig) -> float:
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer, clock = build_optimizer(config, [parameter]), Clock(torch.device("cpu"))
+    assert optimizer is not None
+    for _ in range(_MOST_ROUNDS):
+        clock.time(optimizer.step)
+    return median(clock.seconds)
+
+
+def likeness(module: nn.Module) -> Hashable:
+    """Equal for modules that do the same work: the same classes, settings and shapes throughout."""
+    parts = []
+    for name, part in module.named_modules():
+        plain = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+        tensors = [(key, tuple(t.shape), t.dtype, t.requires_grad)
+                   for key, t in (*part._parameters.items(), *part._buffers.items()) if t is not None]
+        parts.append((name, type(part), repr(plain), str(tensors)))
+    return tuple(parts)
+
+
+Observe = Callable[[Callable[[], Any]], Any]  # calls a function, notes what it cost, returns what it returned
+
+
+class _Trial:
+    """One module, run by itself in training mode, as a copy: the module itself stays as it is.
+
+    Args:
+        given: its input.
+        x: a real input; random numbers without.
+        finish: a loss to run after it, with `targets`.
+    """
+
+    def __init__(self, module: nn.Module, given: TensorSpec, x: Tensor | None, targets: Tensor, finish: Loss | None):
+        self._module, self._given, self._x, self._targets, self._finish = module, given, x, targets, finish
+
+    def estimate(self, device: torch.device) -> Cost:
+        """Counted on the meta device; seconds at nominal speeds."""
+        flops_rate, bytes_rate = NOMINAL[device.type]
+        counts: list[tuple[int, float]] = []
+
+        def count(run: Callable[[], Any]) -> Any:
+            ledger, counter = Ledger(), FlopCounterMode(display=False)
+            with counter, ledger:
+                returned = run()
+            flops = counter.get_total_flops()
+            counts.append((flops, flops / flops_rate + ledger.traffic / bytes_rate))
+            return returned
+
+        module = on_meta(self._module).train()
+        x, targets = torch.empty(self._given.shape, dtype=self._given.dtype, device="meta"), self._targets.to("meta")
+        held = Ledger()
+        with held:
+            out = self._forward(module, x, targets)
+            saved, out_bytes = held.live, out.nbytes
+        del out
+        self._round(module, x, targets, count)
+        (flops, forward), (more_flops, backward), (_, for_input), (_, for_weights) = counts
+        param_bytes = sum(p.nbytes for p in module.parameters())
+        return Cost(forward, backward, for_input, for_weights, 3 * param_bytes / bytes_rate, flops + more_flops,
+                    sum(p.numel() for p in module.parameters()), param_bytes, saved, out_bytes)
+
+    def measure(self, device: torch.device, cost: Cost, optimizer_config: OptimizerConfig) -> Cost:
+        """`cost`, its seconds replaced by medians of measured ones."""
+        module = copy.deepcopy(self._module).to(device).train()
+        optimizer = build_optimizer(optimizer_config, module.parameters())
+        x = torch.randn(self._given.shape) if self._x is None else self._x
+        x, targets = x.to(device), self._targets.to(device)
+        rounds: list[list[float]] = []
+        started = perf_counter()
+        while len(rounds) < 3 or (len(rounds) < _MOST_ROUNDS and perf_counter() - started < _MEASURE_SECONDS):
+            clock = Clock(device)
+            self._round(module, x, targets, clock.time)
+            clock.time(lambda: optimizer.step() if optimizer is not None else None)
+            rounds.append(clock.seconds)
+        forward, backward, for_input, for_weights, step = (median(column) for column in zip(*rounds[1:], strict=True))
+        return replace(cost, forward=forward, backward=backward, input_backward=for_input,
+                       weight_backward=for_weights, step=step)
+
+    def _round(self, module: nn.Module, x: Tensor, targets: Tensor, observe: Observe) -> None:
+        """Forward, backward, and the backward for the input and for the parameters alone, each observed."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        x = x.detach().requires_grad_(x.is_floating_point())
+        out = observe(lambda: self._forward(module, x, targets))
+        gradient = torch.ones_like(out)
+
+        def backward(wanted: list[Tensor]) -> None:
+            wanted = [tensor for tensor in wanted if tensor.requires_grad]
+            if wanted and out.requires_grad:
+                found = torch.autograd.grad(out, wanted, gradient, retain_graph=True, allow_unused=True)
+                for tensor, tensor_gradient in zip(wanted, found, strict=True):
+                    tensor.grad = tensor_gradient
+
+        observe(lambda: backward([x, *parameters]))
+        observe(lambda: backward([x]))
+        observe(lambda: backward([*parameters]))
+
+    def _forward(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+        out = module(x)
+        return out if self._finish is None else self._finish(out, targets)
+
+
+class Clock:
+    """Seconds of each call, the device's work included."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: list[float] = []
+
+    def time(self, run: Callable[[], Any]) -> Any:
+        """Call `run` and note its seconds."""
+        self._settle()
+        started = perf_counter()
+        returned = run()
+        self._settle()
+        self.seconds.append(perf_counter() - started)
+        return returned
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

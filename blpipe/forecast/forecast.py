@@ -1,0 +1,181 @@
+"""The forecast of a run: what each stage costs, and what each method would make of the same devices."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+from math import prod
+
+from blpipe.config import Config, LinkConfig, PartitionConfig
+from blpipe.forecast.baselines import SCHEDULES, Backward
+from blpipe.forecast.costs import Profile
+from blpipe.forecast.memory import estimated_bytes, meta_network, peak_bytes
+from blpipe.forecast.simulate import Timeline, Wire, simulate
+from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
+from blpipe.partition import even_starts
+from blpipe.plan import Plan, Step
+from blpipe.program import Kind, Op, Role, train_program
+
+_STEPS = 8  # simulated, of which the later half is counted
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage, for one batch: seconds of its own computing, bytes it sends, floating-point operations."""
+
+    blocks: list[str]
+    params: int
+    flops: int
+    seconds: float
+    sent_forward_bytes: int
+    sent_back_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class MethodForecast:
+    """One method on K devices.
+
+    Args:
+        efficiency: share of the time in which the slowest stage computes: 1 without a bubble.
+        speedup: over backpropagation on one device.
+    """
+
+    method: str
+    stages: int
+    seconds_per_step: float
+    samples_per_second: float
+    efficiency: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a pipeline: the programs of its stages and what their operations take.
+
+    Args:
+        kind: as `method.name`, for the stages' costs.
+        program: (stage from 0, stages, steps) to operations.
+        seconds: of each kind of operation in a stage.
+        delay: of its errors, in batches; these carry `errors` bytes or nothing.
+    """
+
+    name: str
+    kind: str
+    program: Callable[[int, int, int], Iterator[Op]]
+    seconds: Callable[[StageCost], dict[Enum, float]]
+    delay: int = 0
+
+
+def methods(config: Config) -> list[Method]:
+    """What `plan` compares: the config's own method first, then BackLink, GPipe, 1F1B and zero-bubble."""
+    micro = config.train.microbatches
+    link = config.method.link
+    own = [] if config.method.name == "bp" else [_local(config.method.name, link.delay, link, micro)]
+    backlinks = [_local("backlink", delay, link, micro) for delay in (0, 1)]
+    known = {method.name for method in own}
+    return own + [method for method in backlinks if method.name not in known] + \
+        [_schedule(name, micro) for name in SCHEDULES]
+
+
+def _local(kind: str, delay: int, link: LinkConfig, microbatches: int) -> Method:
+    linked = kind == "backlink" and link.weight != 0.0 and link.length != 0
+
+    def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
+        role = Role(sends=stage < stages - 1, sends_error=linked and stage > 0, linked=linked and stage < stages - 1)
+        return train_program([Step(i, (1,) * microbatches) for i in range(steps)], role, delay)
+
+    def seconds(cost: StageCost) -> dict[Enum, float]:
+        return {Kind.FORWARD: cost.forward, Kind.LOCAL_BACKWARD: cost.local_backward,
+                Kind.LINK_BACKWARD: cost.link_backward, Kind.STEP: cost.step}
+
+    return Method(f"{kind} d={delay}" if linked else kind, kind, program, seconds, delay)
+
+
+def _schedule(name: str, microbatches: int) -> Method:
+    def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
+        return SCHEDULES[name](stage, stages, steps, microbatches)
+
+    def seconds(cost: StageCost) -> dict[Enum, float]:
+        return {Kind.FORWARD: cost.forward, Backward.FULL: cost.backward, Backward.INPUT: cost.input_backward,
+                Backward.WEIGHT: cost.weight_backward, Kind.STEP: cost.step}
+
+    return Method(name, "bp", program, seconds)
+
+
+class Forecaster:
+    """Answers from one profile of a network."""
+
+    def __init__(self, costs: Profile, config: Config, wire: Wire):
+        self.costs, self.config, self.wire = costs, config, wire
+
+    def stages(self, plan: Plan) -> list[StageForecast]:
+        """A forecast of every stage of the plan, in the config's own method."""
+        method, micro = self.config.method, self.config.train.microbatches
+        on_meta, estimates = meta_network(self.costs.network), estimated_bytes(self.costs)
+        rows = []
+        for k, (start, end) in enumerate(pairwise([*plan.starts, len(self.costs.blocks)])):
+            blocks = self.costs.blocks[start:end]
+            head = self.costs.heads[end - 1] if method.name != "bp" else None
+            last = end == len(self.costs.blocks)
+            linked = k > 0 and (method.name == "bp" or plan.tails[k - 1] > 0)
+            rows.append(StageForecast(
+                plan.block_names(k), sum(block.params for block in blocks),
+                micro * (sum(block.flops for block in blocks) + (head.flops if head is not None else 0)),
+                float(stage_cost(self.costs, start, end, method.link).batch_seconds(method.name, micro))
+                / self._speed(k),
+                0 if last else micro * self._forward_bytes(end), micro * self._error_bytes(start) if linked else 0,
+                int(estimates[start, end]) if method.name == "bp" else peak_bytes(on_meta, start, end)))
+        return rows
+
+    def compare(self, starts: list[int] | None, stages: int) -> list[MethodForecast]:
+        """Every method on `stages` devices; each in its own best partition, or all with the given `starts`."""
+        return [self._forecast(method, self.timeline(method, cuts), cuts) for method in methods(self.config)
+                for cuts in [starts or self._starts_for(method.kind, stages)]]
+
+    def timeline(self, method: Method, starts: list[int], steps: int = _STEPS) -> Timeline:
+        """The simulation of so many steps."""
+        ends, count = [*starts[1:], len(self.costs.blocks)], len(starts)
+        seconds = []
+        for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            cost = method.seconds(stage_cost(self.costs, start, end, self.config.method.link))
+            seconds.append({kind: float(value) / self._speed(k) for kind, value in cost.items()})
+        errors_ahead = (method.delay + 1) * self.config.train.microbatches + 1
+        return simulate([method.program(k, count, steps) for k in range(count)], seconds,
+                        [self._forward_bytes(end) for end in ends[:-1]],
+                        [self._error_bytes(end) for end in ends[:-1]], self.wire, (2, errors_ahead))
+
+    def one_device(self) -> MethodForecast:
+        """End-to-end backpropagation of the whole model on one device."""
+        train = self.config.train
+        cost = stage_cost(self.costs, 0, len(self.costs.blocks), self.config.method.link)
+        seconds = float(cost.batch_seconds("bp", train.microbatches))
+        return MethodForecast("one device", 1, seconds, train.batch_size / seconds, 1.0, 1.0)
+
+    def _forecast(self, method: Method, timeline: Timeline, starts: list[int]) -> MethodForecast:
+        train = self.config.train
+        seconds = timeline.seconds_per_step()
+        slowest = max(float(stage_cost(self.costs, start, end, self.config.method.link)
+                            .batch_seconds(method.kind, train.microbatches)) / self._speed(k)
+                      for k, (start, end) in enumerate(pairwise([*starts, len(self.costs.blocks)])))
+        return MethodForecast(method.name, len(starts), seconds, train.batch_size / seconds, slowest / seconds,
+                              self.one_device().seconds_per_step / seconds)
+
+    def _starts_for(self, kind: str, stages: int) -> list[int]:
+        partition = self.config.partition
+        if partition.strategy == "even":
+            return even_starts(len(self.costs.blocks), stages)
+        speeds = partition.speeds if partition.speeds and len(partition.speeds) == stages else None
+        return balanced_starts(self.costs, kind, PartitionConfig(stages=stages, strategy="balanced", speeds=speeds))
+
+    def _forward_bytes(self, end: int) -> int:
+        network, train = self.costs.network, self.config.train
+        target_bytes = 8 * prod(network.data.target_shape) * (train.batch_size // train.microbatches)
+        return self.costs.blocks[end - 1].output_bytes + target_bytes
+
+    def _error_bytes(self, start: int) -> int:
+        return self.costs.blocks[start - 1].output_bytes
+
+    def _speed(self, stage: int) -> float:
+        speeds = self.config.partition.speeds
+        return speeds[stage] if speeds and stage < len(speeds) else 1.0

@@ -1,0 +1,140 @@
+"""The peak memory of a stage: its own program, run on tensors without values."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from blpipe.balance import Table
+from blpipe.config import OptimizerConfig
+from blpipe.engines.common import build_stage, role
+from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
+from blpipe.forecast.costs import Profile
+from blpipe.forecast.ledger import Ledger, on_meta
+from blpipe.optim import build_optimizer
+from blpipe.plan import Network, Step, TensorSpec, make_plan
+from blpipe.program import Ports, execute, train_program
+from blpipe.transport.queues import SendQueue
+
+_META = torch.device("meta")
+
+
+def meta_network(network: Network) -> Network:
+    """The same network without values."""
+    return replace(network, model=on_meta(network.model))
+
+
+def peak_bytes(network: Network, start: int, end: int) -> int:
+    """Peak of all tensors of one stage while it trains, in a process of its own, its queues' buffers included.
+
+    Its program runs for as many steps as it takes to have every link under way. Not counted: the process itself,
+    the libraries' workspaces, and what an allocator keeps for later.
+
+    Args:
+        network: from `meta_network`; the stage holds its blocks start … end−1.
+    """
+    names, config = network.block_names, network.config
+    cuts = tuple(names[i] for i in (start, end) if 0 < i < len(names))
+    config = config.model_copy(update={
+        "partition": config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts}),
+        "optimizer": config.optimizer.model_copy(update={  # fused kernels want values
+            "args": {key: value for key, value in config.optimizer.args.items() if key != "fused"}})})
+    plan, index = make_plan(config, network.data, network), 1 if start else 0
+    stage = build_stage(plan, index, _META)
+    ledger = Ledger()
+    for part in (stage.blocks, *([stage.head] if stage.head is not None else [])):
+        for tensor in (*part.parameters(), *part.buffers()):
+            ledger.count(tensor)
+    train, delay = config.train, config.method.link.delay
+    size = train.batch_size // train.microbatches
+    given = plan.outputs[size][index - 1] if index else plan.input(size)
+    gives = plan.outputs[size][index]
+    steps = [Step(i, (size,) * train.microbatches) for i in range(delay + 2)]
+    with ledger:
+        ports = Ports(_Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0), _Outbox(),
+                      _Inbox([gives], errors_ahead(config)), _Outbox())
+        for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps, lambda step: 1.0,
+                         lambda op: None):
+            pass
+    for parameter in network.model.parameters():
+        parameter.grad = None
+    return ledger.peak
+
+
+def estimated_bytes(costs: Profile) -> Table:
+    """About what a stage of the blocks i … j−1 needs: [N + 1, N + 1], infinity for j ≤ i."""
+    count = len(costs.blocks)
+    start, end = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
+    return np.where(start < end, _estimate(costs, np.minimum(start, end), end), np.inf)
+
+
+def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
+    config, blocks = costs.network.config, costs.blocks
+    link, train = config.method.link, config.train
+    params = np.cumsum([0] + [block.param_bytes for block in blocks])
+    saved = np.cumsum([0] + [block.saved_bytes for block in blocks])
+    # What passes each boundary; that before the first block counts as nothing, as does the model's output.
+    passing = np.array([0] + [block.output_bytes for block in blocks[:-1]] + [0])
+    heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
+    copies = 2 + state_copies(config.optimizer)  # the weights, their gradients and the optimizer's own
+    needs = copies * (params[end] - params[start])
+    if config.method.name == "bp":
+        in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B
+        return needs + in_flight * (saved[end] - saved[start])
+    needs = needs + saved[end] - saved[start] + heads[end] + 2 * np.maximum(passing[start], passing[end])
+    needs = needs + (ACTIVATIONS_AHEAD + 1) * passing[start] + SendQueue.IN_FLIGHT * passing[end]
+    if config.method.name == "backlink":
+        tail = start if link.length == "all" else np.maximum(start, end - link.length)
+        kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
+        late = params[end] - params[tail] if link.delay else 0
+        linked = late + link.delay * train.microbatches * kept + errors_ahead(config) * passing[end]
+        needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
+    return needs
+
+
+def state_copies(config: OptimizerConfig) -> int:
+    """How many tensors of a parameter's size the optimizer keeps for it."""
+    parameter = nn.Parameter(torch.zeros(3, 5))
+    parameter.grad = torch.zeros(3, 5)
+    optimizer = build_optimizer(config, [parameter])
+    assert optimizer is not None
+    optimizer.step()
+    return sum(value.shape == parameter.shape for value in optimizer.state[parameter].values()
+               if isinstance(value, Tensor))
+
+
+class _Inbox:
+    """Receives a message whenever asked; so many buffers wait at any time, as in `ReceiveQueue`."""
+
+    def __init__(self, layout: list[TensorSpec], ahead: int):
+        self._new: Callable[[], tuple[Tensor, ...]] = lambda: tuple(
+            torch.empty(spec.shape, dtype=spec.dtype, device=_META) for spec in layout)
+        self._posted = deque(self._new() for _ in range(ahead))
+
+    def has_message(self) -> bool:
+        """Always."""
+        return True
+
+    def get(self) -> tuple[Tensor, ...]:
+        """A message."""
+        self._posted.append(self._new())
+        return self._posted.popleft()
+
+
+class _Outbox:
+    """Keeps the buffers of the last few messages, as `SendQueue` does."""
+
+    def __init__(self) -> None:
+        self._sent: deque[list[Tensor]] = deque(maxlen=SendQueue.IN_FLIGHT)
+
+    def has_room(self) -> bool:
+        """Always."""
+        return True
+
+    def put(self, *tensors: Tensor) -> None:
+        """Send a message."""
+        self._sent.append([torch.empty_like(tensor) for tensor in tensors])

@@ -1,0 +1,155 @@
+"""`blpipe plan`: the forecast of a config as a table, as JSON, as a trace and as a picture."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blpipe.config import Config
+from blpipe.data import open_data
+from blpipe.errors import ConfigError, UserError
+from blpipe.forecast.costs import NOMINAL, profile
+from blpipe.forecast.forecast import Forecaster, MethodForecast, StageForecast, methods
+from blpipe.forecast.simulate import WIRES, Timeline, Wire
+from blpipe.forecast.stages import settle
+from blpipe.plan import Plan, make_network, make_plan, notices
+from blpipe.text import blocks_text, human_bytes, human_count, human_seconds, percent, table
+from blpipe.trace import write_trace
+from blpipe.transport.world import choose_device
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `plan` found.
+
+    Args:
+        methods: every method in the plan's number of stages, and backpropagation on one device.
+        sweep: the same for every number of stages asked for.
+        timeline: the simulation of the config's own method.
+    """
+
+    plan: Plan
+    device: torch.device
+    measured: bool
+    wire: Wire
+    stages: list[StageForecast]
+    methods: list[MethodForecast]
+    sweep: list[MethodForecast]
+    timeline: Timeline
+
+
+def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None = None,
+                bandwidth: float | None = None) -> Report:
+    """Look at every block, cut the model, and simulate; nothing is trained.
+
+    On a CPU one thread is a device, as under torchrun, unless `runtime.threads` says otherwise.
+
+    Args:
+        sweep: numbers of stages to simulate beside the config's own.
+        latency, bandwidth: of a message between stages, in seconds and bytes a second, where they are known.
+
+    Raises:
+        ConfigError: anything wrong with the config, or more stages than blocks.
+    """
+    device, _ = choose_device(config.runtime.device)
+    torch.set_num_threads(config.runtime.threads or 1)
+    wire = _wire(device, latency, bandwidth)
+    data = open_data(config.data, config.seed)
+    network = make_network(config, data.spec)
+    blocks = len(network.block_names)
+    if max(sweep, default=1) > blocks:
+        raise ConfigError(f"--stages: {max(sweep)} stages need as many blocks, and the model has {blocks}; "
+                          f"give numbers up to {blocks}, or a deeper model")
+    measured = config.partition.costs == "measured"
+    costs = profile(network, device, data if measured else None)
+    config = settle(config, network, costs)
+    plan = make_plan(config, data.spec, network)
+    forecaster = Forecaster(costs, config, wire)
+    one = forecaster.one_device()
+    balanced = config.partition.strategy == "balanced"
+    compared = forecaster.compare(None if balanced else plan.starts, len(plan.stages))
+    swept = [row for count in sweep for row in ([one] if count == 1 else forecaster.compare(None, count))]
+    return Report(plan, device, measured, wire, forecaster.stages(plan), [*compared, one], swept,
+                  forecaster.timeline(methods(config)[0], plan.starts, steps=4))
+
+
+def _wire(device: torch.device, latency: float | None, bandwidth: float | None) -> Wire:
+    wire = WIRES[device.type]
+    for option, value in (("latency", latency), ("bandwidth", bandwidth)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{option}: {value} must be above 0")
+    return replace(wire, latency=latency or wire.latency, bandwidth=bandwidth or wire.bandwidth)
+
+
+def save_trace(report: Report, path: Path) -> None:
+    """Write the simulated timeline as a trace.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    try:
+        write_trace(path, report.timeline.spans, report.plan.stage_names)
+    except OSError as error:
+        raise UserError(f"--trace: cannot write {path}: {error.strerror}; choose another file") from error
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report for programs; seconds, bytes and counts as plain numbers."""
+    config = report.plan.config
+    return {"name": config.name, "method": config.method.name, "device": str(report.device),
+            "costs": "measured" if report.measured else "analytic",
+            "batch_size": config.train.batch_size, "microbatches": config.train.microbatches,
+            "cuts": [stage.blocks[0] for stage in report.stages[1:]],
+            "stages": [asdict(stage) for stage in report.stages],
+            "methods": [asdict(method) for method in report.methods],
+            "sweep": [asdict(method) for method in report.sweep], "wire": asdict(report.wire)}
+
+
+def as_text(report: Report) -> str:
+    """The report for people."""
+    config = report.plan.config
+    train = config.train
+    parts = [f"{config.name}: {config.method.name} in {len(report.stages)} stages, a step of {train.batch_size} samples"
+             + (f" in {train.microbatches} microbatches" if train.microbatches > 1 else ""),
+             *(f"note: {line}" for line in notices(report.plan)), "", _stage_table(report.stages), "",
+             f"with a device for each stage, {_basis(report)}:", _method_table(report.methods)]
+    if report.sweep:
+        parts += ["", "samples/s by number of stages:", _sweep_table(report.sweep)]
+    return "\n".join(parts)
+
+
+def _basis(report: Report) -> str:
+    flops, traffic = NOMINAL[report.device.type]
+    how = f"by costs measured on this {report.device.type}" if report.measured else \
+        f"by estimates at {human_count(flops)}FLOP/s and {human_count(traffic)}B/s"
+    return (f"{how}, messages at {human_count(report.wire.bandwidth)}B/s after "
+            f"{human_seconds(report.wire.latency)}")
+
+
+def _stage_table(stages: Sequence[StageForecast]) -> str:
+    rows = [("stage", "blocks", "parameters", "FLOP", "step time", "sends on", "sends back", "peak memory")]
+    for number, stage in enumerate(stages, start=1):
+        rows.append((str(number), blocks_text(stage.blocks), f"{stage.params:,}", human_count(stage.flops),
+                     human_seconds(stage.seconds), human_bytes(stage.sent_forward_bytes),
+                     human_bytes(stage.sent_back_bytes), human_bytes(stage.peak_memory_bytes)))
+    return table(rows, left=[1])
+
+
+def _method_table(rows: Sequence[MethodForecast]) -> str:
+    header = ("method", "step time", "samples/s", "efficiency", "× one device")
+    return table([header, *((row.method, human_seconds(row.seconds_per_step), f"{row.samples_per_second:,.0f}",
+                             percent(row.efficiency) if row.stages > 1 else "–", f"{row.speedup:.2f}")
+                            for row in rows)], left=[0])
+
+
+def _sweep_table(rows: Sequence[MethodForecast]) -> str:
+    names = list(dict.fromkeys(row.method for row in rows if row.stages > 1)) or [rows[0].method]
+    found = {(row.stages, row.method): row.samples_per_second for row in rows}
+    one = {count: found.get((count, "one device")) for count, _ in found}
+    cells = [("stages", *names)]
+    for count in sorted({count for count, _ in found}):
+        values = [found.get((count, name), one[count]) for name in names]
+        cells.append((str(count), *(f"{value:,.0f}" if value else "–" for value in values)))
+    return table(cells)

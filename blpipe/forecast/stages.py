@@ -1,0 +1,168 @@
+"""What a stage costs, from its blocks, its head and its backward link; and the cuts that balance all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, least_maximum, refine
+from blpipe.config import Config, LinkConfig, PartitionConfig
+from blpipe.errors import ConfigError
+from blpipe.forecast.costs import Profile
+from blpipe.forecast.memory import estimated_bytes, meta_network, peak_bytes
+from blpipe.plan import Network
+from blpipe.text import human_bytes
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds of a stage: for a microbatch, and `step` for a batch. Numbers, or arrays of them for many stages.
+
+    backward, input_backward, weight_backward: of its blocks in end-to-end backpropagation, with the loss in the
+    last stage. local_backward: of its own head, loss and blocks. link_backward: of its tail alone.
+    """
+
+    forward: Any
+    backward: Any
+    input_backward: Any
+    weight_backward: Any
+    local_backward: Any
+    link_backward: Any
+    step: Any
+
+    def batch_seconds(self, method: str, microbatches: int) -> Any:
+        """What the stage computes in one batch, without any waiting."""
+        each = {"bp": self.forward + self.backward,
+                "greedy": self.forward + self.local_backward,
+                "backlink": self.forward + self.local_backward + self.link_backward}[method]
+        return microbatches * each + self.step
+
+
+def stage_cost(costs: Profile, start: Any, end: Any, link: LinkConfig) -> StageCost:
+    """The cost of the blocks start … end−1 as one stage.
+
+    Args:
+        start, end: numbers, or arrays [...] that broadcast to each other.
+    """
+    blocks = costs.blocks
+    forward, backward, inputs, weights, step = (
+        np.cumsum([0.0] + [getattr(block, name) for block in blocks])
+        for name in ("forward", "backward", "input_backward", "weight_backward", "step"))
+    head_seconds = np.array([np.inf] + [np.inf if h is None else h.forward + h.backward for h in costs.heads])
+    head_step = np.array([0.0] + [0.0 if h is None else h.step for h in costs.heads])
+    first, last = np.equal(start, 0), np.equal(end, len(blocks))
+    feed = np.where(first, costs.feed, 0.0)
+    # The first stage's input wants no gradient.
+    whole = backward[end] - backward[start] - np.where(first, blocks[0].backward - blocks[0].weight_backward, 0.0)
+    return StageCost(
+        forward=feed + forward[end] - forward[start],
+        backward=whole + np.where(last, head_seconds[-1], 0.0),
+        input_backward=inputs[end] - inputs[start] - np.where(first, blocks[0].input_backward, 0.0),
+        weight_backward=weights[end] - weights[start],
+        local_backward=whole + head_seconds[end],
+        link_backward=np.where(last, 0.0, _link_seconds(costs, start, end, link, forward, backward)),
+        step=costs.step_call + step[end] - step[start] + np.where(last, 0.0, head_step[end]))
+
+
+def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, forward: NDArray[np.float64],
+                  backward: NDArray[np.float64]) -> Any:
+    """A backward through the tail whose first block wants no gradient for its input."""
+    if link.weight == 0.0 or link.length == 0:
+        return 0.0
+    tail = start if link.length == "all" else np.maximum(start, end - link.length)
+    # Where start ≥ end there is no stage, and the result is not used.
+    first = np.minimum(tail, len(costs.blocks) - 1)
+    for_input = np.array([block.backward - block.weight_backward for block in costs.blocks])[first]
+    again = forward[end] - forward[tail] if link.keep == "recompute" else 0.0
+    return again + backward[end] - backward[tail] - for_input
+
+
+def seconds_table(costs: Profile, method: str, link: LinkConfig) -> Table:
+    """Seconds of one batch in a stage of the blocks i … j−1: [N + 1, N + 1], infinity where there can be none."""
+    count = len(costs.blocks)
+    start, end = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
+    seconds = stage_cost(costs, start, end, link).batch_seconds(method, costs.network.config.train.microbatches)
+    floating = [True] + [spec.dtype.is_floating_point for spec in next(iter(costs.network.outputs.values()))]
+    allowed = (start < end) & np.array(floating)[None, :]
+    for i, j in _tied(costs.network):
+        allowed &= ~(((start <= i) & (end > i)) ^ ((start <= j) & (end > j)))
+    return np.where(allowed, seconds, np.inf)
+
+
+def _tied(network: Network) -> list[tuple[int, int]]:
+    """Pairs of blocks that share a parameter."""
+    owner: dict[Any, int] = {}
+    pairs = set()
+    for index, block in enumerate(network.model):
+        for parameter in block.parameters():
+            first = owner.setdefault(parameter, index)
+            if first != index:
+                pairs.add((first, index))
+    return sorted(pairs)
+
+
+def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> list[int]:
+    """The first block of every stage, so that the slowest stage is fastest.
+
+    Raises:
+        ConfigError: no partition keeps `partition.memory_limit`, or none is possible at all.
+    """
+    stages, limit = partition.stage_count, partition.memory_limit
+    seconds = seconds_table(costs, method, costs.network.config.method.link)
+    speeds = partition.speeds or (1.0,) * stages
+    if limit is None:
+        starts = best_starts(seconds, speeds)
+        if starts is None:
+            raise ConfigError(f"partition.stages: the model cannot be cut into {stages} stages: shared parameters or "
+                              "boundaries without a head forbid it; use fewer stages or give a method.head.target")
+        return starts
+    memory, on_meta = estimated_bytes(costs), meta_network(costs.network)
+
+    def exact(start: int, end: int) -> float:
+        return memory[start, end] if method == "bp" else peak_bytes(on_meta, start, end)
+
+    starts = cheapest_within(seconds, memory, exact, limit, speeds)
+    if starts is None:
+        raise ConfigError(_too_little_memory(np.where(np.isinf(seconds), np.inf, memory), exact, stages, limit))
+    return starts
+
+
+def settle(config: Config, network: Network, costs: Profile) -> Config:
+    """The config with the cuts that its `balanced` strategy finds; any other config as it is.
+
+    Raises:
+        ConfigError: no partition fits.
+    """
+    if not unsettled(config.partition):
+        return config
+    starts = balanced_starts(costs, config.method.name, config.partition)
+    cuts = tuple(network.block_names[start] for start in starts[1:])
+    return config.model_copy(update={"partition": config.partition.model_copy(update={"cuts": cuts})})
+
+
+def unsettled(partition: PartitionConfig) -> bool:
+    """Whether the cuts are still to be found."""
+    return partition.strategy == "balanced" and partition.cuts is None and partition.target is None
+
+
+def _too_little_memory(memory: Table, exact: Callable[[int, int], float], stages: int, limit: int) -> str:
+    ways = []
+    least = _least_limit(memory, exact, stages)
+    if np.isfinite(least):
+        ways.append(f"give at least {int(least):,} bytes ({human_bytes(least)})")
+    enough = fewest_stages(memory <= limit)
+    while enough is not None and cheapest_within(memory, memory, exact, limit, (1.0,) * enough) is None:
+        enough = fewest_stages(memory <= limit)  # by exact values where estimates were too low
+    if enough is not None:
+        ways.append(f"use {enough} stages")
+    return (f"partition.memory_limit: no partition into {stages} stages keeps every stage within "
+            f"{human_bytes(limit)}; {' or '.join(ways) or 'use a smaller model or smaller microbatches'}")
+
+
+def _least_limit(memory: Table, exact: Callable[[int, int], float], stages: int) -> float:
+    known: set[tuple[int, int]] = set()
+    while (starts := best_starts(memory, (1.0,) * stages)) is not None and refine(memory, exact, starts, known):
+        pass
+    return least_maximum(memory, (1.0,) * stages)

@@ -1,0 +1,43 @@
+"""Numbers and tables for people."""
+
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """Rows of cells as aligned columns; those in `left` are set flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) if i in left else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+                     for row in rows)
+
+
+def percent(share: float | None) -> str:
+    """A share 0…1 in per cent; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in the unit that leaves one to three digits before the point: 1.23 GiB."""
+    return _scaled(count, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"])
+
+
+def human_count(count: float) -> str:
+    """A number with three digits and a prefix: 1.23 G."""
+    return _scaled(count, 1000, ["", "k", "M", "G", "T", "P", "E"])
+
+
+def _scaled(count: float, base: int, units: Sequence[str]) -> str:
+    power = 0
+    while count >= 1000 and power < len(units) - 1:
+        count, power = count / base, power + 1
+    return f"{count:.3g} {units[power]}".rstrip()
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds, or milliseconds below one."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def blocks_text(names: Sequence[str]) -> str:
+    """The first and the last of a stage's blocks."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
