@@ -42,7 +42,7 @@ class ByName(Section):
 
 
 class Named(ByName):
-    """A part, by the name of a built-in or as `target: package.module:function`, and its arguments."""
+    """A part, by name (built in, or registered by a package) or as `target: package.module:function`, and its args."""
 
     default: ClassVar[str | None] = None  # the name where neither name nor target is given
 

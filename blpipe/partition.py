@@ -2,21 +2,23 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 from torch import nn
 
 from blpipe.config import PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.models.build import named_blocks, plain_names
-from blpipe.plugins import call, did_you_mean, import_target
+from blpipe.plugins import by_name, call, did_you_mean, import_target
 
 
 def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequential]:
     """Cut `blocks` into the stages that the config asks for: contiguous runs, named as in the whole.
 
     Raises:
-        ConfigError: more stages than blocks, cuts that name no block or are out of order, a `target` that
-            returns no cuts, or a parameter that two stages would share.
+        ConfigError: more stages than blocks, cuts that name no block or are out of order, a function that
+            returns neither cuts nor stages that fit, or a parameter that two stages would share.
     """
     items = named_blocks(blocks)
     names = [name for name, _ in items]
@@ -25,16 +27,16 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
                           f"{len(names)} ({names[0]}…{names[-1]}); use at most {len(names)} stages or a deeper model")
     if config.target is not None:
         function = import_target("partition.target", config.target)
-        starts = _starts("partition.target", call("partition.target", function, blocks, config.stage_count,
-                                                  **config.args), names)
-        if len(starts) != config.stage_count:
-            raise ConfigError(f"partition.target: {config.target!r} made {len(starts)} stages; "
-                              f"partition.stages asks for {config.stage_count}")
+        starts = _returned("partition.target", call("partition.target", function, blocks, config.stage_count,
+                                                    **config.args), names, config.stage_count)
     elif config.cuts is not None:
         starts = _starts("partition.cuts", config.cuts, names)
-    else:
+    elif (strategy := by_name("partition.strategy", config.strategy, BUILT_IN)) is even_starts:
         assert config.strategy == "even", "balanced cuts are settled before"
         starts = even_starts(len(names), config.stage_count)
+    else:
+        starts = _returned("partition.strategy", call("partition", strategy, blocks, config.stage_count,
+                                                      **config.args), names, config.stage_count)
     stages = [nn.Sequential(OrderedDict(items[start:stop]))
               for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
     _refuse_shared_parameters(stages)
@@ -50,22 +52,60 @@ def even_starts(blocks: int, stages: int) -> list[int]:
     return [k * size + max(0, k - (stages - longer)) for k in range(stages)]
 
 
+BUILT_IN = {"even": even_starts, "balanced": even_starts}  # balanced: once settled, it is cuts
+
+
+def _returned(key: str, returned: Any, names: list[str], stages: int) -> list[int]:
+    """The first block of each stage, from what a function returned: cuts, or a list of block names for each stage."""
+    if not isinstance(returned, list | tuple):
+        raise ConfigError(f"{key}: it returned a {type(returned).__name__}; return the list of the names of the blocks "
+                          "that stages 2, 3, … begin with, or a list of block names for each stage")
+    whole = len(returned) > 0 and all(isinstance(stage, list | tuple) for stage in returned)
+    starts = _starts_of_whole(key, returned, names) if whole else _starts(key, returned, names)
+    if len(starts) != stages:
+        raise ConfigError(f"{key}: it made {len(starts)} stages; partition.stages asks for {stages}")
+    return starts
+
+
+def _starts_of_whole(key: str, stages: Sequence[Sequence[str]], names: list[str]) -> list[int]:
+    """The first block of each stage, from the names of all blocks of each: every block once, in the model's order."""
+    owner: dict[str, int] = {}
+    for number, stage in enumerate(stages, start=1):
+        if not stage:
+            raise ConfigError(f"{key}: stage {number} is empty; give each stage at least one block, or ask for fewer")
+        for name in stage:
+            _check_name(key, name, names)
+            if name in owner:
+                raise ConfigError(f"{key}: {name!r} is in stage {owner[name]} and again in stage {number}; put each "
+                                  "block into one stage, once")
+            owner[name] = number
+    missing = [name for name in names if name not in owner]
+    if missing:
+        raise ConfigError(f"{key}: no stage holds {', '.join(map(repr, missing))}; put each block into a stage")
+    for name, wanted in zip(owner, names, strict=True):
+        if name != wanted:
+            raise ConfigError(f"{key}: {name!r} (stage {owner[name]}) is out of order: {wanted!r} (stage "
+                              f"{owner[wanted]}) comes before it; stages are runs of blocks in the model's order")
+    return [0, *accumulate(len(stage) for stage in stages[:-1])]
+
+
 def _starts(key: str, cuts: Sequence[str], names: list[str]) -> list[int]:
     """The first block of each stage, from the names of the blocks that stages 2, 3, … begin with."""
-    if not isinstance(cuts, list | tuple):
-        raise ConfigError(f"{key}: it returned a {type(cuts).__name__}; return the list of the names of the blocks "
-                          "that stages 2, 3, … begin with")
     starts = [0]
     for cut in cuts:
-        if cut not in names:
-            raise ConfigError(f"{key}: no block is named {cut!r}{did_you_mean(str(cut), dict.fromkeys(names))}; "
-                              f"the blocks are {', '.join(names)}")
+        _check_name(key, cut, names)
         index = names.index(cut)
         if index <= starts[-1]:
             raise ConfigError(f"{key}: {cut!r} is out of order: each cut must come after the one before, "
                               f"and the first stage begins with {names[0]!r} anyway")
         starts.append(index)
     return starts
+
+
+def _check_name(key: str, name: Any, names: list[str]) -> None:
+    if name not in names:
+        raise ConfigError(f"{key}: no block is named {name!r}{did_you_mean(str(name), dict.fromkeys(names))}; "
+                          f"the blocks are {', '.join(names)}")
 
 
 def _refuse_shared_parameters(stages: list[nn.Sequential]) -> None:

@@ -1,4 +1,4 @@
-"""Names and targets: how a config refers to a part, built in or the user's own."""
+"""Names and targets: how a config refers to a part, built in, registered by a package, or the user's own."""
 
 import importlib
 import inspect
@@ -6,25 +6,84 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache, wraps
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from blpipe.config import Named
 from blpipe.errors import ConfigError, one_line
 
+GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "partition": "blpipe.partitions",
+          "method.head": "blpipe.heads", "method.loss": "blpipe.losses"}
+"""By a part's section of the config: the entry point group in which packages register theirs."""
+
 
 def resolve(key: str, part: Named, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The callable that `part` names, from `built_in` or imported from its `target`.
+    """The callable that `part` names, or imported from its `target`.
 
     Raises:
-        ConfigError: an unknown name, or a target that cannot be imported.
+        ConfigError: as `by_name` does, or a target that cannot be imported.
     """
     if part.target is not None:
         return import_target(f"{key}.target", part.target)
     assert part.name is not None
-    if part.name not in built_in:
-        raise ConfigError(f"{key}.name: unknown {part.name!r}{did_you_mean(part.name, built_in)}; "
-                          f"one of {', '.join(sorted(built_in))}, or {key}.target for your own")
-    return built_in[part.name]
+    return by_name(f"{key}.name", part.name, built_in)
+
+
+def by_name(key: str, name: str, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The callable that the config calls `name` at `key`: from `built_in`, or registered by an installed package.
+
+    What is registered in the group of the key's section is what its `target` would be, under a plain name.
+
+    Raises:
+        ConfigError: no such name, more than one, or a plug-in that cannot be imported; calling a plug-in that raises.
+    """
+    section = key.rpartition(".")[0]
+    plug_ins = _entry_points(GROUPS[section], tuple(sys.path)) if section in GROUPS else ()
+    found = [plug_in for plug_in in plug_ins if plug_in.name == name]
+    holders = ["blpipe itself"] * (name in built_in) + [_origin(plug_in) for plug_in in found]
+    if not holders:
+        known = dict.fromkeys([*built_in, *(plug_in.name for plug_in in plug_ins)])
+        raise ConfigError(f"{key}: unknown {name!r}{did_you_mean(name, known)}; one of {', '.join(sorted(known))}, "
+                          f"or {section}.target for your own")
+    if len(holders) > 1:
+        raise ConfigError(f"{key}: {name!r} is registered by {' and '.join(holders)}; uninstall all but one, or give "
+                          f"{section}.target {found[0].value!r} in place of the name")
+    return _load(key, found[0]) if found else built_in[name]
+
+
+@lru_cache
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """What the packages on `path`, sys.path, register in `group`; a look-up reads a file of each of them."""
+    return tuple(entry_points(group=group))
+
+
+def _origin(plug_in: EntryPoint) -> str:
+    package = "an unknown package" if plug_in.dist is None else f"{plug_in.dist.name} {plug_in.dist.version}"
+    return f"{package} ({plug_in.value})"
+
+
+def _load(key: str, plug_in: EntryPoint) -> Callable[..., Any]:
+    said = f"{key}: {plug_in.name!r} of {_origin(plug_in)}"
+    try:
+        function = plug_in.load()
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{said} cannot be imported: {type(error).__name__}: {one_line(error)}; "
+                          "mend or uninstall that package") from error
+    if not callable(function):
+        raise ConfigError(f"{said} is a {type(function).__name__}, not a function; mend or uninstall that package")
+
+    @wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ConfigError:
+            raise
+        except (Exception, SystemExit) as error:
+            given = f" with args {kwargs}" if kwargs else ""
+            raise ConfigError(f"{said} raised {type(error).__name__}{given}: {one_line(error)}") from error
+
+    return named
 
 
 def import_target(key: str, target: str) -> Callable[..., Any]:

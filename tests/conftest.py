@@ -83,7 +83,8 @@ def torchrun_command(processes: int, *arguments: str) -> list[str]:
 
 def child_environment() -> dict[str, str]:
     """Lets processes find the package and the tests' models; one thread each, which torchrun then need not say."""
-    return os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+    places = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:

@@ -76,6 +76,11 @@ def test_more_stages_than_blocks_are_refused(config):
             "stages or a deeper model$", **config)
 
 
+def test_an_unknown_strategy_is_refused():
+    refused(r"^partition\.strategy: unknown 'evn' \(did you mean 'even'\?\); one of balanced, even, or "
+            r"partition\.target for your own$", stages=2, strategy="evn")
+
+
 # Cuts.
 
 def test_cuts_name_the_first_block_of_each_later_stage():
@@ -130,14 +135,30 @@ def test_a_function_gets_its_args(plugin):
     assert cut(target=f"{plugin}:after_each_layer", stages=3, args={"last": "layer3"})[2] == ["layer3", "head"]
 
 
+@pytest.mark.parametrize("what", [["layer1", "head"], [["stem"], ("layer1", "layer2", "layer3"), ["head"]]])
+def test_a_function_returns_cuts_or_whole_stages(plugin, what):
+    assert cut(target=f"{plugin}:returns", stages=3, args={"what": what}) == [["stem"], NAMES[1:4], ["head"]]
+
+
 @pytest.mark.parametrize(("what", "stages", "message"), [
-    ("layer1", 2, r"it returned a str; return the list of the names of the blocks that stages 2, 3, … begin with$"),
+    ("layer1", 2, "it returned a str; return the list of the names of the blocks that stages 2, 3, … begin with, or a "
+                  "list of block names for each stage$"),
     (None, 2, "it returned a NoneType; return the list"),
     ([2], 2, "no block is named 2; the blocks are stem"),
-    ([["head"]], 2, r"no block is named \['head'\].*; the blocks are stem"),
+    ([["stem"], "head"], 2, r"no block is named \['stem'\].*; the blocks are stem"),
     (["layer7"], 2, r"no block is named 'layer7' \(did you mean"),
     (["head", "stem"], 3, "'stem' is out of order"),
-    (["head"], 3, r"'cuts_of_my_own:returns' made 2 stages; partition\.stages asks for 3$"),
+    (["head"], 3, r"it made 2 stages; partition\.stages asks for 3$"),
+    ([NAMES[:2], NAMES[2:]], 3, r"it made 2 stages; partition\.stages asks for 3$"),
+    ([NAMES[:3], NAMES[2:]], 2, "'layer2' is in stage 1 and again in stage 2; put each block into one stage, once$"),
+    ([["stem", "stem"], NAMES[1:]], 2, "'stem' is in stage 1 and again in stage 1; put each block into one stage"),
+    ([["stem"], ["layer2", "head"]], 2, "no stage holds 'layer1', 'layer3'; put each block into a stage$"),
+    ([["stem", "layer2"], ["layer1", "layer3", "head"]], 2, r"'layer2' \(stage 1\) is out of order: 'layer1' \(stage "
+     r"2\) comes before it; stages are runs of blocks in the model's order$"),
+    ([NAMES[2:], NAMES[:2]], 2, r"'layer2' \(stage 1\) is out of order: 'stem' \(stage 2\) comes before it"),
+    ([["stem"], [], NAMES[1:]], 3, "stage 2 is empty; give each stage at least one block, or ask for fewer$"),
+    ([["stem", "laier1"], NAMES[2:]], 2, r"no block is named 'laier1' \(did you mean 'layer1'\?\); the blocks are"),
+    ([[["stem"]], NAMES[1:]], 2, r"no block is named \['stem'\]"),
 ])
 def test_what_a_function_returns_is_checked(plugin, what, stages, message):
     refused(rf"^partition\.target: {message}", target=f"{plugin}:returns", stages=stages, args={"what": what})

@@ -1,5 +1,6 @@
 """The README's own commands, in a copy of the repository with a virtual environment of its own."""
 
+import ast
 import json
 import os
 import re
@@ -15,24 +16,26 @@ from conftest import REPOSITORY
 README = (REPOSITORY / "README.md").read_text()
 COMMANDS = [command.replace("\\\n", "") for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
             for command in re.split(r"(?<!\\)\n", block.strip())]
+FILES = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", README, re.S))
 # What the network would bring; everything else of the command stays.
 SYNTHETIC = "data='{name: synthetic, args: {shape: [3, 32, 32], classes: 10, samples: 64}}' train.epochs=1 " \
     "train.batch_size=32"
+SHORT = " train.epochs=1 data.train_samples=320 data.test_samples=64"  # of the minutes that a language model takes
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The repository's files, and a .venv that borrows every installed package but blpipe itself."""
     folder = tmp_path_factory.mktemp("copy")
-    for name in ("blpipe", "configs", "launch"):
+    for name in ("benchmarks", "blpipe", "configs", "launch"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, folder)
     venv.create(folder / ".venv", with_pip=False)
     borrowed = folder / ".venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     (borrowed / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    code = re.search(r"```python\n# (\S+)\n(.*?)```", README, re.S)
-    (folder / code[1]).write_text(code[2])
+    for name, code in FILES.items():
+        (folder / name).write_text(code)
     return folder
 
 
@@ -66,7 +69,24 @@ def test_the_other_commands_run_in_the_order_of_the_readme(copy, command):
     offline = command.replace("data.download=true", SYNTHETIC)
     if command in COMMANDS[:COMMANDS.index(command)] or "resnet32" in command:
         offline += " --overwrite"
+    if "byte_lm" in command:
+        offline += SHORT
     run(offline, copy)
+
+
+def test_the_worked_example_is_the_shipped_file_in_under_forty_lines():
+    (name, code), = FILES.items()
+    assert code.count("\n") + 1 < 40
+    assert without_docstrings(code) == without_docstrings((REPOSITORY / name).read_text())
+
+
+def without_docstrings(code):
+    """The code, laid out anew."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
 
 
 def test_the_shown_output_has_the_shape_of_the_real_one():

@@ -94,12 +94,13 @@ def open_data(config: DataConfig, seed: int, key: str = "data") -> Data:
         ConfigError: the data cannot be had, are malformed, or do not fit the rest of the section.
     """
     function = resolve(key, config, SETS)
-    if config.target is not None:
+    if config.name in SETS:
+        source = call(key, function, config, seed, key, **config.args)
+    else:
         with fixed_randomness(derive_seed(seed, "data")):
             returned = call(key, function, **config.args)
-        source = from_target(returned, config, key)
-    else:
-        source = call(key, function, config, seed, key, **config.args)
+        where = f"{key}.target" if config.target is not None else f"{key}.name: {config.name!r}"
+        source = from_target(returned, config, where)
     check_alike(source, key)
     problems = list(prepare.problems(config, source.train.shape, source.train.dtype, key))
     if problems:

@@ -1,4 +1,4 @@
-"""The user's own data: what the function at `data.target` returned, as a Source."""
+"""The user's own data: what the function at `data.target`, or a registered one, returned, as a Source."""
 
 from typing import Any
 
@@ -16,21 +16,26 @@ EXPECTED = ("expected (train, test), each a pair (x, y) of tensors or arrays [N,
             "map-style torch Dataset of (tensor, int or int64 tensor)")
 
 
-def from_target(returned: Any, config: DataConfig, key: str) -> Source:
+def from_target(returned: Any, config: DataConfig, where: str) -> Source:
     """Both splits. uint8 is taken as images and normalised to -1…1; floats and integers stay as they are.
+
+    Args:
+        returned: by the function.
+        config: the `data` section.
+        where: the key path that names the function, for messages.
 
     Raises:
         ConfigError: `returned` is anything else than documented, with what it is and what is expected.
     """
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise ConfigError(f"{key}.target: returned {describe(returned)}; {EXPECTED}")
-    train_where, test_where = f"{key}.target: train", f"{key}.target: test"
+        raise ConfigError(f"{where}: returned {describe(returned)}; {EXPECTED}")
+    train_where, test_where = f"{where}: train", f"{where}: test"
     if isinstance(returned[0], Dataset):
-        classes = _classes(returned[0], key)
+        classes = _classes(returned[0], where)
         train: Split = _from_dataset(returned[0], classes, config.workers, train_where)
     else:
         train = _in_memory(returned[0], train_where)
-        classes = class_count(train.y, f"{key}.target")
+        classes = class_count(train.y, where)
     test = _from_dataset(returned[1], classes, config.workers, test_where) \
         if isinstance(returned[1], Dataset) else _in_memory(returned[1], test_where)
     normalisation = (0.5,) if train.dtype == torch.uint8 else None
@@ -67,17 +72,17 @@ def _from_dataset(dataset: Dataset[Any], classes: int, workers: int, where: str)
     return DatasetSplit.open(dataset, classes, _targets(dataset, where), where, workers)
 
 
-def _classes(dataset: Dataset[Any], key: str) -> int:
+def _classes(dataset: Dataset[Any], where: str) -> int:
     """How many classes a Dataset for training says there are, or 1 + its largest target."""
-    targets = _targets(dataset, f"{key}.target: train")
+    targets = _targets(dataset, f"{where}: train")
     classes = getattr(dataset, "classes", ())
     if hasattr(classes, "__len__") and len(classes) > 0:
         return len(classes)
     if targets is None:
-        raise ConfigError(f"{key}.target: the train Dataset says neither how many classes there are nor what "
+        raise ConfigError(f"{where}: the train Dataset says neither how many classes there are nor what "
                           "its targets are; give it the attribute classes (their names) or targets (a label "
                           "for each sample)")
-    return class_count(targets, f"{key}.target")
+    return class_count(targets, where)
 
 
 def _targets(dataset: Dataset[Any], where: str) -> Tensor | None:
