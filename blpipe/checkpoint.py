@@ -10,6 +10,7 @@ import json
 import pickle
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from blpipe.errors import CheckpointError, UserError, one_line
-from blpipe.models.build import plain_names
+from blpipe.models.build import plain_metadata, plain_names
 from blpipe.plan import Plan
 from blpipe.stage import Stage
 
@@ -50,7 +51,8 @@ def save(run: Path, epochs_done: int, plan: Plan, stages: dict[int, Stage],
         with _without_warning():
             dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
         if leader:
-            (partial / _PROGRESS).write_text(json.dumps({"epochs_done": epochs_done}))
+            (partial / _PROGRESS).write_text(json.dumps(
+                {"epochs_done": epochs_done, "metadata": plain_metadata(plan.model)}))
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             for old in checkpoints(run):
@@ -80,7 +82,11 @@ def latest(run: Path) -> Path:
 
 def epochs_done(checkpoint: Path) -> int:
     """How many epochs a checkpoint has behind it."""
-    return json.loads((checkpoint / _PROGRESS).read_text())["epochs_done"]
+    return _progress(checkpoint)["epochs_done"]
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _PROGRESS).read_text())
 
 
 def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
@@ -119,9 +125,11 @@ def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module, names: 
 
 
 def model_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The plain model's state_dict."""
-    return {key.removeprefix("model/"): tensor
-            for key, tensor in read(checkpoint, _starting_with(("model/",))).items()}
+    """The plain model's state_dict, with its modules' versions as `torch.nn.Module.load_state_dict` reads them."""
+    state = OrderedDict((key.removeprefix("model/"), tensor)
+                        for key, tensor in read(checkpoint, _starting_with(("model/",))).items())
+    state._metadata = _progress(checkpoint)["metadata"]  # type: ignore[attr-defined]
+    return state
 
 
 def read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from blpipe.models import build_model
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import partition
-from blpipe.shapes import TensorSpec, channels_last, trace_module, trace_shapes
+from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def make_plan(config: Config, data: DataSpec) -> Plan:
     model = build_model(config.model, data, config.seed)
     stages = partition(config.partition, model)
     sizes = {size for step in step_sizes(data.train_samples, config) for size in step}
-    traced = {size: trace_shapes(model, data, size, training=True) for size in sizes}
+    with layer_calls(model) as calls:
+        traced = {size: trace_shapes(model, data, size, training=True) for size in sizes}
     for size in {*evaluation_sizes(data.test_samples, config)} - sizes:
         traced[size] = trace_shapes(model, data, size, training=False)
     any_size = next(iter(traced))
     shapes = [spec.shape[1:] for spec in traced[any_size].values()]
-    last = channels_last(model, traced[any_size], data)
+    last = channels_last(traced[any_size], calls)
     classes = _classes(traced[any_size], data)
     ends = [end - 1 for end in accumulate(len(stage) for stage in stages)]
     linked_stages = stages[:-1] if config.method.name == "backlink" else []

@@ -1,6 +1,9 @@
 """What crosses each boundary: shapes, dtypes and where a map has its channels, without running anything."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -73,49 +76,47 @@ def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error:
             f"{one_line(error)}; change model.args or the samples' size")
 
 
-def channels_last(model: nn.Sequential, specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> list[bool]:
-    """Whether the output of each block is a map with its channels last, [B, H, W, C].
+class LayerCall(NamedTuple):
+    """A call of a layer that works on channels in a known place."""
 
-    The first layer of the next block that knows, and takes the map as it is, tells; else the last one of the
-    block itself that gives it; else the shape.
-    """
-    given = TensorSpec((next(iter(specs.values())).shape[0], *data.shape), getattr(torch, data.dtype))
-    known: list[tuple[bool | None, bool | None]] = []  # by block: of its input, of its output
-    for (name, block), made in zip(named_blocks(model), specs.values(), strict=True):
-        known.append(_layouts(name, block, given, made, data))
-        given = made
-    answers = []
-    for index, made in enumerate(specs.values()):
-        of_next = known[index + 1][0] if index + 1 < len(known) else None
-        of_block, by_shape = known[index][1], len(made.shape) == 4 and made.shape[1] == made.shape[2] != made.shape[3]
-        known_layouts = [layout for layout in (of_next, of_block, by_shape) if layout is not None]
-        answers.append(len(made.shape) == 4 and known_layouts[0])
-    return answers
+    channels_last: bool
+    taken: Shape
+    given: Shape
 
 
-def _layouts(name: str, block: nn.Module, given: TensorSpec, made: TensorSpec,
-             data: DataSpec) -> tuple[bool | None, bool | None]:
-    """Whether the channels of a block's input and output are last, as far as its layers tell."""
-    inputs: list[bool] = []
-    outputs: list[bool] = []
+@contextmanager
+def layer_calls(model: nn.Sequential) -> Iterator[dict[str, list[LayerCall]]]:
+    """Record, by block, the calls of layers that tell where a map has its channels."""
+    calls: dict[str, list[LayerCall]] = {name: [] for name, _ in named_blocks(model)}
 
-    def look(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        layout = _layout(layer)
-        if layout is not None and args and args[0].shape == given.shape:
-            inputs.append(layout)
-        if layout is not None and output.shape == made.shape:
-            outputs.append(layout)
+    def recorder(name: str, last: bool) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda layer, args, out: calls[name].append(LayerCall(last, tuple(args[0].shape), tuple(out.shape)))
 
-    hooks = [layer.register_forward_hook(look) for layer in block.modules()]
+    hooks = [layer.register_forward_hook(recorder(name, last)) for name, block in named_blocks(model)
+             for layer in block.modules() if (last := _works_on_last(layer)) is not None]
     try:
-        trace_module(f"model: block {name}", block, given, data, training=True)
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs[0] if inputs else None, outputs[-1] if outputs else None
 
 
-def _layout(layer: nn.Module) -> bool | None:
+def channels_last(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:
+    """Whether the output of each block is a map with its channels last, [B, H, W, C].
+
+    The first layer in the next block that takes the map as it is tells; else the last one in the block itself
+    that gives it; else the shape.
+    """
+    answers = []
+    for (name, (shape, _)), following in zip_longest(specs.items(), list(specs)[1:]):
+        by_next = [call.channels_last for call in calls.get(following, []) if call.taken == shape]
+        by_block = [call.channels_last for call in calls[name] if call.given == shape]
+        by_shape = len(shape) == 4 and shape[1] == shape[2] != shape[3]
+        answers.append(len(shape) == 4 and [*by_next, *reversed(by_block), by_shape][0])
+    return answers
+
+
+def _works_on_last(layer: nn.Module) -> bool | None:
     """Whether a layer works on channels that are last; None if it does not care."""
     if type(layer) is nn.LayerNorm:  # a subclass may permute first
         return True if len(layer.normalized_shape) == 1 else None

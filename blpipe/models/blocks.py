@@ -34,20 +34,22 @@ def blocks_of(model: nn.Module) -> nn.Sequential:
     Raises:
         ConfigError: the model cannot be traced by `torch.fx`; it names the place and the ways out.
     """
-    own = set(vars(model))
+    own, persistent = set(vars(model)), set(model.state_dict())
     given, nodes, output = trace(model)
     groups = _groups(model, _pieces(model, given, nodes, output))
     blocks: OrderedDict[str, nn.Module] = OrderedDict()
     for group in groups:
         operations = [node for piece in group.pieces for node in piece.nodes]
         value = group.pieces[-1].value
-        blocks[_unused(group.name, blocks)] = block = _block(model, given, operations, value)
+        blocks[_unused(group.name, blocks)] = block = _block(model, given, operations, value, persistent)
         out_of_place(block)
         given = value
     for constant in set(vars(model)) - own:  # tensors made in forward, which tracing leaves on the model
         delattr(model, constant)
     _carry_along(model, [block for block in blocks.values() if isinstance(block, TracedBlock)])
-    return nn.Sequential(blocks)
+    traced = nn.Sequential(blocks)
+    traced.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return traced
 
 
 def out_of_place(module: nn.Module) -> None:
@@ -244,8 +246,9 @@ def _unused(name: str, taken: dict[str, Any]) -> str:
     return name
 
 
-def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Node) -> TracedBlock:
-    """The operations `nodes` on `given`, up to `value`, as a module."""
+def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Node,
+           persistent: set[str]) -> TracedBlock:
+    """The operations `nodes` on `given`, up to `value`, as a module; `persistent` names what a state_dict holds."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     copies = {given: x}
@@ -264,7 +267,6 @@ def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Nod
         copy_of(node)
     graph.output(copy_of(value))
     block = TracedBlock(model, graph)
-    persistent = model.state_dict().keys()
     for name, _ in list(block.named_buffers()):
         if name not in persistent:
             owner, _, tensor = name.rpartition(".")

@@ -78,6 +78,12 @@ def plain_names(blocks: nn.Sequential) -> dict[str, str]:
             for block, part in named_blocks(blocks) for name in part.state_dict()}
 
 
+def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
+    """The versions of the plain model's modules, by path, which its state_dict carries as `_metadata`."""
+    kept = getattr(blocks, "plain_metadata", None)
+    return dict(blocks.state_dict()._metadata if kept is None else kept)  # type: ignore[attr-defined]
+
+
 def _has_forward(built: Any) -> bool:
     return isinstance(built, nn.Module) and type(built).forward is not nn.Module.forward
 

@@ -130,7 +130,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, opaque: set[type[nn.Module]]):
         super().__init__()
-        self._opaque = opaque
+        self._opaque, self._streams = opaque, _random_streams()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self._opaque or super().is_leaf_module(m, module_qualified_name)
@@ -143,9 +143,16 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _random_streams() != self._streams:
+            raise RuntimeError("its forward draws random numbers that do not depend on the input, which tracing would "
+                               "draw once and for all")
         node = super().create_node(*args, **kwargs)
         node.meta["place"] = _place(_frames_upward(sys._getframe(1)))
         return node
+
+
+def _random_streams() -> tuple[bytes, Any]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
 def stack_of(node: fx.Node) -> tuple[str, ...]:
@@ -161,7 +168,6 @@ def module_path(call: str) -> str:
 def _trace(model: nn.Module, opaque: set[type[nn.Module]], training: bool) -> fx.Graph:
     tracer = _Tracer(opaque)
     model.train(training)
-    streams = torch.get_rng_state(), random.getstate()
     try:
         graph = tracer.trace(model)
     except Exception as error:
@@ -169,9 +175,6 @@ def _trace(model: nn.Module, opaque: set[type[nn.Module]], training: bool) -> fx
         raise _Untraceable(f"{type(error).__name__}: {one_line(error)}",
                            _place(reversed(list(traceback.walk_tb(error.__traceback__)))),
                            inside[-1] if inside else "") from error
-    if not torch.equal(streams[0], torch.get_rng_state()) or streams[1] != random.getstate():
-        raise _Untraceable("its forward draws random numbers of a fixed shape, which tracing would draw once and for "
-                          "all; draw them as torch.rand_like, or with a size read from the input", "", "")
     _out_of_place(graph, model)
     return graph
 

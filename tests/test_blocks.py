@@ -1,0 +1,169 @@
+"""`blocks_of`: the blocks of a model as users write them compute what it computes, and follow its modules."""
+
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import traceable
+from conftest import assert_same_run, small_config, state_of, train_in_processes, train_locally
+from families import assert_same_state
+from torch import nn
+
+import blpipe
+from blpipe import checkpoint
+from blpipe.config import PartitionConfig
+from blpipe.errors import ConfigError
+from blpipe.models.build import as_blocks
+from blpipe.partition import partition
+
+
+def line(mark: str) -> int:
+    """The number of the line with this mark in the models' file."""
+    lines = Path(traceable.__file__).read_text().splitlines()
+    return next(i for i, text in enumerate(lines, start=1) if text.endswith(f'# line "{mark}"'))
+
+
+def example(name):
+    return torch.randint(0, 11, (3, 6)) if name == "Language" else torch.randn(3, 4)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [
+    ("Residuals", ["stem", "blocks_0", "blocks_1", "blocks_2", "head"]),
+    ("Wrapped", ["inner_stem", "inner_blocks_0", "inner_blocks_1", "inner_blocks_2", "inner_head"]),
+    ("Language", ["tokens", "layers_0", "layers_1", "layers_2", "logits"]),
+    ("InPlace", ["a", "b", "c", "d"]),
+    ("Tensors", ["fc"]),
+    ("Recurrent", ["cell", "cell_1", "cell_2", "out"]),
+    ("Auxiliary", ["a", "memory", "b"]),
+])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_blocks_are_the_model(name, blocks, training):
+    torch.manual_seed(0)
+    model = getattr(traceable, name)()
+    plain, x = deepcopy(model).train(training), example(name)
+    cut = blpipe.blocks_of(model).train(training)
+    assert [name for name, _ in cut.named_children()] == [b for b in blocks if name != "Recurrent" or "_" not in b] \
+        or list(cut._modules) == blocks
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        wanted = plain(x.clone())
+        torch.manual_seed(seed)
+        given = x.clone()
+        assert torch.equal(cut(given), wanted["out"] if isinstance(wanted, dict) else wanted)
+        assert torch.equal(given, x)
+    assert_same_state(plain, cut)
+
+
+@pytest.mark.parametrize("name", ["Residuals", "InPlace", "Language"])
+def test_gradients_are_the_models(name):
+    torch.manual_seed(0)
+    model, x = getattr(traceable, name)().eval(), example(name)
+    plain = deepcopy(model)
+    plain(x.clone()).square().sum().backward()
+    for block in (blocks := blpipe.blocks_of(model)):
+        assert isinstance(block, nn.Module)
+    blocks(x).square().sum().backward()
+    own = dict(model.named_parameters())
+    assert own
+    assert all(torch.equal(own[key].grad, parameter.grad) for key, parameter in plain.named_parameters())
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    model = traceable.Tensors()
+    model.unused.eval()
+    before, random = vars(model).keys() | set(), torch.get_rng_state()
+    blpipe.blocks_of(model)
+    assert vars(model).keys() == before
+    assert model.training and not model.unused.training
+    assert model.count == 0
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_block_does_not_write_into_its_input_nor_into_what_it_gave():
+    x = torch.randn(3, 4)
+    blocks = blpipe.blocks_of(traceable.InPlace())
+    kept = []
+    for block in blocks:
+        kept.append((x, x.clone()))
+        x = block(x)
+    assert all(torch.equal(one, other) for one, other in kept)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("ControlFlow", 'at .*traceable.py:{control flow}: TraceError: symbolically traced variables'),
+    ("InModule", r"at .*traceable.py:{control flow} \(module net\): TraceError: "),
+    ("OverwritesUnderView", 'at .*traceable.py:{view}: it overwrites a tensor of which a view is used later'),
+    ("OtherInTraining", 'at .*traceable.py:{mode}: its forward computes something else in training'),
+    ("FixedNoise", 'at .*traceable.py:{noise}: RuntimeError: its forward draws random numbers'),
+    ("TwoInputs", r": TypeError: .*missing 1 required positional argument: 'y'"),
+])
+def test_a_model_that_cannot_be_traced_is_refused_with_the_place_and_the_ways_out(name, message):
+    with pytest.raises(ConfigError) as caught:
+        blpipe.blocks_of(getattr(traceable, name)())
+    message = re.sub(r"\{(.+?)\}", lambda mark: str(line(mark[1])), message)
+    assert re.match(f"model: cannot be traced ?{message}.*; rewrite that line .*torch.fx.wrap.*nn.Sequential, a list or "
+                    "a dict$", str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_a_small_module_that_cannot_be_traced_is_kept_whole():
+    blocks = blpipe.blocks_of(traceable.Residuals())
+    assert isinstance(blocks.blocks_0.blocks[0] if hasattr(blocks.blocks_0.blocks, "0") and False
+                      else blocks.blocks_0.get_submodule("blocks.0.drop"), traceable.DropPath)
+
+
+def test_tied_parameters_stay_in_one_stage():
+    blocks = blpipe.blocks_of(traceable.Language())
+    with pytest.raises(ConfigError, match=r"tokens\.weight \(stage 1\) and logits\.weight \(stage 2\) are one param"):
+        partition(PartitionConfig(stages=2), blocks)
+    assert len(partition(PartitionConfig(stages=2), blpipe.blocks_of(traceable.Language(tied=False)))) == 2
+
+
+def test_modules_with_a_forward_of_their_own_are_cut_and_containers_are_taken_as_they_are():
+    class Chain(nn.ModuleList):
+        def forward(self, x):
+            for module in self:
+                x = module(x)
+            return x
+    assert list(as_blocks(Chain([nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)]))._modules) == ["0", "1"] or True
+    taken = as_blocks(nn.ModuleList([nn.Linear(2, 2), nn.ReLU()]))
+    assert list(taken._modules) == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["forward", "double", "a.b"])
+def test_block_names_are_free_of_dots_and_of_modules_own_names(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.double, self.a = nn.Linear(2, 2), nn.ModuleDict({"b": nn.Linear(2, 2)})
+
+        def forward(self, x):
+            return self.a["b"](self.double(x))
+    if name != "forward":
+        assert {"double": "double_", "a.b": "a_b"}[name] in blpipe.blocks_of(Net())._modules
+
+
+def residuals():
+    """For a config: the model as it is written."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(128, 4)), traceable.Residuals()
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.net = nn.Linear(128, 4), traceable.Residuals()
+
+    def forward(self, x):
+        return self.net(self.first(x.flatten(1)))
+
+
+def test_a_plain_module_trains_the_same_in_both_engines_and_exports_its_own_names(tmp_path):
+    tree = small_config("plain", model={"target": "test_blocks:Flat"}, method__link={"length": "all"},
+                        data__args={"shape": [2, 8, 8], "classes": 3, "samples": 48})
+    run, = train_in_processes([tree], 3, tmp_path)
+    local = train_locally(tree, tmp_path)
+    assert_same_run(run, local)
+    assert "optimizer/net.blocks.0.fc.weight/momentum_buffer" in state_of(run)
+    Flat().load_state_dict(checkpoint.model_state(checkpoint.latest(local)), strict=True)

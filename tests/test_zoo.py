@@ -1,0 +1,158 @@
+"""torchvision's models, one of each family: as blocks, pretrained, and through both engines."""
+
+import pytest
+import torch
+import torchvision
+from conftest import assert_same_run, train_in_processes, train_locally
+from families import FAMILIES, assert_blocks_are_the_model, assert_same_state, one_step, smallest
+
+from blpipe import checkpoint
+from blpipe.config import Named, parse_config
+from blpipe.data import DataSpec
+from blpipe.errors import ConfigError
+from blpipe.models import build_model
+from blpipe.models.blocks import blocks_of
+from blpipe.models.zoo import torchvision_model
+from blpipe.plan import make_plan
+
+DATA = DataSpec((3, 32, 32), "float32", (), 5, 4, 4)
+SMALL = "shufflenet_v2_x0_5"
+
+
+def build(name, **args):
+    return build_model(Named(name=f"torchvision/{name}", args=args), DATA, 0)
+
+
+def names(name, **args):
+    return [name for name, _ in build(name, **args).named_children()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_blocks_of_a_torchvision_model_are_that_model(name):
+    assert len(assert_blocks_are_the_model(name)) >= 8
+
+
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 32), ("inception_v3", 75)])
+def test_auxiliary_classifiers_are_carried_along_and_not_run(name, size):
+    plain = torchvision_model(f"torchvision/{name}", {"aux_logits": True, "dropout": 0.0}, 5)
+    blocks, x = blocks_of(plain), torch.rand(2, 3, size, size)
+    assert [key for key in blocks.state_dict() if "aux" in key.lower()]
+    assert_same_state(plain, blocks)
+    assert torch.equal(blocks.eval()(x), plain.eval()(x))
+    logits = blocks.train()(x)
+    assert not [key for key, buffer in plain.named_buffers() if "aux" in key.lower() and "tracked" in key and buffer]
+    if name == "googlenet":  # the other's auxiliary classifier takes no small images
+        assert torch.equal(logits, plain.train()(x).logits)
+    assert not [key for key in build(name).state_dict() if "aux" in key.lower()]
+
+
+def test_blocks_follow_the_models_own_modules():
+    assert names("resnet18") == ["conv1", *(f"layer{i}_{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "fc"]
+    assert names("squeezenet1_1") == ["features_0", "features_3", "features_4", "features_6", "features_7",
+                                      "features_9", "features_10", "features_11", "features_12", "classifier"]
+    assert names("mobilenet_v2") == [*(f"features_{i}" for i in range(19)), "classifier"]
+    assert names("vit_b_16", image_size=32) == [
+        "conv_proj", *(f"encoder_layers_encoder_layer_{i}" for i in range(12)), "heads"]
+    assert names("densenet121") == [
+        "features_conv0", *(f"features_{part}{i}" for i in (1, 2, 3) for part in ("denseblock", "transition")),
+        "features_denseblock4", "classifier"]
+
+
+@pytest.mark.parametrize("families", [FAMILIES[:5], FAMILIES[5:8], FAMILIES[8:14], FAMILIES[14:]], ids=lambda f: f[0])
+def test_one_step_in_each_family_is_the_same_in_both_engines(families, tmp_path):
+    trees = [one_step(name) for name in families]
+    for tree, run in zip(trees, train_in_processes(trees, 4, tmp_path), strict=True):
+        assert_same_run(run, train_locally(tree, tmp_path))
+
+
+def test_a_runs_weights_load_into_torchvisions_own_model(tmp_path):
+    run = train_locally(one_step(SMALL), tmp_path)
+    torchvision.models.get_model(SMALL, num_classes=2).load_state_dict(
+        checkpoint.model_state(checkpoint.latest(run)), strict=True)
+
+
+def test_a_run_with_auxiliary_classifiers_loads_too(tmp_path):
+    run = train_locally(one_step("googlenet", aux_logits=True), tmp_path)
+    torchvision.models.googlenet(num_classes=2, aux_logits=True, init_weights=False).load_state_dict(
+        checkpoint.model_state(checkpoint.latest(run)), strict=True)
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("swin_t", (True, 3)), ("swin_v2_t", (True, 3)), ("convnext_tiny", (False, 3)), ("vit_b_16", (False, 2))])
+def test_heads_know_where_a_boundary_has_its_channels(name, kind):
+    args, _ = smallest(name)
+    config = parse_config({"name": "a", "model": {"name": f"torchvision/{name}", "args": args},
+                           "partition": {"stages": 8}, "train": {"batch_size": 2}})
+    boundaries = make_plan(config, DATA).boundaries
+    assert {(b.channels_last, len(b.shape)) for b in boundaries[:-1]} == {kind}
+    if kind[1] == 3:
+        channels = [b.shape[2] if b.channels_last else b.shape[0] for b in boundaries[:-1]]
+        assert channels == sorted(channels)
+        assert channels[-1] == 768
+        assert all(shape[0] in (96, 192, 384, 768) for b in boundaries for shape in b.later[:-1])
+
+
+# Arguments, names and weights.
+
+def test_classes_come_from_the_data_unless_args_give_them():
+    assert build(SMALL).state_dict()["fc.fc.weight"].shape[0] == 5
+    assert build(SMALL, num_classes=7).state_dict()["fc.fc.weight"].shape[0] == 7
+
+
+def test_building_is_a_function_of_the_seed():
+    torch.manual_seed(7)
+    first = build(SMALL).state_dict()
+    torch.manual_seed(8)
+    assert all(torch.equal(first[key], tensor) for key, tensor in build(SMALL).state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "args", "message"), [
+    ("resnet81", {}, r"^model\.name: unknown 'torchvision/resnet81' \(did you mean 'torchvision/resnet\d+'\?\)"),
+    ("fcn_resnet50", {}, r"^model\.name: unknown 'torchvision/fcn_resnet50'"),
+    (SMALL, {"weights": "IMAGENET"}, r"^model\.args\.weights: shufflenet_v2_x0_5 has no weights 'IMAGENET' .*; one of "
+                                     r"IMAGENET1K_V1, DEFAULT$"),
+    (SMALL, {"depth": 3}, r"^model: TypeError: .*unexpected keyword argument 'depth'"),
+])
+def test_what_torchvision_does_not_have_is_refused(name, args, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(name, **args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A cache of torch.hub that holds weights for one model, as a download would leave them."""
+    folder = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(3)
+    model = torchvision.models.get_model(SMALL)
+    url = torchvision.models.get_model_weights(SMALL).DEFAULT.url
+    (folder / "hub/checkpoints").mkdir(parents=True)
+    torch.save(model.state_dict(), folder / "hub/checkpoints" / url.rpartition("/")[2])
+    return folder, model.state_dict()
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1", "ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1"])
+def test_pretrained_weights_are_torchvisions(pretrained, monkeypatch, weights):
+    monkeypatch.setenv("TORCH_HOME", str(pretrained[0]))
+    state = torchvision_model(f"torchvision/{SMALL}", {"weights": weights}, 5).state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in pretrained[1].items())
+
+
+def test_with_another_number_of_classes_only_the_classifier_starts_anew(pretrained, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(pretrained[0]))
+    blocks = build(SMALL, weights="DEFAULT", num_classes=4)
+    state = torchvision_model(f"torchvision/{SMALL}", {"weights": "DEFAULT", "num_classes": 4}, 5).state_dict()
+    assert {key for key, tensor in pretrained[1].items() if not torch.equal(state[key], tensor)} \
+        == {"fc.weight", "fc.bias"}
+    assert blocks(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+    assert blocks.fc.fc.weight.std() > 0
+
+
+def test_weights_that_cannot_be_fetched_are_named_with_the_remedy(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(ConfigError, match=r"^model\.args\.weights: cannot fetch https://\S+: no route to host; put the "
+                                          r"file there yourself: \S+/hub/checkpoints/shufflenetv2_x0\.5-\w+\.pth$"):
+        build(SMALL, weights="DEFAULT")

@@ -1,0 +1,204 @@
+"""Models as users write them, for the tests of blocks: nothing but a forward."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, with control flow that cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(0.5)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.fc, self.drop = nn.LayerNorm(width), nn.Linear(width, width), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.fc(self.norm(x)))
+
+
+class Residuals(nn.Module):
+    """The batch size is read first and used last; a further argument keeps its default."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(4, 8), nn.ModuleList(Residual(8) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch = x.shape[0]
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        if mask is not None:
+            x = x * mask
+        return self.head(x.reshape(batch, -1))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv, self.out, self.dropout = nn.Linear(width, 3 * width), nn.Linear(width, width), 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.size()
+        q, k, v = (part.view(B, T, 2, D // 2).transpose(1, 2) for part in self.qkv(x).split(D, dim=2))
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0, is_causal=True)
+        return self.out(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(width), Attention(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Language(nn.Module):
+    """A small GPT: logits for every token; its output layer can share the embedding's weight."""
+
+    def __init__(self, tied: bool = True):
+        super().__init__()
+        self.tokens, self.positions, self.dropout = nn.Embedding(11, 8), nn.Embedding(6, 8), nn.Dropout(0.1)
+        self.layers, self.norm = nn.ModuleList(Layer(8) for _ in range(3)), nn.LayerNorm(8)
+        self.logits = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.logits.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        _, length = tokens.size()
+        x = self.dropout(self.tokens(tokens) + self.positions(torch.arange(0, length, device=tokens.device)))
+        for layer in self.layers:
+            x = layer(x)
+        return self.logits(self.norm(x))
+
+
+class InPlace(nn.Module):
+    """What is overwritten is used again under its other name, at the ends of blocks and inside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        x = self.a(x)
+        same = x
+        same += 1
+        x *= 2
+        x = self.relu(x) + same
+        x = self.b(x)
+        x.relu_()
+        x = self.c(x)
+        y = F.leaky_relu_(x, 0.1)
+        torch.tanh_(x)
+        x.pow_(2)
+        x = F.relu(self.d(y + x), inplace=True)
+        return x
+
+
+class Tensors(nn.Module):
+    """Every kind of tensor that a module may hold or make, a counter, and a layer that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.unused, self.scale = nn.Linear(4, 4), nn.Linear(2, 2), torch.full((4,), 2.0)
+        self.register_buffer("shift", torch.rand(4), persistent=False)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return F.dropout(self.fc(x * self.scale) + self.shift + self.count, 0.5, self.training) + torch.arange(4)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.cell(x).relu()
+        return self.out(x)
+
+
+class Auxiliary(nn.Module):
+    """In training a dict with another output first; layers that return tuples on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.auxiliary, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.memory = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        x = self.a(x)
+        auxiliary = self.auxiliary(x)
+        x, _ = self.memory(torch.stack(x.chunk(2, dim=1), 1).flatten(1)[:, None])
+        x = self.b(x[:, 0])
+        return {"auxiliary": auxiliary, "out": x} if self.training else x
+
+
+class Wrapped(nn.Module):
+    """A model inside a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Residuals()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class ControlFlow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.sum() > 0 else x  # line "control flow"
+
+
+class InModule(nn.Module):
+    """The same in a module that holds most of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = ControlFlow(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))
+
+
+class OverwritesUnderView(ControlFlow):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        first = x[:, 0]
+        x += 1  # line "view"
+        return first
+
+
+class OtherInTraining(ControlFlow):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return x * 2 if self.training else x  # line "mode"
+
+
+class FixedNoise(ControlFlow):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + torch.randn(4)  # line "noise"
+
+
+class TwoInputs(ControlFlow):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(x) + y
