@@ -36,17 +36,21 @@ def blocks_of(model: nn.Module) -> nn.Sequential:
     """
     own, persistent = set(vars(model)), set(model.state_dict())
     given, nodes, output = trace(model)
-    groups = _groups(model, _pieces(model, given, nodes, output))
-    blocks: OrderedDict[str, nn.Module] = OrderedDict()
-    for group in groups:
+    pieces, batched = _pieces(model, given, nodes, output)
+    groups = _groups(model, pieces)
+    values = [given, *(group.pieces[-1].value for group in groups)]
+    read_later: set[fx.Node] = set()  # whose batch size a later block reads
+    cut = []
+    for group, start, end in reversed(list(zip(groups, values, values[1:], strict=False))):
         operations = [node for piece in group.pieces for node in piece.nodes]
-        value = group.pieces[-1].value
-        blocks[_unused(group.name, blocks)] = block = _block(model, given, operations, value, persistent)
+        cut.append(_block(model, start, operations, end, batched, read_later, persistent))
+    blocks: OrderedDict[str, nn.Module] = OrderedDict()
+    for group, block in zip(groups, reversed(cut), strict=True):
+        blocks[_unused(group.name, blocks)] = block
         out_of_place(block)
-        given = value
     for constant in set(vars(model)) - own:  # tensors made in forward, which tracing leaves on the model
         delattr(model, constant)
-    _carry_along(model, [block for block in blocks.values() if isinstance(block, TracedBlock)])
+    _carry_along(model, cut[::-1])
     traced = nn.Sequential(blocks)
     traced.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     return traced
@@ -79,9 +83,20 @@ class _Piece(NamedTuple):
         return tuple(common)
 
 
-def _pieces(model: nn.Module, given: fx.Node, nodes: list[fx.Node], output: fx.Node) -> list[_Piece]:
+def _pieces(model: nn.Module, given: fx.Node, nodes: list[fx.Node],
+            output: fx.Node) -> tuple[list[_Piece], set[fx.Node]]:
+    """The model in pieces, and the tensors whose batch size any block can read from its own input."""
+    batched = {given}
+    while True:  # `x.shape[0]` of a tensor at a cut is no reason not to cut later on, which makes more cuts
+        pieces = _cut([node for node in nodes if not _movable(node, batched, model)], given, output, model)
+        found = {given, *(piece.value for piece in pieces)}
+        if found <= batched:
+            return pieces, batched
+        batched |= found
+
+
+def _cut(fixed: list[fx.Node], given: fx.Node, output: fx.Node, model: nn.Module) -> list[_Piece]:
     """Cut wherever exactly one value is live and is a tensor."""
-    fixed = [node for node in nodes if not _movable(node, given, model)]
     last_use = {source: index for index, node in enumerate(fixed) for source in node.all_input_nodes}
     last_use[output] = len(fixed)
     live, pieces, start = {given}, [_Piece([], given)], 0
@@ -98,23 +113,24 @@ def _pieces(model: nn.Module, given: fx.Node, nodes: list[fx.Node], output: fx.N
     return pieces[1:] or pieces
 
 
-def _movable(node: fx.Node, given: fx.Node, model: nn.Module) -> bool:
-    """Whether a node can be computed anew wherever it is used: parameters, the batch size, and what is made of them."""
-    if node.op == "get_attr" or _is_batch_size(node, given) or _is_device(node):
+def _movable(node: fx.Node, batched: set[fx.Node], model: nn.Module) -> bool:
+    """Whether any block can compute it anew where it is used: parameters, the batch size, and what is made of them."""
+    if node.op == "get_attr" or _batch_of(node) in batched or _is_device(node):
         return True
     return node.op in ("call_function", "call_method") and node.target is not torch._assert \
-        and bool(node.all_input_nodes) and all(_movable(source, given, model) for source in node.all_input_nodes) \
+        and bool(node.all_input_nodes) and all(_movable(source, batched, model) for source in node.all_input_nodes) \
         and not _RANDOM.search(operation(node, model)) and not str(node.target).endswith("_")
 
 
-def _is_batch_size(node: fx.Node, given: fx.Node) -> bool:
-    """`x.shape[0]`, `x.size(0)` or `x.size()[0]` of the model's input: the same for the input of every block."""
-    if node.op == "call_method":
-        return node.target == "size" and [*node.args, *node.kwargs.values()] == [given, 0]
-    if node.target is not operator.getitem or node.args[1] != 0:
-        return False
-    shape = node.args[0]
-    return isinstance(shape, fx.Node) and is_size(shape) and list(shape.args) in ([given, "shape"], [given])
+def _batch_of(node: fx.Node) -> fx.Node | None:
+    """The tensor x of `x.shape[0]`, `x.size(0)` or `x.size()[0]`."""
+    if node.op == "call_method" and node.target == "size" and [*node.args[1:], *node.kwargs.values()] == [0]:
+        return node.all_input_nodes[0]
+    if node.target is operator.getitem and node.args[1] == 0:
+        shape = node.all_input_nodes[0]
+        if is_size(shape) and (shape.target == "size" or shape.args[1:] == ("shape",)):
+            return shape.all_input_nodes[0]
+    return None
 
 
 def _is_device(node: fx.Node) -> bool:
@@ -246,16 +262,23 @@ def _unused(name: str, taken: dict[str, Any]) -> str:
     return name
 
 
-def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Node,
-           persistent: set[str]) -> TracedBlock:
-    """The operations `nodes` on `given`, up to `value`, as a module; `persistent` names what a state_dict holds."""
+def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Node, batched: set[fx.Node],
+           read_later: set[fx.Node], persistent: set[str]) -> TracedBlock:
+    """The operations `nodes` on `given`, up to `value`, as a module.
+
+    Args:
+        batched: tensors whose batch size is that of any block's input.
+        read_later: those of which a later block reads it so; this block's own are added.
+        persistent: the names in the model's state_dict.
+    """
     graph = fx.Graph()
     x = graph.placeholder("x")
     copies = {given: x}
-    model_input = next(iter(value.graph.nodes))
 
     def copy_of(node: fx.Node) -> fx.Node:
-        if node not in copies and _is_batch_size(node, model_input):
+        source = _batch_of(node)
+        if node not in copies and source in batched and source not in copies:
+            read_later.add(source)
             copies[node] = graph.call_method("size", (x, 0))
         elif node not in copies and _is_device(node):
             copies[node] = graph.call_function(getattr, (x, "device"))
@@ -264,7 +287,12 @@ def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Nod
         return copies[node]
 
     for node in nodes:
-        copy_of(node)
+        copied = copy_of(node)
+        if node in read_later:
+            same = graph.call_function(operator.eq, (graph.call_method("size", (copied, 0)),
+                                                     graph.call_method("size", (x, 0))))
+            graph.call_function(torch._assert, (same, f"the size read of {node.name} is used as the batch size, "
+                                                      "but it is another"))
     graph.output(copy_of(value))
     block = TracedBlock(model, graph)
     for name, _ in list(block.named_buffers()):
