@@ -13,10 +13,12 @@ from torch import nn
 
 import blpipe
 from blpipe import checkpoint
-from blpipe.config import PartitionConfig
+from blpipe.config import PartitionConfig, parse_config
+from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models.build import as_blocks
 from blpipe.partition import partition
+from blpipe.plan import make_plan
 
 
 def line(mark: str) -> int:
@@ -157,6 +159,14 @@ def test_a_size_that_is_no_batch_size_is_not_taken_for_one():
     net, x = Net(), torch.randn(3, 4)
     with pytest.raises(AssertionError, match="is used as the batch size, but it is another"):
         blpipe.blocks_of(net)(x)
+
+
+@pytest.mark.parametrize("head", ["linear", "conv"])
+def test_every_stage_of_a_language_model_gives_logits_for_every_token(head):
+    config = parse_config({"name": "a", "model": {"target": "traceable:Language", "args": {"tied": False}},
+                           "partition": {"stages": 4}, "method": {"head": head}, "train": {"batch_size": 2}})
+    plan = make_plan(config, DataSpec((6,), "int64", (6,), 11, 4, 2))
+    assert [boundary.shape for boundary in plan.boundaries] == [(6, 8), (6, 8), (6, 8), (6, 11)]
 
 
 class Flat(nn.Module):

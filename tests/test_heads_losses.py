@@ -63,6 +63,27 @@ def test_the_linear_head_is_one_layer_on_the_mean_over_positions():
         torch.testing.assert_close(head(x), F.linear(mean, head.fc.weight, head.fc.bias))
 
 
+@pytest.mark.parametrize("shape", MAPS)
+@pytest.mark.parametrize("head", [linear, conv])
+def test_heads_give_the_same_on_a_map_with_its_channels_last(head, shape):
+    torch.manual_seed(0)
+    first = head(Boundary(shape, 7, ((8, 2, 2),)))
+    torch.manual_seed(0)
+    last = head(Boundary((*shape[1:], shape[0]), 7, ((8, 2, 2),), channels_last=True))
+    x = torch.rand(2, *shape)
+    assert torch.equal(last(x.permute(0, 2, 3, 1)), first(x))
+
+
+@pytest.mark.parametrize("head", [linear, conv])
+def test_heads_give_logits_for_every_token_that_has_a_target(head):
+    made, x = head(Boundary((5, 4), 7, target_shape=(5,))), torch.rand(2, 5, 4)
+    out = made(x)
+    assert out.shape == (2, 5, 7)
+    torch.testing.assert_close(made(x[:, 2:3])[:, 0], out[:, 2])
+    assert head(Boundary((6, 4), 7, target_shape=(5,)))(torch.rand(2, 6, 4)).shape == (2, 7)
+    assert head(Boundary((4,), 7, target_shape=(4,)))(torch.rand(2, 4)).shape == (2, 7)
+
+
 @pytest.mark.parametrize(("channels", "widest", "out", "stride"), [
     (16, 64, 32, 2), (32, 64, 64, 2), (64, 64, 64, 1),
     (32, 128, 64, 2), (64, 128, 128, 2), (128, 128, 128, 1),

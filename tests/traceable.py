@@ -104,8 +104,7 @@ class InPlace(nn.Module):
         y = F.leaky_relu_(x, 0.1)
         torch.tanh_(x)
         x.pow_(2)
-        x = F.relu(self.d(y + x), inplace=True)
-        return x
+        return F.relu(self.d(y + x), inplace=True)
 
 
 class Tensors(nn.Module):
