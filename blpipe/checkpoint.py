@@ -128,7 +128,7 @@ def model_state(checkpoint: Path) -> dict[str, Tensor]:
     """The plain model's state_dict, with its modules' versions as `torch.nn.Module.load_state_dict` reads them."""
     state = OrderedDict((key.removeprefix("model/"), tensor)
                         for key, tensor in read(checkpoint, _starting_with(("model/",))).items())
-    state._metadata = _progress(checkpoint)["metadata"]  # type: ignore[attr-defined]
+    state._metadata = _progress(checkpoint).get("metadata", {})  # type: ignore[attr-defined]
     return state
 
 

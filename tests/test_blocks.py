@@ -33,12 +33,14 @@ def example(name):
 
 @pytest.mark.parametrize(("name", "blocks"), [
     ("Residuals", ["stem", "blocks_0", "blocks_1", "blocks_2", "head"]),
-    ("Wrapped", ["inner_stem", "inner_blocks_0", "inner_blocks_1", "inner_blocks_2", "inner_head"]),
+    ("Preactivations", ["a", "b", "c"]),
+    ("Wrapped", ["inner_a", "inner_b", "inner_c"]),
+    ("WrappedLayers", ["inner_a", "inner_b", "inner_c", "inner_d"]),
     ("Language", ["tokens", "layers_0", "layers_1", "layers_2", "logits"]),
     ("InPlace", ["a", "b", "c", "d"]),
     ("Tensors", ["fc"]),
     ("Recurrent", ["cell", "cell_1", "cell_2", "out"]),
-    ("Auxiliary", ["a", "memory", "b"]),
+    ("Auxiliary", ["a", "joined", "memory", "b"]),
 ])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_blocks_are_the_model(name, blocks, training):
@@ -80,9 +82,10 @@ def test_tracing_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_a_block_does_not_write_into_its_input_nor_into_what_it_gave():
+@pytest.mark.parametrize("name", ["InPlace", "Preactivations", "Auxiliary"])
+def test_a_block_does_not_write_into_its_input_nor_into_what_it_gave(name):
     x = torch.randn(3, 4)
-    blocks = blpipe.blocks_of(traceable.InPlace())
+    blocks = blpipe.blocks_of(getattr(traceable, name)())
     kept = []
     for block in blocks:
         kept.append((x, x.clone()))

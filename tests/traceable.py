@@ -48,7 +48,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.size()
-        q, k, v = (part.view(B, T, 2, D // 2).transpose(1, 2) for part in self.qkv(x).split(D, dim=2))
+        q, k, v = self.qkv(x).split(D, dim=2)
+        q, k, v = (part.view(B, T, 2, D // 2).transpose(1, 2) for part in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0, is_causal=True)
         return self.out(x.transpose(1, 2).reshape(B, T, D))
 
@@ -107,6 +108,26 @@ class InPlace(nn.Module):
         return F.relu(self.d(y + x), inplace=True)
 
 
+class Preactivated(nn.Module):
+    """Its first layer overwrites its input, which it uses again."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.relu(x)) + x
+
+
+class Preactivations(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), Preactivated(), Preactivated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
 class Tensors(nn.Module):
     """Every kind of tensor that a module may hold or make, a counter, and a layer that is never used."""
 
@@ -132,18 +153,27 @@ class Recurrent(nn.Module):
         return self.out(x)
 
 
+class Joined(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return self.fc(torch.cat(parts, 1))
+
+
 class Auxiliary(nn.Module):
     """In training a dict with another output first; layers that return tuples on the way."""
 
     def __init__(self):
         super().__init__()
         self.a, self.auxiliary, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.memory = nn.LSTM(4, 4, batch_first=True)
+        self.memory, self.joined = nn.LSTM(4, 4, batch_first=True), Joined()
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         x = self.a(x)
         auxiliary = self.auxiliary(x)
-        x, _ = self.memory(torch.stack(x.chunk(2, dim=1), 1).flatten(1)[:, None])
+        x, _ = self.memory(self.joined(x.chunk(2, dim=1))[:, None])
         x = self.b(x[:, 0])
         return {"auxiliary": auxiliary, "out": x} if self.training else x
 
@@ -153,10 +183,16 @@ class Wrapped(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = Residuals()
+        self.inner = Preactivations()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x)
+
+
+class WrappedLayers(Wrapped):
+    def __init__(self):
+        super().__init__()
+        self.inner = InPlace()
 
 
 class ControlFlow(nn.Module):
