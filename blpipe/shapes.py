@@ -116,7 +116,10 @@ def layer_calls(model: nn.Sequential) -> Iterator[dict[str, list[LayerCall]]]:
     calls: dict[str, list[LayerCall]] = {name: [] for name, _ in named_blocks(model)}
 
     def recorder(name: str, last: bool) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda layer, args, out: calls[name].append(LayerCall(last, tuple(args[0].shape), tuple(out.shape)))
+        def record(layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            if args:
+                calls[name].append(LayerCall(last, tuple(args[0].shape), tuple(out.shape)))
+        return record
 
     hooks = [layer.register_forward_hook(recorder(name, last)) for name, block in named_blocks(model)
              for layer in block.modules() if (last := _works_on_last(layer)) is not None]

@@ -88,7 +88,8 @@ def _pieces(model: nn.Module, given: fx.Node, nodes: list[fx.Node],
     """The model in pieces, and the tensors whose batch size any block can read from its own input."""
     batched = {given}
     while True:  # `x.shape[0]` of a tensor at a cut is no reason not to cut later on, which makes more cuts
-        pieces = _cut([node for node in nodes if not _movable(node, batched, model)], given, output, model)
+        movable = _movable(nodes, batched, model)
+        pieces = _cut([node for node in nodes if node not in movable], given, output, model)
         found = {given, *(piece.value for piece in pieces)}
         if found <= batched:
             return pieces, batched
@@ -102,10 +103,11 @@ def _cut(fixed: list[fx.Node], given: fx.Node, output: fx.Node, model: nn.Module
     live, pieces, start = {given}, [_Piece([], given)], 0
     for index, node in enumerate(fixed):
         live = {value for value in live | {node} if last_use.get(value, -1) > index}
-        value = next(iter(live))
-        if len(live) == 1 and value is not pieces[-1].value and _is_tensor(value, model):
-            pieces.append(_Piece(fixed[start:index + 1], value))
-            start = index + 1
+        if len(live) == 1:
+            value, = live
+            if value is not pieces[-1].value and _is_tensor(value, model):
+                pieces.append(_Piece(fixed[start:index + 1], value))
+                start = index + 1
     if pieces[-1].value is output:  # only asserts can follow
         pieces[-1].nodes.extend(fixed[start:])
     else:
@@ -113,13 +115,16 @@ def _cut(fixed: list[fx.Node], given: fx.Node, output: fx.Node, model: nn.Module
     return pieces[1:] or pieces
 
 
-def _movable(node: fx.Node, batched: set[fx.Node], model: nn.Module) -> bool:
-    """Whether any block can compute it anew where it is used: parameters, the batch size, and what is made of them."""
-    if node.op == "get_attr" or _batch_of(node) in batched or _is_device(node):
-        return True
-    return node.op in ("call_function", "call_method") and node.target is not torch._assert \
-        and bool(node.all_input_nodes) and all(_movable(source, batched, model) for source in node.all_input_nodes) \
-        and not _RANDOM.search(operation(node, model)) and not str(node.target).endswith("_")
+def _movable(nodes: list[fx.Node], batched: set[fx.Node], model: nn.Module) -> set[fx.Node]:
+    """What any block can compute anew where it is used: parameters, the batch size, and what is made of them."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        made_of_such = node.op in ("call_function", "call_method") and node.target is not torch._assert \
+            and bool(node.all_input_nodes) and found.issuperset(node.all_input_nodes) \
+            and not _RANDOM.search(operation(node, model)) and not str(node.target).endswith("_")
+        if made_of_such or node.op == "get_attr" or _batch_of(node) in batched or _is_device(node):
+            found.add(node)
+    return found
 
 
 def _batch_of(node: fx.Node) -> fx.Node | None:
