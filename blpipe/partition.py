@@ -28,15 +28,15 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
     if config.target is not None:
         function = import_target("partition.target", config.target)
         starts = _returned("partition.target", call("partition.target", function, blocks, config.stage_count,
-                                                    **config.args), names, config.stage_count)
+                                                    **config.args), items, config.stage_count)
     elif config.cuts is not None:
-        starts = _starts("partition.cuts", config.cuts, names)
+        starts = _starts("partition.cuts", config.cuts, items)
     elif (strategy := by_name("partition.strategy", config.strategy, BUILT_IN)) is even_starts:
         assert config.strategy == "even", "balanced cuts are settled before"
         starts = even_starts(len(names), config.stage_count)
     else:
         starts = _returned("partition.strategy", call("partition", strategy, blocks, config.stage_count,
-                                                      **config.args), names, config.stage_count)
+                                                      **config.args), items, config.stage_count)
     stages = [nn.Sequential(OrderedDict(items[start:stop]))
               for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
     _refuse_shared_parameters(stages)
@@ -55,30 +55,34 @@ def even_starts(blocks: int, stages: int) -> list[int]:
 BUILT_IN = {"even": even_starts, "balanced": even_starts}  # balanced: once settled, it is cuts
 
 
-def _returned(key: str, returned: Any, names: list[str], stages: int) -> list[int]:
+Items = list[tuple[str, nn.Module]]  # a model's blocks with their names, in order
+
+
+def _returned(key: str, returned: Any, items: Items, stages: int) -> list[int]:
     """The first block of each stage, from what a function returned: cuts, or a list of block names for each stage."""
     if not isinstance(returned, list | tuple):
         raise ConfigError(f"{key}: it returned a {type(returned).__name__}; return the list of the names of the blocks "
                           "that stages 2, 3, … begin with, or a list of block names for each stage")
     whole = len(returned) > 0 and all(isinstance(stage, list | tuple) for stage in returned)
-    starts = _starts_of_whole(key, returned, names) if whole else _starts(key, returned, names)
+    starts = _starts_of_whole(key, returned, items) if whole else _starts(key, returned, items)
     if len(starts) != stages:
         raise ConfigError(f"{key}: it made {len(starts)} stages; partition.stages asks for {stages}")
     return starts
 
 
-def _starts_of_whole(key: str, stages: Sequence[Sequence[str]], names: list[str]) -> list[int]:
+def _starts_of_whole(key: str, stages: Sequence[Sequence[str]], items: Items) -> list[int]:
     """The first block of each stage, from the names of all blocks of each: every block once, in the model's order."""
     owner: dict[str, int] = {}
     for number, stage in enumerate(stages, start=1):
         if not stage:
             raise ConfigError(f"{key}: stage {number} is empty; give each stage at least one block, or ask for fewer")
         for name in stage:
-            _check_name(key, name, names)
+            _check_name(key, name, items)
             if name in owner:
                 raise ConfigError(f"{key}: {name!r} is in stage {owner[name]} and again in stage {number}; put each "
                                   "block into one stage, once")
             owner[name] = number
+    names = [name for name, _ in items]
     missing = [name for name in names if name not in owner]
     if missing:
         raise ConfigError(f"{key}: no stage holds {', '.join(map(repr, missing))}; put each block into a stage")
@@ -89,11 +93,12 @@ def _starts_of_whole(key: str, stages: Sequence[Sequence[str]], names: list[str]
     return [0, *accumulate(len(stage) for stage in stages[:-1])]
 
 
-def _starts(key: str, cuts: Sequence[str], names: list[str]) -> list[int]:
+def _starts(key: str, cuts: Sequence[str], items: Items) -> list[int]:
     """The first block of each stage, from the names of the blocks that stages 2, 3, … begin with."""
+    names = [name for name, _ in items]
     starts = [0]
     for cut in cuts:
-        _check_name(key, cut, names)
+        _check_name(key, cut, items)
         index = names.index(cut)
         if index <= starts[-1]:
             raise ConfigError(f"{key}: {cut!r} is out of order: each cut must come after the one before, "
@@ -102,10 +107,24 @@ def _starts(key: str, cuts: Sequence[str], names: list[str]) -> list[int]:
     return starts
 
 
-def _check_name(key: str, name: Any, names: list[str]) -> None:
-    if name not in names:
-        raise ConfigError(f"{key}: no block is named {name!r}{did_you_mean(str(name), dict.fromkeys(names))}; "
-                          f"the blocks are {', '.join(names)}")
+def _check_name(key: str, name: Any, items: Items) -> None:
+    names = [name for name, _ in items]
+    if name in names:
+        return
+    for index, (block_name, block) in enumerate(items):
+        if name in _inner_names(block_name, block):
+            around = " or ".join(map(repr, names[index:index + 2]))
+            raise ConfigError(f"{key}: {name!r} lies inside block {block_name!r}, where more than one tensor may pass, as "
+                              f"beside a residual connection; a stage can begin with {around}")
+    raise ConfigError(f"{key}: no block is named {name!r}{did_you_mean(str(name), dict.fromkeys(names))}; "
+                      f"the blocks are {', '.join(names)}")
+
+
+def _inner_names(block_name: str, block: nn.Module) -> set[str]:
+    """What a user may call a module inside a block: by its path in the block or in the model, with dots or without."""
+    paths = [path for path, _ in block.named_modules() if path]
+    spelled = {*paths, *(f"{block_name}.{path}" for path in paths)}
+    return spelled | {path.replace(".", "_") for path in spelled}
 
 
 def _refuse_shared_parameters(stages: list[nn.Sequential]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from blpipe.config import PartitionConfig
 from blpipe.errors import ConfigError
+from blpipe.models import resnet_cifar
 from blpipe.partition import even_starts, partition
 
 NAMES = ["stem", "layer1", "layer2", "layer3", "head"]
@@ -222,3 +223,11 @@ def test_the_stages_one_after_the_other_are_the_model():
 
 def test_the_order_of_the_names_in_an_error_is_the_models():
     refused(re.escape("; the blocks are " + ", ".join(NAMES)), cuts=["q"])
+
+
+@pytest.mark.parametrize("cut", ["layer1_1.conv2", "layer1_1_conv2", "conv2"])
+def test_a_cut_inside_a_residual_connection_is_refused_with_the_cuts_beside_it(cut):
+    with pytest.raises(ConfigError, match=re.escape(f"partition.cuts: {cut!r} lies inside block 'layer1_")) as error:
+        partition(PartitionConfig(cuts=(cut,)), resnet_cifar(14))
+    if cut != "conv2":  # which every block has; the first one is named
+        assert str(error.value).endswith("a stage can begin with 'layer1_1' or 'layer2_0'")

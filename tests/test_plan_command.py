@@ -69,7 +69,7 @@ def test_json_says_what_each_stage_holds_computes_and_sends(config, capsys):
 def test_other_methods(config, capsys, method, back):
     found = json.loads(plan(capsys, "--json", f"method={method}"))
     assert (found["stages"][1]["sent_back_bytes"] > 0) == back
-    assert found["methods"][0]["method"] == ("greedy" if method == "greedy" else "backlink d=0")
+    assert found["methods"][0]["method"] == ("greedy" if method == "greedy" else "1F1B")
 
 
 def test_measured_costs_take_seconds_and_balance(config, capsys):
@@ -81,6 +81,16 @@ def test_measured_costs_take_seconds_and_balance(config, capsys):
     again = json.loads(plan(capsys, "--json", f"partition={{cuts: [{cuts}], costs: analytic}}"))
     assert again["cuts"] == found["cuts"]
     assert load_config("c.yaml").partition.cuts is None
+
+
+@pytest.mark.parametrize("costs", ["measured", "analytic"])
+def test_a_model_that_was_cut_into_blocks_by_its_graph(config, capsys, costs):
+    found = json.loads(plan(capsys, "--json", "model={name: torchvision/shufflenet_v2_x0_5}", f"partition.costs={costs}",
+                            "data.args.shape=[3, 32, 32]", "partition.strategy=balanced"))
+    names = [name for stage in found["stages"] for name in stage["blocks"]]
+    assert names[0] == "conv1"
+    assert names[-1] == "fc"
+    assert all(0 < stage["peak_memory_bytes"] < 2**25 for stage in found["stages"])
 
 
 def test_a_sweep_over_stages_with_a_picture_and_a_trace(config, capsys):

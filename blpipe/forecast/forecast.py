@@ -59,7 +59,7 @@ class Method:
         kind: as `method.name`, for the stages' costs.
         program: (stage from 0, stages, steps) to operations.
         seconds: of each kind of operation in a stage.
-        delay: of its errors, in batches; these carry `errors` bytes or nothing.
+        delay: of its errors, in batches.
     """
 
     name: str
@@ -71,13 +71,11 @@ class Method:
 
 def methods(config: Config) -> list[Method]:
     """What `plan` compares: the config's own method first, then BackLink, GPipe, 1F1B and zero-bubble."""
-    micro = config.train.microbatches
-    link = config.method.link
-    own = [] if config.method.name == "bp" else [_local(config.method.name, link.delay, link, micro)]
-    backlinks = [_local("backlink", delay, link, micro) for delay in (0, 1)]
-    known = {method.name for method in own}
-    return own + [method for method in backlinks if method.name not in known] + \
-        [_schedule(name, micro) for name in SCHEDULES]
+    micro, link, name = config.train.microbatches, config.method.link, config.method.name
+    own = _schedule("1F1B", micro) if name == "bp" else _local(name, link.delay, link, micro)
+    others = [*(_local("backlink", delay, link, micro) for delay in (0, 1)),
+              *(_schedule(schedule, micro) for schedule in SCHEDULES)]
+    return [own, *(method for method in others if method.name != own.name)]
 
 
 def _local(kind: str, delay: int, link: LinkConfig, microbatches: int) -> Method:
