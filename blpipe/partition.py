@@ -112,10 +112,10 @@ def _check_name(key: str, name: Any, items: Items) -> None:
     if name in names:
         return
     for index, (block_name, block) in enumerate(items):
-        if name in _inner_names(block_name, block):
+        if isinstance(name, str) and name in _inner_names(block_name, block):
             around = " or ".join(map(repr, names[index:index + 2]))
-            raise ConfigError(f"{key}: {name!r} lies inside block {block_name!r}, where more than one tensor may pass, as "
-                              f"beside a residual connection; a stage can begin with {around}")
+            raise ConfigError(f"{key}: {name!r} lies inside block {block_name!r}, where more than one tensor may pass, "
+                              f"as beside a residual connection; a stage can begin with {around}")
     raise ConfigError(f"{key}: no block is named {name!r}{did_you_mean(str(name), dict.fromkeys(names))}; "
                       f"the blocks are {', '.join(names)}")
 

@@ -18,7 +18,7 @@ from blpipe.engines.common import build_stage, role
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.forecast import Forecaster
-from blpipe.forecast.memory import estimated_bytes, meta_network, peak_bytes
+from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import WIRES
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
 from blpipe.plan import Step, make_network, make_plan
@@ -121,7 +121,7 @@ def test_predicted_peak_memory_is_within_15_percent_of_what_torch_allocates(chan
                                data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes)
     plan = make_plan(network.config, data.spec, network)
     for k, (start, end) in enumerate(pairwise([*plan.starts, len(network.block_names)])):
-        assert peak_bytes(meta_network(network), start, end) == pytest.approx(allocated_bytes(plan, k), rel=0.15)
+        assert Rehearsal(network, CPU).peak_bytes(start, end) == pytest.approx(allocated_bytes(plan, k), rel=0.15)
 
 
 def allocated_bytes(plan, index):
@@ -171,9 +171,9 @@ def allocated_bytes(plan, index):
 def test_estimates_for_the_search_are_near_the_exact_memory():
     network, _ = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, partition__stages=2,
                             data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64})
-    estimates, exact = estimated_bytes(profile(network, CPU)), meta_network(network)
+    estimates, exact = estimated_bytes(profile(network, CPU)), Rehearsal(network, CPU)
     for start, end in ((0, 3), (2, 5), (4, 8)):
-        assert estimates[start, end] == pytest.approx(peak_bytes(exact, start, end), rel=0.35)
+        assert estimates[start, end] == pytest.approx(exact.peak_bytes(start, end), rel=0.15)
 
 
 def test_where_no_partition_keeps_the_limit_the_error_says_which_would():

@@ -85,8 +85,8 @@ def test_measured_costs_take_seconds_and_balance(config, capsys):
 
 @pytest.mark.parametrize("costs", ["measured", "analytic"])
 def test_a_model_that_was_cut_into_blocks_by_its_graph(config, capsys, costs):
-    found = json.loads(plan(capsys, "--json", "model={name: torchvision/shufflenet_v2_x0_5}", f"partition.costs={costs}",
-                            "data.args.shape=[3, 32, 32]", "partition.strategy=balanced"))
+    found = json.loads(plan(capsys, "--json", "model={name: torchvision/shufflenet_v2_x0_5}",
+                            f"partition.costs={costs}", "data.args.shape=[3, 32, 32]", "partition.strategy=balanced"))
     names = [name for stage in found["stages"] for name in stage["blocks"]]
     assert names[0] == "conv1"
     assert names[-1] == "fc"

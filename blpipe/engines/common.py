@@ -4,7 +4,7 @@ import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pynvml
 import torch
@@ -20,6 +20,8 @@ from blpipe.program import Role
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
 from blpipe.trace import Span
+
+Module = TypeVar("Module", bound=nn.Module)
 
 TRACED_STEPS = 50  # of a run; with `runtime.trace`
 
@@ -107,11 +109,11 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
         ConfigError: a head, loss or optimizer that cannot be built.
     """
     config, last = plan.config, index == len(plan.stages) - 1
-    blocks = plan.stages[index].to(device)
+    blocks = _on(device, plan.stages[index])
     head: nn.Module | None = nn.Identity() if last else None
     if not last and config.method.name != "bp":
         head = build_head(config.method.head, plan.boundaries[index], config.seed, plan.block_names(index)[-1])
-        head.to(device)
+        head = _on(device, head)
     parameters = [*blocks.parameters(), *(head.parameters() if head is not None else [])]
     loss = build_loss(config.method.loss)
     if isinstance(loss, nn.Module):  # it may hold tensors, such as class weights
@@ -119,6 +121,12 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
     return Stage(blocks, head, loss, tail=plan.tails[index], link=config.method.link,
                  sends_error=role(plan, index).sends_error, optimizer=build_optimizer(config.optimizer, parameters),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device))
+
+
+def _on(device: torch.device, module: Module) -> Module:
+    """`module`, moved unless it is there already: fake tensors cannot be moved."""
+    there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
+    return module if there else module.to(device)
 
 
 def role(plan: Plan, index: int) -> Role:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from blpipe.config import OptimizerConfig
 from blpipe.data import Data
 from blpipe.errors import ConfigError
-from blpipe.forecast.ledger import Ledger, on_meta
+from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.heads import build_head
 from blpipe.losses import Loss, build_loss
 from blpipe.models.build import named_blocks
@@ -71,6 +72,7 @@ class Profile:
             loss alone.
         feed: seconds that the first stage needs to read and prepare a microbatch.
         step_call: seconds of an optimizer step that do not depend on the number of parameters.
+        device: that the costs are of.
         measured: whether seconds were measured; estimates otherwise.
     """
 
@@ -79,6 +81,7 @@ class Profile:
     heads: list[Cost | None]
     feed: float
     step_call: float
+    device: torch.device
     measured: bool
 
     @cached_property
@@ -135,7 +138,8 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
              for head, given in zip(_heads(network), inputs[1:], strict=True)]
     step_call = _step_call_seconds(config.optimizer) if data is not None else 0.0
     return Profile(network, [cost.without(step_call) for cost in blocks],
-                   [cost.without(step_call) if cost else None for cost in heads], feed, step_call, data is not None)
+                   [cost.without(step_call) if cost else None for cost in heads], feed, step_call, device,
+                   measured=data is not None)
 
 
 def _heads(network: Network) -> Iterator[nn.Module | None]:
@@ -186,7 +190,7 @@ class _Trial:
         self._module, self._given, self._x, self._targets, self._finish = module, given, x, targets, finish
 
     def estimate(self, device: torch.device) -> Cost:
-        """Counted on the meta device; seconds at nominal speeds."""
+        """Counted on fake tensors; seconds at nominal speeds."""
         flops_rate, bytes_rate = NOMINAL[device.type]
         counts: list[tuple[int, float]] = []
 
@@ -198,21 +202,26 @@ class _Trial:
             counts.append((flops, flops / flops_rate + ledger.traffic / bytes_rate))
             return returned
 
-        module = on_meta(self._module).train()
-        x, targets = torch.empty(self._given.shape, dtype=self._given.dtype, device="meta"), self._targets.to("meta")
-        held = Ledger()
-        for tensor in (x, targets, *module.parameters(), *module.buffers()):
-            held.count(tensor)
-        before = held.live
-        with held:
-            out = self._forward(module, x, targets)
-            saved, out_bytes = held.live - before, out.nbytes
-        del out
-        self._round(module, x, targets, count)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module = without_values(self._module, device).train()
+            x = torch.empty(self._given.shape, dtype=self._given.dtype, device=device)
+            targets = torch.empty_like(self._targets, device=device)
+            saved, out_bytes = self._held(module, x, targets)
+            self._round(module, x, targets, count)
         (flops, forward), (more_flops, backward), (_, for_input), (_, for_weights) = counts
         param_bytes = sum(p.nbytes for p in module.parameters())
         return Cost(forward, backward, for_input, for_weights, 3 * param_bytes / bytes_rate, flops + more_flops,
                     sum(p.numel() for p in module.parameters()), param_bytes, saved, out_bytes)
+
+    def _held(self, module: nn.Module, x: Tensor, targets: Tensor) -> tuple[int, int]:
+        """Bytes that a forward keeps for its backward, its output included, and those of its output."""
+        ledger = Ledger()
+        for tensor in (x, targets, *module.parameters(), *module.buffers()):
+            ledger.count(tensor)
+        before = ledger.live
+        with ledger:
+            out = self._forward(module, x.detach().requires_grad_(x.is_floating_point()), targets)
+            return ledger.live - before, out.nbytes
 
     def measure(self, device: torch.device, cost: Cost, optimizer_config: OptimizerConfig) -> Cost:
         """`cost`, its seconds replaced by medians of measured ones."""

@@ -9,7 +9,7 @@ from math import prod
 from blpipe.config import Config, LinkConfig, PartitionConfig
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import estimated_bytes, meta_network, peak_bytes
+from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import Timeline, Wire, simulate
 from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
 from blpipe.partition import even_starts
@@ -112,7 +112,7 @@ class Forecaster:
     def stages(self, plan: Plan) -> list[StageForecast]:
         """A forecast of every stage of the plan, in the config's own method."""
         method, micro = self.config.method, self.config.train.microbatches
-        on_meta, estimates = meta_network(self.costs.network), estimated_bytes(self.costs)
+        rehearsal, estimates = Rehearsal(self.costs.network, self.costs.device), estimated_bytes(self.costs)
         rows = []
         for k, (start, end) in enumerate(pairwise([*plan.starts, len(self.costs.blocks)])):
             blocks = self.costs.blocks[start:end]
@@ -125,7 +125,7 @@ class Forecaster:
                 float(stage_cost(self.costs, start, end, method.link).batch_seconds(method.name, micro))
                 / self._speed(k),
                 0 if last else micro * self._forward_bytes(end), micro * self._error_bytes(start) if linked else 0,
-                peak_bytes(on_meta, start, end) if self._can_rehearse(end - start) else int(estimates[start, end])))
+                rehearsal.peak_bytes(start, end) if self._can_rehearse(end - start) else int(estimates[start, end])))
         return rows
 
     def _can_rehearse(self, blocks: int) -> bool:

@@ -1,4 +1,4 @@
-"""Counting tensor memory, on any device; on the meta device nothing is allocated or computed."""
+"""Counting tensor memory, of real tensors and of fake ones, which allocate and compute nothing."""
 
 import copy
 import weakref
@@ -48,11 +48,11 @@ class Ledger(TorchDispatchMode):
         return returned
 
 
-def on_meta(module: Module) -> Module:
-    """A copy of `module` on the meta device, made without copying any values."""
+def without_values(module: Module, device: torch.device) -> Module:
+    """A copy of `module` on `device`, made of fake tensors; to be called and used under one `FakeTensorMode`."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
     for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        memo[id(buffer)] = torch.empty_like(buffer, device=device)
     return copy.deepcopy(module, memo)

@@ -8,62 +8,63 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blpipe.balance import Table
 from blpipe.config import OptimizerConfig
 from blpipe.engines.common import build_stage, role
 from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.ledger import Ledger, on_meta
+from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
 from blpipe.plan import Network, Step, make_plan
 from blpipe.program import Ports, execute, train_program
 from blpipe.shapes import TensorSpec
 from blpipe.transport.queues import SendQueue
 
-_META = torch.device("meta")
 
+class Rehearsal:
+    """Runs stages of a network on fake tensors, for the memory that they take."""
 
-def meta_network(network: Network) -> Network:
-    """The same network without values."""
-    return replace(network, model=on_meta(network.model))
+    def __init__(self, network: Network, device: torch.device):
+        self._mode, self._device = FakeTensorMode(allow_non_fake_inputs=True), device
+        with self._mode:
+            self._network = replace(network, model=without_values(network.model, device))
 
+    def peak_bytes(self, start: int, end: int) -> int:
+        """Peak of all tensors of a stage of the blocks start … end−1 while it trains in a process of its own.
 
-def peak_bytes(network: Network, start: int, end: int) -> int:
-    """Peak of all tensors of one stage while it trains, in a process of its own, its queues' buffers included.
+        Its program runs for as many steps as it takes to have every link under way, its queues' buffers included.
+        Not counted: the process itself, the libraries' workspaces, and what an allocator keeps for later.
+        """
+        with self._mode:
+            peak = self._rehearse(start, end)
+        for parameter in self._network.model.parameters():
+            parameter.grad = None
+        return peak
 
-    Its program runs for as many steps as it takes to have every link under way. Not counted: the process itself,
-    the libraries' workspaces, and what an allocator keeps for later.
-
-    Args:
-        network: from `meta_network`; the stage holds its blocks start … end−1.
-    """
-    names, config = network.block_names, network.config
-    cuts = tuple(names[i] for i in (start, end) if 0 < i < len(names))
-    config = config.model_copy(update={
-        "partition": config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts}),
-        "optimizer": config.optimizer.model_copy(update={  # fused kernels want values
-            "args": {key: value for key, value in config.optimizer.args.items() if key != "fused"}})})
-    plan, index = make_plan(config, network.data, network), 1 if start else 0
-    stage = build_stage(plan, index, _META)
-    ledger = Ledger()
-    for part in (stage.blocks, *([stage.head] if stage.head is not None else [])):
-        for tensor in (*part.parameters(), *part.buffers()):
-            ledger.count(tensor)
-    train, delay = config.train, config.method.link.delay
-    size = train.batch_size // train.microbatches
-    given = plan.outputs[size][index - 1] if index else plan.input(size)
-    gives = plan.outputs[size][index]
-    steps = [Step(i, (size,) * train.microbatches) for i in range(delay + 2)]
-    with ledger:
-        ports = Ports(_Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0), _Outbox(),
-                      _Inbox([gives], errors_ahead(config)), _Outbox())
-        for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps, lambda step: 1.0,
-                         lambda op: None):
-            pass
-    for parameter in network.model.parameters():
-        parameter.grad = None
-    return ledger.peak
+    def _rehearse(self, start: int, end: int) -> int:
+        names, config = self._network.block_names, self._network.config
+        cuts = tuple(names[i] for i in (start, end) if 0 < i < len(names))
+        partition = config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts})
+        plan = make_plan(config.model_copy(update={"partition": partition}), self._network.data, self._network)
+        index = 1 if start else 0
+        stage, ledger = build_stage(plan, index, self._device), Ledger()
+        for part in (stage.blocks, *([stage.head] if stage.head is not None else [])):
+            for tensor in (*part.parameters(), *part.buffers()):
+                ledger.count(tensor)
+        train, delay = config.train, config.method.link.delay
+        size = train.batch_size // train.microbatches
+        given = plan.outputs[size][index - 1] if index else plan.input(size)
+        gives = plan.outputs[size][index]
+        steps = [Step(i, (size,) * train.microbatches) for i in range(delay + 2)]
+        with ledger:
+            inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, self._device)
+            ports = Ports(inbox, _Outbox(), _Inbox([gives], errors_ahead(config), self._device), _Outbox())
+            for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps, lambda step: 1.0,
+                             lambda op: None):
+                pass
+        return ledger.peak
 
 
 def estimated_bytes(costs: Profile) -> Table:
@@ -111,9 +112,9 @@ def state_copies(config: OptimizerConfig) -> int:
 class _Inbox:
     """Receives a message whenever asked; so many buffers wait at any time, as in `ReceiveQueue`."""
 
-    def __init__(self, layout: list[TensorSpec], ahead: int):
+    def __init__(self, layout: list[TensorSpec], ahead: int, device: torch.device):
         self._new: Callable[[], tuple[Tensor, ...]] = lambda: tuple(
-            torch.empty(spec.shape, dtype=spec.dtype, device=_META) for spec in layout)
+            torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in layout)
         self._posted = deque(self._new() for _ in range(ahead))
 
     def has_message(self) -> bool:

@@ -10,7 +10,7 @@ from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, l
 from blpipe.config import Config, LinkConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import estimated_bytes, meta_network, peak_bytes
+from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.plan import Network
 from blpipe.text import human_bytes
 
@@ -54,11 +54,12 @@ def stage_cost(costs: Profile, start: Any, end: Any, link: LinkConfig) -> StageC
     first, last = np.equal(start, 0), np.equal(end, len(costs.blocks))
     # The first stage's input wants no gradient.
     backward = total("backward") - np.where(first, block.backward - block.weight_backward, 0.0)
+    for_input = total("input_backward") - np.where(first, block.input_backward, 0.0)
     return StageCost(
         forward=np.where(first, costs.feed, 0.0) + total("forward"),
         backward=backward + np.where(last, costs.head_seconds[-1], 0.0),
-        input_backward=total("input_backward") - np.where(first, block.input_backward, 0.0),
-        weight_backward=total("weight_backward"),
+        input_backward=for_input + np.where(last, costs.head_seconds[-1], 0.0),
+        weight_backward=np.maximum(backward - for_input, 0.0),  # what is left, given the gradients on the way
         local_backward=backward + costs.head_seconds[end],
         link_backward=np.where(last, 0.0, _link_seconds(costs, start, end, link)),
         step=costs.step_call + total("step") + np.where(last, 0.0, costs.head_step[end]))
@@ -115,7 +116,7 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
             raise ConfigError(f"partition.stages: the model cannot be cut into {stages} stages: shared parameters or "
                               "boundaries without a head forbid it; use fewer stages or give a method.head.target")
         return starts
-    memory, on_meta = _OPTIMISM * estimated_bytes(costs), meta_network(costs.network)
+    memory, rehearsal = _OPTIMISM * estimated_bytes(costs), Rehearsal(costs.network, costs.device)
 
     known: dict[Any, int] = {}
 
@@ -125,7 +126,7 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
         # Stages of alike blocks at alike boundaries need the same.
         alike = (start == 0 or costs.blocks[start - 1].output_bytes, *costs.blocks[start:end], costs.heads[end - 1])
         if alike not in known:
-            known[alike] = peak_bytes(on_meta, start, end)
+            known[alike] = rehearsal.peak_bytes(start, end)
         return known[alike]
 
     starts = cheapest_within(seconds, memory, exact, limit, speeds)
