@@ -214,6 +214,11 @@ class TrainConfig(Section):
                              f"one that does: {fitting}")
         return self
 
+    @property
+    def microbatch_size(self) -> int:
+        """Samples in a microbatch of a full batch."""
+        return self.batch_size // self.microbatches
+
 
 class CheckpointConfig(Section):
     """When the weights are saved: every so many epochs (0: only at the end), and always at the end."""

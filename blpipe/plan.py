@@ -170,7 +170,7 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None) ->
 def step_sizes(samples: int, config: Config) -> list[tuple[int, ...]]:
     """The microbatch sizes of every step of an epoch; the last batch, if kept, may be smaller."""
     train = config.train
-    micro = train.batch_size // train.microbatches
+    micro = train.microbatch_size
     full, rest = divmod(samples, train.batch_size)
     steps = [(micro,) * train.microbatches] * full
     if rest and not train.drop_last:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
-from blpipe.config import Config
 from blpipe.data import Data
 from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import (
@@ -72,7 +71,8 @@ class PipelineEngine:
             self._expect_activations(sizes)
             if self.role.linked:
                 assert self._errors_in is not None
-                self._errors_in.expect([self._error_layout(size) for size in sizes], errors_ahead(self.plan.config))
+                ahead = errors_ahead(self.plan.config.method.link.delay, self.plan.config.train.microbatches)
+                self._errors_in.expect([self._error_layout(size) for size in sizes], ahead)
             self._run(train_program(steps, self.role, self.plan.config.method.link.delay), feed, steps, on_step)
         self._wait_seconds = self._waited() - waited
         self._train_seconds = seconds_since(started, self.world.device)
@@ -162,9 +162,9 @@ class PipelineEngine:
         return sum(queue.wait_seconds for queue in queues if queue is not None)
 
 
-def errors_ahead(config: Config) -> int:
+def errors_ahead(delay: int, microbatches: int) -> int:
     """Receives of errors posted ahead: one for every error that can be under way, so that no sender ever waits."""
-    return (config.method.link.delay + 1) * config.train.microbatches + 1
+    return (delay + 1) * microbatches + 1
 
 
 def contract(plan: Plan) -> dict[str, Any]:

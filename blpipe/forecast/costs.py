@@ -114,7 +114,7 @@ def profile(network: Network, device: torch.device, data: Data | None = None) ->
 
 def _profile(network: Network, device: torch.device, data: Data | None) -> Profile:
     config = network.config
-    size = config.train.batch_size // config.train.microbatches
+    size = config.train.microbatch_size
     targets = torch.zeros((size, *network.data.target_shape), dtype=torch.int64)
     first, feed = None, 0.0
     if data is not None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from math import prod
 
 from blpipe.config import Config, LinkConfig, PartitionConfig
+from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
@@ -150,10 +151,10 @@ class Forecaster:
         for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
             cost = method.seconds(stage_cost(self.costs, start, end, self.config.method.link))
             seconds.append({kind: float(value) / self._speed(k) for kind, value in cost.items()})
-        errors_ahead = (method.delay + 1) * self.config.train.microbatches + 1
+        ahead = ACTIVATIONS_AHEAD, errors_ahead(method.delay, self.config.train.microbatches)
         return simulate([method.program(k, count, steps) for k in range(count)], seconds,
                         [self._forward_bytes(end) for end in ends[:-1]],
-                        [self._error_bytes(end) for end in ends[:-1]], self.wire, (2, errors_ahead))
+                        [self._error_bytes(end) for end in ends[:-1]], self.wire, ahead)
 
     def one_device(self) -> MethodForecast:
         """End-to-end backpropagation of the whole model on one device."""
@@ -180,7 +181,7 @@ class Forecaster:
 
     def _forward_bytes(self, end: int) -> int:
         network, train = self.costs.network, self.config.train
-        target_bytes = 8 * prod(network.data.target_shape) * (train.batch_size // train.microbatches)
+        target_bytes = 8 * prod(network.data.target_shape) * train.microbatch_size
         return self.costs.blocks[end - 1].output_bytes + target_bytes
 
     def _error_bytes(self, start: int) -> int:

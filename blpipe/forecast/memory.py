@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blpipe.balance import Table
-from blpipe.config import OptimizerConfig
+from blpipe.config import LinkConfig, OptimizerConfig
 from blpipe.engines.common import build_stage, role
 from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
@@ -54,13 +55,14 @@ class Rehearsal:
             for tensor in (*part.parameters(), *part.buffers()):
                 ledger.count(tensor)
         train, delay = config.train, config.method.link.delay
-        size = train.batch_size // train.microbatches
+        size = train.microbatch_size
         given = plan.outputs[size][index - 1] if index else plan.input(size)
         gives = plan.outputs[size][index]
         steps = [Step(i, (size,) * train.microbatches) for i in range(delay + 2)]
         with ledger:
             inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, self._device)
-            ports = Ports(inbox, _Outbox(), _Inbox([gives], errors_ahead(config), self._device), _Outbox())
+            errors_in = _Inbox([gives], errors_ahead(delay, train.microbatches), self._device)
+            ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
             for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps, lambda step: 1.0,
                              lambda op: None):
                 pass
@@ -90,12 +92,18 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     needs = needs + saved[end] - saved[start] + heads[end] + 2 * np.maximum(passing[start], passing[end])
     needs = needs + (ACTIVATIONS_AHEAD + 1) * passing[start] + SendQueue.IN_FLIGHT * passing[end]
     if config.method.name == "backlink":
-        tail = start if link.length == "all" else np.maximum(start, end - link.length)
+        tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
         late = params[end] - params[tail] if link.delay else 0
-        linked = late + link.delay * train.microbatches * kept + errors_ahead(config) * passing[end]
+        received = errors_ahead(link.delay, train.microbatches) * passing[end]
+        linked = late + link.delay * train.microbatches * kept + received
         needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
     return needs
+
+
+def tail_start(link: LinkConfig, start: Any, end: Any) -> Any:
+    """The first block of the tail of the stage start … end−1, or of many stages: numbers, or arrays of them."""
+    return start if link.length == "all" else np.maximum(start, end - link.length)
 
 
 def state_copies(config: OptimizerConfig) -> int:

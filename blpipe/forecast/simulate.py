@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from blpipe.engines.pipeline import ACTIVATIONS_AHEAD
 from blpipe.program import Kind, Op
 from blpipe.trace import Span
+from blpipe.transport.queues import SendQueue
 
-_SENDS_IN_FLIGHT = 2
 _NEIGHBOUR: dict[Enum, int] = {Kind.SEND: 1, Kind.RECEIVE_ERROR: 1, Kind.SEND_ERROR: -1, Kind.RECEIVE: -1}
 
 
@@ -49,11 +50,6 @@ class Timeline:
         half = len(ends) // 2
         return (ends[-1] - ends[half - 1]) / (len(ends) - half) if half else ends[-1]
 
-    def busy(self, stage: int) -> float:
-        """Share of the time to the stage's last operation in which it computed."""
-        mine = [span for span in self.spans if span.stage == stage]
-        return sum(span.end - span.start for span in mine) / mine[-1].end
-
 
 @dataclass
 class _Channel:
@@ -84,7 +80,8 @@ class _Channel:
 
 
 def simulate(programs: Sequence[Iterator[Op]], seconds: Sequence[Mapping[Enum, float]], forward_bytes: Sequence[int],
-             error_bytes: Sequence[int], wire: Wire, ahead: tuple[int, int] = (2, 1_000_000)) -> Timeline:
+             error_bytes: Sequence[int], wire: Wire,
+             ahead: tuple[int, int] = (ACTIVATIONS_AHEAD, 1_000_000)) -> Timeline:
     """Run all stages' programs against each other.
 
     Args:
@@ -134,8 +131,8 @@ class _Simulation:
             channel.got.append(start)
         elif op.kind in (Kind.SEND, Kind.SEND_ERROR):
             channel = self._forward[k] if op.kind is Kind.SEND else self._errors[k - 1]
-            if len(channel.put) >= _SENDS_IN_FLIGHT:
-                complete = channel.arrival(len(channel.put) - _SENDS_IN_FLIGHT)
+            if len(channel.put) >= SendQueue.IN_FLIGHT:
+                complete = channel.arrival(len(channel.put) - SendQueue.IN_FLIGHT)
                 if complete is None:
                     return False
                 start = max(start, complete)

@@ -10,7 +10,7 @@ from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, l
 from blpipe.config import Config, LinkConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import Rehearsal, estimated_bytes
+from blpipe.forecast.memory import Rehearsal, estimated_bytes, tail_start
 from blpipe.plan import Network
 from blpipe.text import human_bytes
 
@@ -69,7 +69,7 @@ def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig) -> Any
     """A backward through the tail whose first block wants no gradient for its input."""
     if link.weight == 0.0 or link.length == 0:
         return 0.0
-    tail = start if link.length == "all" else np.maximum(start, end - link.length)
+    tail = tail_start(link, start, end)
     backward, weights, forward = (costs.sums[field] for field in ("backward", "weight_backward", "forward"))
     # Where start ≥ end there is no stage, and the result is not used.
     after = np.minimum(tail + 1, len(costs.blocks))
