@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -13,7 +13,9 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -24,6 +26,13 @@ from blpipe.errors import ConfigError, one_line
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+T = TypeVar("T")
+_ONE, _EACH = "<one>", "<each>"  # which pydantic puts into the path of what it finds wrong
+Each = Annotated[
+    Annotated[T, Tag(_ONE)] | Annotated[tuple[T, ...], Field(strict=False, min_length=1), Tag(_EACH)],
+    Discriminator(lambda value: _EACH if isinstance(value, list | tuple) else _ONE)]
+"""One value for all stages, or a list with one for each."""
 
 
 class Section(BaseModel):
@@ -141,50 +150,6 @@ class PartitionConfig(Section):
         return self.stages
 
 
-def _link_length(value: Any) -> Any:
-    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-        return value
-    raise ValueError("must be a number of blocks ≥ 0, or all")
-
-
-class LinkConfig(Section):
-    """The backward link: how far, how late and how strongly errors go one stage back."""
-
-    length: Annotated[Any, AfterValidator(_link_length)] = 1
-    delay: NotNegative = 1
-    weight: float = 1.0
-    keep: Literal["graph", "recompute"] = "graph"
-
-
-class HeadConfig(Named):
-    """The auxiliary classifier of every stage but the last."""
-
-    default = "conv"
-
-
-class LossConfig(Named):
-    """The local loss of every stage."""
-
-    default = "cross_entropy"
-
-
-class MethodConfig(ByName):
-    """How the stages learn."""
-
-    name: Literal["bp", "greedy", "backlink"] = "backlink"
-    head: HeadConfig = HeadConfig()
-    loss: LossConfig = LossConfig()
-    link: LinkConfig = LinkConfig()
-
-
-class OptimizerConfig(ByName):
-    """Any optimizer of torch.optim, by its name (upper or lower case)."""
-
-    name: str = "sgd"
-    lr: Annotated[float, Field(gt=0.0)] = 0.1
-    args: dict[str, Any] = {}
-
-
 class ScheduleConfig(ByName):
     """The learning rate over training, as a factor on `optimizer.lr`."""
 
@@ -195,6 +160,89 @@ class ScheduleConfig(ByName):
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     peak: Fraction = 0.3
     start: Fraction = 0.04
+
+
+def _link_length(value: Any) -> Any:
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("must be a number of blocks ≥ 0, or all")
+
+
+def _link_reach(value: Any) -> Any:
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("must be a number of stages ≥ 0, or all")
+
+
+class LinkConfig(Section):
+    """The backward link: how far, how late and how strongly errors go back.
+
+    weight: λ, one number or one for each stage but the last. schedule: a factor on it over training.
+    reach: how many stages back an error travels; take: whether each of them trains a stage, or the farthest
+    alone. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
+    """
+
+    length: Annotated[Any, AfterValidator(_link_length)] = 1
+    delay: NotNegative = 1
+    weight: Each[float] = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    reach: Annotated[Any, AfterValidator(_link_reach)] = 1
+    take: Literal["every", "farthest"] = "every"
+    normalize: bool = False
+    wire: Literal["full", "bf16"] = "full"
+    keep: Literal["graph", "recompute"] = "graph"
+
+    def stage_weight(self, stage: int) -> float:
+        """λ of the stage with this index, from 0."""
+        return self.weight[stage] if isinstance(self.weight, tuple) else self.weight
+
+    @property
+    def off(self) -> bool:
+        """Whether no error goes back at all."""
+        weights = self.weight if isinstance(self.weight, tuple) else (self.weight,)
+        return self.length == 0 or self.reach == 0 or not any(weights)
+
+
+class HeadConfig(Named):
+    """An auxiliary classifier."""
+
+    default = "conv"
+
+
+class LossConfig(Named):
+    """A local loss."""
+
+    default = "cross_entropy"
+
+
+class MethodConfig(ByName):
+    """How the stages learn.
+
+    head: of every stage but the last, or a list with one for each of them. loss: of every stage, or a list with
+    one for each. local_weight: α, how much of its own local loss trains the blocks of a stage before the last.
+    """
+
+    name: Literal["bp", "greedy", "backlink"] = "backlink"
+    head: Each[HeadConfig] = HeadConfig()
+    loss: Each[LossConfig] = LossConfig()
+    local_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    link: LinkConfig = LinkConfig()
+
+    def stage_head(self, stage: int) -> HeadConfig:
+        """The head of the stage with this index, from 0."""
+        return self.head[stage] if isinstance(self.head, tuple) else self.head
+
+    def stage_loss(self, stage: int) -> LossConfig:
+        """The loss of the stage with this index, from 0."""
+        return self.loss[stage] if isinstance(self.loss, tuple) else self.loss
+
+
+class OptimizerConfig(ByName):
+    """Any optimizer of torch.optim, by its name (upper or lower case)."""
+
+    name: str = "sgd"
+    lr: Annotated[float, Field(gt=0.0)] = 0.1
+    args: dict[str, Any] = {}
 
 
 class TrainConfig(Section):
@@ -258,6 +306,26 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _one_for_each_stage(self) -> "Config":
+        stages = self.partition.stage_count
+        for key, value, count in (("head", self.method.head, stages - 1), ("loss", self.method.loss, stages),
+                                  ("link.weight", self.method.link.weight, stages - 1)):
+            if isinstance(value, tuple) and len(value) != count:
+                which = "one for each" if count == stages else "one for each but the last"
+                raise ValueError(f"method.{key}: a list of {len(value)} for {stages} stages; give {count}, {which}, "
+                                 "or one value for all")
+        return self
+
+    @model_validator(mode="after")
+    def _every_block_learns(self) -> "Config":
+        method = self.method
+        if method.name != "bp" and method.local_weight == 0.0 and self.partition.stage_count > 1 and \
+                (method.name == "greedy" or method.link.off):
+            raise ValueError("method.local_weight: 0, and no link: only the last stage would learn; set "
+                             "method.local_weight=1, or a link of weight, length and reach above 0")
+        return self
 
     @model_validator(mode="after")
     def _traceable(self) -> "Config":
@@ -358,7 +426,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"]) or "config"
+    path = ".".join(str(part) for part in error["loc"] if part not in (_ONE, _EACH)) or "config"
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key{_suggest(path)}"
     if error["type"] == "model_type":
@@ -367,6 +435,8 @@ def _explain(error: Any) -> str:
         return f"{path}: is required, and not given"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "valid list")
     value = error["input"]
+    if not error["loc"]:  # of two sections together; the message names the keys
+        return message
     if error["type"] == "literal_error":
         close = get_close_matches(str(value), re.findall(r"'([^']+)'", message), n=1)
         message += f" (did you mean {close[0]!r}?)" if close else ""
@@ -384,6 +454,14 @@ def _suggest(path: str) -> str:
 def _key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
+        for kind in _kinds(field.annotation):
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from _key_paths(kind, f"{prefix}{name}.")
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """A type, and those that it is made of, but not what lists of it hold."""
+    yield annotation
+    if get_origin(annotation) is not tuple:
+        for part in get_args(annotation):
+            yield from _kinds(part)
