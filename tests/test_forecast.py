@@ -65,7 +65,7 @@ def test_a_stage_costs_its_blocks_its_head_and_its_link():
     costs = profile(network, CPU)
     blocks, count = costs.blocks, len(costs.blocks)
     for start, end in ((0, 2), (1, 4), (2, count)):
-        stage = stage_cost(costs, start, end, LinkConfig(length=1))
+        stage = stage_cost(costs, start, end, linked(length=1))
         inner = blocks[start:end]
         assert stage.forward == pytest.approx(sum(b.forward for b in inner))
         for_input = blocks[0].backward - blocks[0].weight_backward if start == 0 else 0.0
@@ -75,11 +75,11 @@ def test_a_stage_costs_its_blocks_its_head_and_its_link():
         assert stage.link_backward == pytest.approx(0.0 if end == count else inner[-1].weight_backward)
         assert stage.batch_seconds("backlink", 4) == pytest.approx(
             4 * (stage.forward + stage.local_backward + stage.link_backward) + stage.step)
-    both = stage_cost(costs, 1, 4, LinkConfig(length=2))
+    both = stage_cost(costs, 1, 4, linked(length=2))
     assert both.link_backward == pytest.approx(blocks[2].weight_backward + blocks[3].backward)
-    again = stage_cost(costs, 1, 4, LinkConfig(length=2, keep="recompute"))
+    again = stage_cost(costs, 1, 4, linked(length=2, keep="recompute"))
     assert again.link_backward == pytest.approx(both.link_backward + blocks[2].forward + blocks[3].forward)
-    assert stage_cost(costs, 0, 4, LinkConfig(weight=0.0)).link_backward == 0.0
+    assert stage_cost(costs, 0, 4, linked(weight=0.0)).link_backward == 0.0
 
 
 def test_tables_for_all_stages_say_what_each_stage_says():

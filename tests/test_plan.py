@@ -298,7 +298,7 @@ SIX = {"name": "mlp", "args": {"hidden": [4] * 5}}
     ({"name": "bp"}, [0, 0, 0]),
 ])
 def test_every_stage_but_the_last_has_a_tail_where_there_is_a_link(method, tails):
-    assert plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]}).tails == tails
+    assert plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]}).links == tails
 
 
 def test_a_single_stage_has_no_tail():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from blpipe.plan import Step
 from blpipe.program import Kind, Op, Role, evaluation_program, train_program
 
-LINKED = Role(sends=True, sends_error=True, linked=True)
+LINKED = Role(sends=True, hops_out=1, hops_in=1)
 PROPERTY = settings(deadline=None, max_examples=120)
 
 roles = st.builds(Role, st.booleans(), st.booleans(), st.booleans())
