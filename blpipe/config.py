@@ -253,6 +253,7 @@ class TrainConfig(Section):
     microbatches: Positive = 1
     drop_last: bool = False
     eval_batch_size: Positive | None = None
+    eval_every_epochs: NotNegative = 1
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":

@@ -50,6 +50,7 @@ class LocalEngine:
     def train_epoch(self, epoch: int, on_step: OnStep) -> None:
         """Train all steps of one epoch, from 0."""
         self._set_mode(training=True)
+        self._tallies[False] = [Tally() for _ in self.stages]  # of the evaluation to come
         started = perf_counter()
         if self.plan.config.method.name == "bp":
             self._backpropagate(epoch, on_step)

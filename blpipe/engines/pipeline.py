@@ -20,6 +20,7 @@ from blpipe.engines.common import (
     test_microbatches,
     train_microbatches,
 )
+from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
 from blpipe.program import Inbox, Kind, Op, Ports, evaluation_program, execute, train_program
 from blpipe.trace import Span, SpanLog
@@ -58,7 +59,7 @@ class PipelineEngine:
     def train_epoch(self, epoch: int, on_step: OnStep) -> None:
         """Train all steps of one epoch, from 0."""
         self.stage.train(True)
-        self._train_tally = self.stage.tally
+        self._train_tally, self._val_tally = self.stage.tally, Tally()
         steps = self.plan.train_steps(epoch)
         feed = None
         if self.data is not None:
