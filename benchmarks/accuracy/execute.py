@@ -90,7 +90,8 @@ def _cpu_name() -> str:
 def execute(todo: Iterable[tuple[Combination, Run]], options: Options, device: str,
             say: Callable[[str], None] = print) -> list[str]:
     """Run in this order what has no row yet; returns what failed. A run that was interrupted is gone on with."""
-    waiting, running, failed = deque(todo), [], []
+    waiting, failed = deque(todo), list[str]()
+    running: list[Job] = []
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
     with _interrupts():
         try:
@@ -262,5 +263,6 @@ def _row(combination: Combination, run: Run, options: Options, device: str) -> d
         "epochs": run.config.train.epochs,
         "commit": "+".join(dict.fromkeys(commits)),
         "versions": result["versions"],
-        "device": {"name": device, "cores": os.cpu_count(), "threads": threads},
+        "device": {"name": device, "cores": os.cpu_count(), "threads": threads,
+                   "jobs": options.jobs},
     }

@@ -158,10 +158,13 @@ def short(key: str) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting's value in tables: of a part its name."""
+    """A setting's value in tables: of a part its name, and what else it is given."""
     if isinstance(value, dict):
-        name = str(value.get("name") or value.get("target") or "")
-        rest = {key: one for key, one in (value | value.get("args", {})).items()
-                if key not in ("name", "target", "args")}
-        return " ".join([name, *(f"{key}={plain(one)}" for key, one in rest.items())]).strip()
-    return "/".join(plain(one) for one in value) if isinstance(value, list | tuple) else str(value)
+        name = value.get("name") or value.get("target")
+        given = {**value, **value.get("args", {})}
+        rest = [f"{key}={plain(one)}" for key, one in given.items()
+                if key not in ("name", "target", "args") and one is not None]
+        return " ".join([*([str(name)] if name else []), *rest])
+    if isinstance(value, list | tuple):
+        return "/".join(map(plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
