@@ -173,6 +173,7 @@ def _stop(running: list[Job]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(job.process.pid, signal.SIGKILL)
             job.process.wait()
+        job.log.close()
     for number, handler in before:
         signal.signal(number, handler)
 

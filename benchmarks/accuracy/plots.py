@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,24 @@ from benchmarks.accuracy.sweep import short
 _COLOURS = ["#4c78a8", "#f2a33c", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#bab0ac"]
 _MARKERS = "osD^vP*X<>"
 _DASHES = ["-", "--", "-.", ":"]
-_DELAY = "method.link.delay"
 _COLUMNS = 3  # panels side by side
 _BASELINES = {"bp": ("#333333", "--"), "greedy": ("#888888", ":")}
 
 Panels = dict[str, list[Line]]  # by title
+Series = dict[str, list[Line]]  # by label
 Style = dict[str, Any]  # what matplotlib calls the properties of a line
 
 
 def draw(lines: Sequence[Line], out: Path) -> list[str]:
     """Draw what there are data for into `out`; returns what was drawn, and what not."""
-    done = [line for line in lines if line.rows]
-    plots: list[tuple[str, Callable[[Sequence[Line], Sequence[Line]], Any], str]] = [
+    plots: list[tuple[str, Callable[[Sequence[Line]], Any], str]] = [
         ("accuracy_by_k.png", _by_stages, "no row has finished at two values of K"),
         ("accuracy_by_delay.png", _by_delay, "no row has finished at two delays"),
         ("accuracy_by_cost.png", _by_cost, "no row has finished beside the reference of its cost")]
     said = []
     for name, plot, missing in plots:
         try:
-            figure = plot(done, lines)
+            figure = plot(lines)
         except ImportError:
             return ["no plots: they need matplotlib; run `pip install matplotlib`"]
         if figure is not None:
@@ -41,69 +41,75 @@ def draw(lines: Sequence[Line], out: Path) -> list[str]:
     return said
 
 
-def _by_stages(done: Sequence[Line], every: Sequence[Line]) -> Any:
+def _by_stages(lines: Sequence[Line]) -> Any:
     """A line for each group and setting, over K."""
-    def long(here: Sequence[Line]) -> dict[str, list[Line]]:
-        return {label: same for label, same in _series(here, every).items() if len({line.stages for line in same}) > 1}
+    def series(here: Sequence[Line]) -> Series:
+        return _long(_series(here, lines), _stages)
 
-    panels = {title: here for title, here in _panels(done, every, lambda line: "").items() if long(here)}
+    panels = {title: here for title, here in _panels(lines, lines, lambda line: "").items() if series(here)}
     figure, axes = _figure(panels, "K, number of stages")
-    styles = _styles(long(done))
+    styles = _styles(series(lines))
     for title, axis in axes.items():
-        for label, same in long(panels[title]).items():
-            _curve(axis, label, [line.stages for line in same], same, styles[label])
         axis.set_xscale("log", base=2)
-        _ticks(axis, {line.stages for line in panels[title]})
+        _curves(axis, series(panels[title]), _stages, styles)
     return _with_legend(figure, axes)
 
 
-def _by_delay(done: Sequence[Line], every: Sequence[Line]) -> Any:
+def _by_delay(lines: Sequence[Line]) -> Any:
     """A line for each BackLink group and setting, over the delay; greedy and bp across."""
-    def linked(here: Sequence[Line]) -> dict[str, list[Line]]:
-        found = _series([line for line in here if method_of(line.combination) == "backlink"], every, _DELAY)
-        return {label: same for label, same in found.items() if len({_delay(line) for line in same}) > 1}
+    def series(here: Sequence[Line]) -> Series:
+        linked = [line for line in here if method_of(line.combination) == "backlink"]
+        return _long(_series(linked, lines, "method.link.delay"), _delay)
 
-    panels = {title: here for title, here in _panels(done, every, lambda line: f"K = {line.stages}").items()
-              if linked(here)}
+    panels = {title: here for title, here in _panels(lines, lines, _stages_title).items() if series(here)}
     figure, axes = _figure(panels, "d, delay of the link in steps")
-    styles = _styles(linked(done))
+    styles = _styles(series(lines))
     for title, axis in axes.items():
-        for label, same in linked(panels[title]).items():
-            _curve(axis, label, [_delay(line) for line in same], same, styles[label])
+        _curves(axis, series(panels[title]), _delay, styles)
         _baselines(axis, panels[title])
-        _ticks(axis, {_delay(line) for same in linked(panels[title]).values() for line in same})
     return _with_legend(figure, axes)
 
 
-def _by_cost(done: Sequence[Line], every: Sequence[Line]) -> Any:
+def _by_cost(lines: Sequence[Line]) -> Any:
     """A point for each row, over its seconds per epoch relative to the reference's."""
-    done = [line for line in done if line.cost is not None]
-    panels = {title: here for title, here in _panels(done, every, lambda line: f"K = {line.stages}").items()
-              if len(here) > 1}
+    done = [line for line in lines if line.cost is not None]
+    panels = {title: here for title, here in _panels(done, lines, _stages_title).items() if len(here) > 1}
     figure, axes = _figure(panels, "cost: seconds per epoch, relative")
-    styles = _styles(_series(done, every))
+    styles = _styles(_series(done, lines))
     for title, axis in axes.items():
-        for label, same in _series(panels[title], every).items():
+        for label, same in _series(panels[title], lines).items():
             _curve(axis, label, [line.cost for line in same], same, styles[label] | {"linestyle": "none"})
     return _with_legend(figure, axes)
 
 
-def _panels(done: Sequence[Line], every: Sequence[Line], more: Callable[[Line], str]) -> Panels:
+def _stages(line: Line) -> int:
+    return line.stages
+
+
+def _delay(line: Line) -> int:
+    return line.combination.config.method.link.delay
+
+
+def _stages_title(line: Line) -> str:
+    return f"K = {line.stages}"
+
+
+def _panels(here: Iterable[Line], every: Sequence[Line], more: Callable[[Line], str]) -> Panels:
     """Lines by the title of their panel: of one model, data and training, and as `more` says."""
     found: Panels = {}
     keys = context_keys([line.combination for line in every])
-    for line in done:
+    for line in here:
         config = line.combination.config
         title = [f"{short(key)} {setting(config, key)}" for key in keys] + [more(line)]
         found.setdefault(", ".join(filter(None, title)), []).append(line)
     return found
 
 
-def _series(done: Iterable[Line], every: Sequence[Line], without: str = "") -> dict[str, list[Line]]:
+def _series(here: Iterable[Line], every: Sequence[Line], without: str = "") -> Series:
     """Lines by their label: the group, and the settings in which its rows differ, but K and `without`."""
     left_out = {*context_keys([line.combination for line in every]), "partition.cuts", without}
-    found: dict[str, list[Line]] = {}
-    for line in done:
+    found: Series = {}
+    for line in here:
         group = [other.combination for other in every if other.combination.group == line.combination.group]
         keys = [key for key in varied(group) if key not in left_out]
         config = line.combination.config
@@ -113,11 +119,12 @@ def _series(done: Iterable[Line], every: Sequence[Line], without: str = "") -> d
     return found
 
 
-def _delay(line: Line) -> int:
-    return line.combination.config.method.link.delay
+def _long(series: Series, place: Callable[[Line], int]) -> Series:
+    """Those that have finished rows at two places or more."""
+    return {label: same for label, same in series.items() if len({place(line) for line in same if line.rows}) > 1}
 
 
-def _styles(series: Mapping[str, list[Line]]) -> dict[str, Style]:
+def _styles(series: Series) -> dict[str, Style]:
     """How each label is drawn: a colour for each group, a marker and dashes for each of its settings."""
     groups = dict.fromkeys(line.combination.group for (line, *_) in series.values()
                            if method_of(line.combination) not in _BASELINES)
@@ -154,8 +161,17 @@ def _figure(panels: Panels, xlabel: str) -> tuple[Any, dict[str, Any]]:
     return figure, dict(zip(panels, axes, strict=False))
 
 
+def _curves(axis: Any, series: Series, place: Callable[[Line], int], styles: Mapping[str, Style]) -> None:
+    for label, same in series.items():
+        _curve(axis, label, [place(line) for line in same], same, styles[label])
+    places = sorted({place(line) for same in series.values() for line in same if line.rows})
+    axis.set_xticks(places, [str(number) for number in places])
+    axis.minorticks_off()
+
+
 def _curve(axis: Any, label: str, places: Sequence[Any], lines: Sequence[Line], style: Style) -> None:
-    points = sorted((place, 100 * (line.accuracy or 0.0), 100 * (line.deviation or 0.0))
+    """Mean and deviation; a pending row leaves a gap."""
+    points = sorted((place, 100 * (nan if line.accuracy is None else line.accuracy), 100 * (line.deviation or 0.0))
                     for place, line in zip(places, lines, strict=True))
     axis.errorbar(*zip(*points, strict=True), **{"label": label, "markersize": 5, "linewidth": 1.2, "elinewidth": 0.8,
                                                  "capsize": 2} | style)
@@ -164,13 +180,9 @@ def _curve(axis: Any, label: str, places: Sequence[Any], lines: Sequence[Line], 
 def _baselines(axis: Any, lines: Sequence[Line]) -> None:
     """The first greedy and bp rows as lines across the panel."""
     for method, (colour, dashes) in _BASELINES.items():
-        for line in [line for line in lines if method_of(line.combination) == method][:1]:
-            axis.axhline(100 * (line.accuracy or 0.0), color=colour, linestyle=dashes, linewidth=1.1, label=method)
-
-
-def _ticks(axis: Any, places: set[int]) -> None:
-    axis.set_xticks(sorted(places), [str(place) for place in sorted(places)])
-    axis.minorticks_off()
+        means = [line.accuracy for line in lines if method_of(line.combination) == method]
+        for mean in filter(None, means[:1]):
+            axis.axhline(100 * mean, color=colour, linestyle=dashes, linewidth=1.1, label=method)
 
 
 def _with_legend(figure: Any, axes: dict[str, Any]) -> Any:
