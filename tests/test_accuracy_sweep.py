@@ -73,8 +73,9 @@ def test_rows_are_the_products_of_their_values_and_run_seed_by_seed(folder):
 
 
 def test_a_value_may_be_a_list_or_a_section(folder):
-    path = write([{"name": "lists", "sweep": {"partition": {"cuts": ["2", "4"]}, "method.link.weight": [[1.0, 0.5], 1]}},
-                  {"name": "heads", "sweep": {"method.head": ["linear", {"name": "conv", "args": {"hidden": 8}}]}}])
+    weights = {"partition": {"cuts": ["2", "4"]}, "method.link.weight": [[1.0, 0.5], 1]}
+    heads = {"method.head": ["linear", {"name": "conv", "args": {"hidden": 8}}]}
+    path = write([{"name": "lists", "sweep": weights}, {"name": "heads", "sweep": heads}])
     rows = load_sweep(path)[1]
     assert [row.config.method.link.weight for row in rows[:2]] == [(1.0, 0.5), 1.0]
     assert rows[0].config.partition.stage_count == 3
