@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.accuracy import execute
-from benchmarks.accuracy.sweep import Combination, Run, in_order, load_sweep
+from benchmarks.accuracy import execute, plots, report
+from benchmarks.accuracy.sweep import Combination, Run, SweepConfig, in_order, load_sweep
 from blpipe.errors import ConfigError, UserError
 
 
@@ -31,14 +31,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file: benchmarks/accuracy/cpu.yaml")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else one beside CONFIG")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", default=Path("runs/accuracy"), help="of the run folders")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many runs at a time")
-    parser.add_argument("--threads", type=int, metavar="N", help="of each process; on a CPU 1, or what CONFIG says")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="so many runs at a time")
+    parser.add_argument("--threads", type=_count, metavar="N", help="of each process; on a CPU 1, or what CONFIG says")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop then; what is running goes on the next time")
     parser.add_argument("--engine", choices=["local", "pipeline"], default="local",
                         help="pipeline: a process a stage, in rows of their own")
     parser.add_argument("--only", action="append", metavar="GROUP", help="run this group alone; may be repeated")
+    parser.add_argument("--table", action="store_true", help="only write the table and the plots anew")
     parser.add_argument("--list", action="store_true", help="only say which rows are done and which are pending")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -50,13 +57,25 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.list:
         _list(rows, options)
         return 0
-    pending = _pending(rows, options)
+    pending = [] if arguments.table else _pending(rows, options)
     failed: list[str] = []
-    if pending and options.minutes != 0:
+    if pending and (options.minutes is None or options.minutes > 0):
         device = execute.check_machine(run for _, run in pending)
         failed = execute.execute(pending, options, device, lambda line: print(line, flush=True))
+    _write(sweep, combinations, out)
     _say_progress(rows, options)
     return 1 if failed else 0
+
+
+def _write(sweep: SweepConfig, combinations: list[Combination], out: Path) -> None:
+    """Write and print the table, and draw the plots; of all rows, whatever ran now."""
+    results = execute.read_results(out / "results.jsonl")
+    table = report.as_markdown(sweep, combinations, results)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(table)
+    print(table)
+    for line in plots.draw(report.make_lines(sweep, combinations, results), out):
+        print(line)
 
 
 def _chosen(combinations: list[Combination], only: list[str] | None) -> list[Combination]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from threading import Event
 from time import monotonic, sleep
 from typing import IO, Any
 
@@ -90,11 +91,12 @@ def _cpu_name() -> str:
 def execute(todo: Iterable[tuple[Combination, Run]], options: Options, device: str,
             say: Callable[[str], None] = print) -> list[str]:
     """Run in this order what has no row yet; returns what failed. A run that was interrupted is gone on with."""
-    waiting, running, failed = deque(todo), [], []
+    waiting, failed = deque(todo), list[str]()
+    running: list[Job] = []
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
-    with _interrupts():
+    with _interruption() as interrupted:
         try:
-            while (waiting or running) and (end is None or monotonic() < end):
+            while (waiting or running) and (end is None or monotonic() < end) and not interrupted.is_set():
                 while waiting and len(running) < options.jobs:
                     running += _begin(*waiting.popleft(), options, device, say)
                 for job in [job for job in running if job.process.poll() is not None]:
@@ -103,20 +105,24 @@ def execute(todo: Iterable[tuple[Combination, Run]], options: Options, device: s
                 sleep(_POLL_SECONDS)
         finally:
             _stop(running)
-            for job in running:
-                if job.process.returncode == 0:  # just done
-                    _end(job, options, device, say)
+        for job in running:
+            if job.process.returncode == 0:  # just done
+                _end(job, options, device, say)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     return failed
 
 
 @contextmanager
-def _interrupts() -> Iterator[None]:
-    """Let SIGTERM, too, stop the children; and let those be interrupted if this process ignores SIGINT."""
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+def _interruption() -> Iterator[Event]:
+    """Set by SIGINT and SIGTERM, which so never fall between a process and its note.
+
+    Children get SIGINT from this process alone; one that ignored it itself would have them ignore it too.
+    """
+    found = Event()
+    before = {number: signal.signal(number, lambda *_: found.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield found
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -162,7 +168,6 @@ def _end(job: Job, options: Options, device: str, say: Callable[[str], None]) ->
 
 def _stop(running: list[Job]) -> None:
     """Interrupt what is running, and wait until nothing of it is left."""
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
     for job in running:
         job.process.send_signal(signal.SIGINT)  # torchrun passes it on
     end = monotonic() + _GRACE_SECONDS
@@ -172,8 +177,7 @@ def _stop(running: list[Job]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(job.process.pid, signal.SIGKILL)
             job.process.wait()
-    for number, handler in before:
-        signal.signal(number, handler)
+        job.log.close()
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -207,8 +211,8 @@ def _command(run: Run, options: Options, resumed: bool) -> list[str]:
                     f"--nproc-per-node={run.config.partition.stage_count}", "-m", "blpipe"]
     if resumed:
         return [sys.executable, "-m", *launcher, "train", "--resume", str(folder)]
-    runtime = run.config.runtime.model_copy(update={"runs": str(options.runs), "progress": False,
-                                                    "threads": _threads(run, options)})
+    runtime = run.config.runtime.model_copy(update={
+        "engine": "auto", "runs": str(options.runs), "progress": False, "threads": _threads(run, options)})
     path = folder.with_name(f"{folder.name}.yaml")
     path.write_text(dump_config(run.config.model_copy(update={"name": folder.name, "runtime": runtime})))
     return [sys.executable, "-m", *launcher, "train", str(path), "--overwrite"]
@@ -254,7 +258,7 @@ def _row(combination: Combination, run: Run, options: Options, device: str) -> d
         "group": combination.group,
         "settings": combination.settings,
         "seed": run.seed,
-        "engine": result["engine"],
+        "engine": options.engine,
         "val_accuracy": result["val_accuracy"],
         "stage_val_accuracy": result["stage_val_accuracy"],
         "seconds_per_epoch": median(row["train_seconds"] for row in epochs if row["stage"] == 1),
@@ -262,5 +266,6 @@ def _row(combination: Combination, run: Run, options: Options, device: str) -> d
         "epochs": run.config.train.epochs,
         "commit": "+".join(dict.fromkeys(commits)),
         "versions": result["versions"],
-        "device": {"name": device, "cores": os.cpu_count(), "threads": threads},
+        "device": {"name": device, "cores": os.cpu_count(), "threads": threads,
+                   "jobs": options.jobs},
     }

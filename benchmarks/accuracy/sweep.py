@@ -7,9 +7,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from blpipe.config import Config, NotNegative, Section, parse_as, parse_config, read_yaml, set_key
 from blpipe.errors import ConfigError
@@ -19,7 +19,17 @@ SHORT = {"partition.stages": "K", "method.link.length": "length", "method.link.d
          "method.head": "head", "method.loss": "loss"}
 _NOT_IDENTITY = {"name", "runtime", "checkpoint"}  # what changes nothing of what a run learns
 
-Seeds = Annotated[tuple[NotNegative, ...], Field(strict=False, min_length=1)]
+T = TypeVar("T")
+
+
+def _some(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("give at least one")
+    return values
+
+
+Some = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_some)]
+"""A list with something in it."""
 
 
 class GroupConfig(Section):
@@ -30,7 +40,7 @@ class GroupConfig(Section):
 
     name: str
     sweep: dict[str, Any] = {}
-    seeds: Seeds | None = None
+    seeds: Some[NotNegative] | None = None
 
 
 class SweepConfig(Section):
@@ -41,8 +51,8 @@ class SweepConfig(Section):
     """
 
     base: dict[str, Any]
-    seeds: Seeds = (0,)
-    groups: tuple[GroupConfig, ...] = Field(strict=False, min_length=1)
+    seeds: Some[NotNegative] = (0,)
+    groups: Some[GroupConfig]
     cost_reference: str | None = None
 
 
@@ -158,10 +168,13 @@ def short(key: str) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting's value in tables: of a part its name."""
+    """A setting's value in tables: of a part its name, and what else it is given."""
     if isinstance(value, dict):
-        name = str(value.get("name") or value.get("target") or "")
-        rest = {key: one for key, one in (value | value.get("args", {})).items()
-                if key not in ("name", "target", "args")}
-        return " ".join([name, *(f"{key}={plain(one)}" for key, one in rest.items())]).strip()
-    return "/".join(plain(one) for one in value) if isinstance(value, list | tuple) else str(value)
+        name = value.get("name") or value.get("target")
+        given = {**value, **value.get("args", {})}
+        rest = [f"{key}={plain(one)}" for key, one in given.items()
+                if key not in ("name", "target", "args") and one is not None]
+        return " ".join([*([str(name)] if name else []), *rest])
+    if isinstance(value, list | tuple):
+        return "/".join(map(plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
