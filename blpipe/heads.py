@@ -58,7 +58,7 @@ class Boundary:
         """The channels of a map, or the size of a token or of flat features."""
         if len(self.shape) not in (1, 2, 3):
             raise ValueError(f"a boundary of shape {list(self.shape)} is no map, tokens or features; "
-                             "give method.head.target")
+                             "give a target of your own")
         return channels_first(self.shape, self.channels_last)[0] if self.is_map else self.shape[-1]
 
 
@@ -168,21 +168,28 @@ def blocks(boundary: Boundary, count: int = 3) -> nn.Module:
         raise ValueError(f"count {count} must be at least 1")
     layers = before_pool(boundary)
     features = boundary.features
-    shape = channels_first(boundary.shape, boundary.channels_last)
-    for number, later in enumerate(_sampled(boundary, count), start=1):
-        if boundary.is_map:
-            stride = tuple(max(1, floor(size / wanted + 0.5)) for size, wanted in zip(shape[1:], later[1:], strict=True))
-            _add_convolution(layers, str(number), features, later[0], 3, stride)
-            shape = (later[0], *(ceil(size / step) for size, step in zip(shape[1:], stride, strict=True)))
-        else:
-            tokens = len(shape) == 2
+    sampled = _sampled(boundary, count)
+    if boundary.is_map:
+        _, height, width = channels_first(boundary.shape, boundary.channels_last)
+        for number, (channels, later_height, later_width) in enumerate(sampled, start=1):
+            down, across = _ratio(height, later_height), _ratio(width, later_width)
+            _add_convolution(layers, str(number), features, channels, 3, (down, across))
+            features, height, width = channels, ceil(height / down), ceil(width / across)
+    else:
+        tokens = len(boundary.shape) == 2
+        for number, later in enumerate(sampled, start=1):
             if tokens:
                 layers[f"norm{number}"] = nn.LayerNorm(features)
             layers[f"fc{number}"] = nn.Linear(features, later[-1])
             layers[f"gelu{number}" if tokens else f"relu{number}"] = nn.GELU() if tokens else nn.ReLU()
-        features = later[0] if boundary.is_map else later[-1]
+            features = later[-1]
     _add_classifier(layers, boundary, features)
     return nn.Sequential(layers)
+
+
+def _ratio(size: int, later: int) -> int:
+    """The stride from one resolution to another, as near as whole numbers are."""
+    return max(1, floor(size / later + 0.5))
 
 
 def _sampled(boundary: Boundary, count: int) -> list[Shape]:
@@ -207,7 +214,7 @@ def before_pool(boundary: Boundary) -> "OrderedDict[str, nn.Module]":
 
 
 def _add_convolution(layers: "OrderedDict[str, nn.Module]", number: str, channels_in: int, channels: int, size: int,
-                     stride: tuple[int, ...] = (1, 1)) -> None:
+                     stride: tuple[int, int] = (1, 1)) -> None:
     layers[f"conv{number}"] = convolution = nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     layers[f"bn{number}"] = nn.BatchNorm2d(channels)

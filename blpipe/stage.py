@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from blpipe.config import LinkConfig
-from blpipe.losses import Loss, Tally
+from blpipe.losses import Tally
 from blpipe.seeds import RandomStream
 
 
@@ -55,15 +55,15 @@ class Stage:
         blocks: the stage's part of the model.
         head: from the stage's output to logits; `nn.Identity()` for the last stage, None for a stage that has
             no local loss (`bp`).
-        loss: of (logits, targets).
+        loss: of (logits, targets, x_k); not called where there is no head.
         tail: how many of the last blocks the link runs through; 0 where none arrives.
         link: its weight λ and delay, and whether to keep the tail's graph or to recompute it.
         sends_error: whether the stage before wants this one's error.
-        optimizer: over the parameters of blocks and head; None if they have none.
+        optimizer: over the parameters of blocks, head and loss; None if they have none.
         stream: this stage's random numbers.
     """
 
-    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: Loss, *, tail: int, link: LinkConfig,
+    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, tail: int, link: LinkConfig,
                  sends_error: bool, optimizer: torch.optim.Optimizer | None, stream: RandomStream):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.body, self.tail = blocks[:len(blocks) - tail], blocks[len(blocks) - tail:]
@@ -111,7 +111,7 @@ class Stage:
         cut = flight.out.detach().requires_grad_(flight.out.requires_grad)
         with self.stream:
             logits = self.head(cut)
-            loss = self.loss(logits, targets)
+            loss = self.loss(logits, targets, cut)
         self.tally.add(loss, logits, targets)
         if loss.requires_grad:
             (loss * share).backward()
@@ -151,12 +151,13 @@ class Stage:
             out = self.blocks(x)
             if self.head is not None:
                 logits = self.head(out)
-                self.tally.add(self.loss(logits, targets), logits, targets)
+                self.tally.add(self.loss(logits, targets, out), logits, targets)
         return out
 
     def train(self, mode: bool) -> None:
-        """Switch blocks and head between training and evaluation, and start a new tally."""
+        """Switch blocks, head and loss between training and evaluation, and start a new tally."""
         self.blocks.train(mode)
+        self.loss.train(mode)
         if self.head is not None:
             self.head.train(mode)
         self.tally = Tally()

@@ -46,12 +46,15 @@ class Rehearsal:
 
     def _rehearse(self, start: int, end: int) -> int:
         names, config = self._network.block_names, self._network.config
-        cuts = tuple(names[i] for i in (start, end) if 0 < i < len(names))
+        inner = [i for i in (start, end) if 0 < i < len(names)]
+        cuts = tuple(names[i] for i in inner)
         partition = config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts})
-        plan = make_plan(config.model_copy(update={"partition": partition}), self._network.data, self._network)
+        method = config.method.with_parts_of([self._network.stage_of_block[i - 1] for i in (*inner, len(names))])
+        plan = make_plan(config.model_copy(update={"partition": partition, "method": method}), self._network.data,
+                         self._network)
         index = 1 if start else 0
         stage, ledger = build_stage(plan, index, self._device), Ledger()
-        for part in (stage.blocks, *([stage.head] if stage.head is not None else [])):
+        for part in (stage.blocks, stage.loss, *([stage.head] if stage.head is not None else [])):
             for tensor in (*part.parameters(), *part.buffers()):
                 ledger.count(tensor)
         train, delay = config.train, config.method.link.delay
