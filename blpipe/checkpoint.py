@@ -1,9 +1,9 @@
 """Checkpoints: the whole state of a drained pipeline, by torch's distributed checkpointing (DCP).
 
 A checkpoint is keyed by names, not by stages or processes: `model/<the plain model's name>`,
-`head/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`, `random/<stage>/<device>`. It is
-written aside and renamed when complete. Reading one never runs code from it: it holds tensors, and an index
-that is unpickled for DCP's own classes alone.
+`head/<block before it>/<parameter>`, `loss/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`,
+`random/<stage>/<device>`. It is written aside and renamed when complete. Reading one never runs code from it:
+it holds tensors, and an index that is unpickled for DCP's own classes alone.
 """
 
 import json
@@ -103,16 +103,15 @@ def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
 
 
 def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
-    """Put a checkpoint's weights and buffers into the blocks and heads of `stages`.
+    """Put a checkpoint's weights and buffers into the blocks, heads and losses of `stages`.
 
     Raises:
         UserError: a damaged checkpoint, or one of another model.
     """
     for index, stage in stages.items():
         _load_module(checkpoint, "model/", stage.blocks, plain_names(stage.blocks))
-        if stage.head is not None:
-            _load_module(checkpoint, f"head/{plan.block_names(index)[-1]}/", stage.head,
-                         {name: name for name in stage.head.state_dict()})
+        for prefix, part in _own_parts(plan, index, stage):
+            _load_module(checkpoint, prefix, part, {name: name for name in part.state_dict()})
 
 
 def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module, names: dict[str, str]) -> None:
@@ -193,15 +192,21 @@ def _without_warning() -> Iterator[None]:
 def _state(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
     own = stage.blocks.state_dict()
     state = {f"model/{plain}": own[name] for name, plain in plain_names(stage.blocks).items()}
-    if stage.head is not None:
-        boundary = plan.block_names(index)[-1]
-        state |= {f"head/{boundary}/{name}": tensor for name, tensor in stage.head.state_dict().items()}
+    for prefix, part in _own_parts(plan, index, stage):
+        state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     if stage.optimizer is not None:
         names: dict[Tensor, str] = dict(_optimized(plan, index, stage))
         state |= {f"optimizer/{names[parameter]}/{key}": value
                   for parameter, values in stage.optimizer.state.items()
                   for key, value in values.items() if isinstance(value, Tensor)}
     return state | {f"random/{index}/{i}": tensor for i, tensor in enumerate(stage.stream.state)}
+
+
+def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn.Module]]:
+    """The head and the loss of a stage, which are not the plain model's, each with the prefix of its names."""
+    boundary = plan.block_names(index)[-1]
+    head = [] if stage.head is None else [(f"head/{boundary}/", stage.head)]
+    return [*head, (f"loss/{boundary}/", stage.loss)]
 
 
 def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tensor]) -> None:
@@ -219,9 +224,8 @@ def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tenso
 
 def _optimized(plan: Plan, index: int, stage: Stage) -> Iterable[tuple[torch.nn.Parameter, str]]:
     """The optimizer's parameters in its order, with their names in the checkpoint."""
-    boundary = plan.block_names(index)[-1]
-    head = stage.head.named_parameters() if stage.head is not None else ()
     plain = plain_names(stage.blocks)
     named = [*((p, plain[name]) for name, p in stage.blocks.named_parameters()),
-             *((p, f"head/{boundary}/{name}") for name, p in head)]
+             *((p, prefix + name) for prefix, part in _own_parts(plan, index, stage)
+               for name, p in part.named_parameters())]
     return [(p, name) for p, name in named if p.requires_grad]

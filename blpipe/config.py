@@ -152,6 +152,11 @@ class PartitionConfig(Section):
         assert self.stages is not None
         return self.stages
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether the cuts are still to be found."""
+        return self.strategy == "balanced" and self.cuts is None and self.target is None
+
 
 class ScheduleConfig(ByName):
     """The learning rate over training, as a factor on `optimizer.lr`."""
@@ -239,6 +244,26 @@ class MethodConfig(ByName):
         """The loss of the stage with this index, from 0."""
         return self.loss[stage] if isinstance(self.loss, tuple) else self.loss
 
+    def head_key(self, stage: int) -> str:
+        """Where the config has the head of the stage with this index, from 0."""
+        return f"method.head.{stage}" if isinstance(self.head, tuple) else "method.head"
+
+    def loss_key(self, stage: int) -> str:
+        """Where the config has the loss of the stage with this index, from 0."""
+        return f"method.loss.{stage}" if isinstance(self.loss, tuple) else "method.loss"
+
+    def with_parts_of(self, stages: Sequence[int]) -> "MethodConfig":
+        """The same for other stages: each has the head and the loss of our stage with the index that is given.
+
+        Where our last stage, which has no head, stands for one that needs a head, the head before serves.
+        """
+        parts: dict[str, Any] = {}
+        if isinstance(self.head, tuple):
+            parts["head"] = tuple(self.head[min(stage, len(self.head) - 1)] for stage in stages[:-1])
+        if isinstance(self.loss, tuple):
+            parts["loss"] = tuple(self.loss[stage] for stage in stages)
+        return self.model_copy(update=parts)
+
 
 class OptimizerConfig(ByName):
     """Any optimizer of torch.optim, by its name (upper or lower case)."""
@@ -320,6 +345,14 @@ class Config(Section):
                 which = "one for each" if count == stages else "one for each but the last"
                 raise ValueError(f"method.{key}: a list of {len(value)} for {stages} stages; give {count}, {which}, "
                                  "or one value for all")
+        return self
+
+    @model_validator(mode="after")
+    def _lists_need_fixed_stages(self) -> "Config":
+        for key, value in (("head", self.method.head), ("loss", self.method.loss)):
+            if self.partition.unsettled and isinstance(value, tuple) and any(part != value[0] for part in value):
+                raise ValueError(f"method.{key}: a list needs stages that are fixed, and partition.strategy balanced "
+                                 f"looks for them; give one {key}, or partition.cuts")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from math import ceil, floor
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a head is built for.
+    """What a head or a loss is built for.
 
     Args:
         shape: of one sample at the boundary, without the batch: [C, H, W], or [H, W, C] if `channels_last`;
             [T, D] or [D].
         classes: number of logits.
-        later: shapes at the outputs of the blocks that follow, in order; maps always as [C, H, W].
+        later: shapes at the outputs of the blocks that follow, in order; maps always as [C, H, W]. None follow
+            on the model's own output, the logits.
         channels_last: whether `shape` is a map with its channels last.
         target_shape: of one sample's targets: () for a class label, (T,) where every position has one.
+        index: of the block right before the boundary, from 0.
     """
 
     shape: Shape
@@ -33,6 +36,30 @@ class Boundary:
     later: tuple[Shape, ...] = ()
     channels_last: bool = False
     target_shape: Shape = ()
+    index: int = 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the model's own output."""
+        return not self.later
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the shape is that of a map."""
+        return len(self.shape) == 3
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token has a target."""
+        return len(self.shape) == 2 and self.target_shape == self.shape[:1]
+
+    @property
+    def features(self) -> int:
+        """The channels of a map, or the size of a token or of flat features."""
+        if len(self.shape) not in (1, 2, 3):
+            raise ValueError(f"a boundary of shape {list(self.shape)} is no map, tokens or features; "
+                             "give a target of your own")
+        return channels_first(self.shape, self.channels_last)[0] if self.is_map else self.shape[-1]
 
 
 class ChannelsFirst(nn.Module):
@@ -55,10 +82,8 @@ class PoolToFeatures(nn.Module):
 
 def linear(boundary: Boundary) -> nn.Module:
     """Global average pool and one fully connected layer; where every token has a target, no pool."""
-    layers = _before_pool(boundary)
-    if not _per_token(boundary):
-        layers["pool"] = PoolToFeatures()
-    layers["fc"] = nn.Linear(_features(boundary), boundary.classes)
+    layers = before_pool(boundary)
+    _add_classifier(layers, boundary, boundary.features)
     return nn.Sequential(layers)
 
 
@@ -76,18 +101,15 @@ def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
     """
     if hidden < 1:
         raise ValueError(f"hidden {hidden} must be at least 1")
-    layers = _before_pool(boundary)
-    features = _features(boundary)
-    if len(boundary.shape) == 3:
+    layers = before_pool(boundary)
+    features = boundary.features
+    if boundary.is_map:
         channels, height, width = channels_first(boundary.shape, boundary.channels_last)
         widest = max([channels, *(shape[0] for shape in boundary.later if len(shape) == 3)])
         features = min(2 * channels, widest)
         stride = 2 if features > channels and min(height, width) > 2 else 1
-        layers["conv"] = convolution = nn.Conv2d(channels, features, 3, stride, 1, bias=False)
-        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        layers["bn"] = nn.BatchNorm2d(features)
-        layers["relu"] = nn.ReLU()
-    if not _per_token(boundary):
+        _add_convolution(layers, "", channels, features, 3, (stride, stride))
+    if not boundary.per_token:
         layers["pool"] = PoolToFeatures()
     layers["fc1"] = nn.Linear(features, hidden)
     layers["relu1"] = nn.ReLU()
@@ -95,40 +117,133 @@ def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
     return nn.Sequential(layers)
 
 
+def mlp_sr(boundary: Boundary, convs: int = 3, layers: int = 3) -> nn.Module:
+    """The spatially reduced MLP of "Decoupled Greedy Learning of CNNs" (Belilovsky et al., arXiv 1901.08164).
+
+    Average pool to a quarter of the height and width, rounded up; so many 1×1 convolutions (`convs`) that keep
+    the channels C, each with BatchNorm and ReLU; average pool to 2×2 and flatten; so many FC `layers` of width
+    4·C, each with BatchNorm and ReLU; FC. Tokens are averaged, and they and flat features go through the FC
+    layers alone, of their own width. Where every token has a target, nothing is averaged, and LayerNorm stands
+    for BatchNorm.
+
+    Raises:
+        ValueError: `convs` or `layers` is below 0.
+    """
+    for name, number in (("convs", convs), ("layers", layers)):
+        if number < 0:
+            raise ValueError(f"{name} {number} must be at least 0")
+    made = before_pool(boundary)
+    features = boundary.features
+    if boundary.is_map:
+        channels, height, width = channels_first(boundary.shape, boundary.channels_last)
+        made["reduce"] = nn.AdaptiveAvgPool2d((ceil(height / 4), ceil(width / 4)))
+        for number in range(1, convs + 1):
+            _add_convolution(made, str(number), channels, channels, 1)
+        made["pool"], made["flatten"] = nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        features = 4 * channels
+    elif not boundary.per_token:
+        made["pool"] = PoolToFeatures()
+    for number in range(1, layers + 1):
+        made[f"fc{number}"] = nn.Linear(features, features)
+        made[f"norm{number}"] = nn.LayerNorm(features) if boundary.per_token else nn.BatchNorm1d(features)
+        made[f"fc_relu{number}"] = nn.ReLU()
+    made["fc"] = nn.Linear(features, boundary.classes)
+    return nn.Sequential(made)
+
+
+def blocks(boundary: Boundary, count: int = 3) -> nn.Module:
+    """A few layers of the shapes of later blocks, global average pool, FC: an augmented auxiliary network.
+
+    After "Scaling Supervised Local Learning with Augmented Auxiliary Networks" (AugLocal, Ma et al., arXiv
+    2402.17318). The blocks are sampled evenly from the later ones of the boundary's kind, the last of them
+    included; of each map the head has a 3×3 convolution to its channels and about its resolution, BatchNorm,
+    ReLU. Their number falls linearly with the position in the network, from `count` behind its first block to
+    1 before its last: that paper's pyramid. Tokens: LayerNorm, FC, GELU for each; flat features: FC, ReLU.
+    Where no block of this kind follows, it is the linear head.
+
+    Raises:
+        ValueError: `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count {count} must be at least 1")
+    layers = before_pool(boundary)
+    features = boundary.features
+    sampled = _sampled(boundary, count)
+    if boundary.is_map:
+        _, height, width = channels_first(boundary.shape, boundary.channels_last)
+        for number, (channels, later_height, later_width) in enumerate(sampled, start=1):
+            down, across = _ratio(height, later_height), _ratio(width, later_width)
+            _add_convolution(layers, str(number), features, channels, 3, (down, across))
+            features, height, width = channels, ceil(height / down), ceil(width / across)
+    else:
+        tokens = len(boundary.shape) == 2
+        for number, later in enumerate(sampled, start=1):
+            if tokens:
+                layers[f"norm{number}"] = nn.LayerNorm(features)
+            layers[f"fc{number}"] = nn.Linear(features, later[-1])
+            layers[f"gelu{number}" if tokens else f"relu{number}"] = nn.GELU() if tokens else nn.ReLU()
+            features = later[-1]
+    _add_classifier(layers, boundary, features)
+    return nn.Sequential(layers)
+
+
+def _ratio(size: int, later: int) -> int:
+    """The stride from one resolution to another, as near as whole numbers are."""
+    return max(1, floor(size / later + 0.5))
+
+
+def _sampled(boundary: Boundary, count: int) -> list[Shape]:
+    """The later shapes that the head `blocks` repeats, in order."""
+    logits = (*boundary.target_shape, boundary.classes)
+    hidden = boundary.later[:-1] if boundary.later[-1:] == (logits,) else boundary.later
+    alike = [shape for shape in hidden if len(shape) == len(boundary.shape)]
+    last_index = boundary.index + len(boundary.later) - 1  # of the last boundary that has a head
+    share = boundary.index / last_index if last_index > 0 else 0.0
+    number = min(floor(count - (count - 1) * share + 0.5), len(alike))
+    return [alike[ceil((i + 1) * len(alike) / number) - 1] for i in range(number)]
+
+
 def channels_first(shape: Shape, channels_last: bool) -> Shape:
     """The shape of a map as [C, H, W]; any other as it is."""
     return (shape[-1], *shape[:-1]) if channels_last else shape
 
 
-def _before_pool(boundary: Boundary) -> "OrderedDict[str, nn.Module]":
+def before_pool(boundary: Boundary) -> "OrderedDict[str, nn.Module]":
+    """The first layers of whatever reads the boundary: a map gets its channels first."""
     return OrderedDict(permute=ChannelsFirst()) if boundary.channels_last else OrderedDict()
 
 
-def _per_token(boundary: Boundary) -> bool:
-    return len(boundary.shape) == 2 and boundary.target_shape == boundary.shape[:1]
+def _add_convolution(layers: "OrderedDict[str, nn.Module]", number: str, channels_in: int, channels: int, size: int,
+                     stride: tuple[int, int] = (1, 1)) -> None:
+    layers[f"conv{number}"] = convolution = nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    layers[f"bn{number}"] = nn.BatchNorm2d(channels)
+    layers[f"relu{number}"] = nn.ReLU()
 
 
-def _features(boundary: Boundary) -> int:
-    if len(boundary.shape) not in (1, 2, 3):
-        raise ValueError(f"a boundary of shape {list(boundary.shape)} is no map, tokens or features; "
-                         "give method.head.target")
-    return boundary.shape[0] if len(boundary.shape) == 3 and not boundary.channels_last else boundary.shape[-1]
+def _add_classifier(layers: "OrderedDict[str, nn.Module]", boundary: Boundary, features: int) -> None:
+    if not boundary.per_token:
+        layers["pool"] = PoolToFeatures()
+    layers["fc"] = nn.Linear(features, boundary.classes)
 
 
-BUILT_IN = {"linear": linear, "conv": conv}
+BUILT_IN = {"linear": linear, "conv": conv, "mlp_sr": mlp_sr, "blocks": blocks}
 
 
-def build_head(config: Named, boundary: Boundary, seed: int, name: str) -> nn.Module:
+def build_head(config: Named, boundary: Boundary, seed: int, name: str, key: str = "method.head") -> nn.Module:
     """The head at the boundary after block `name`; a `target` is a function of (boundary, **args).
+
+    Args:
+        key: of the head in the config, for messages.
 
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` that returns no module.
     """
-    builder = resolve("method.head", config, BUILT_IN)
+    builder = resolve(key, config, BUILT_IN)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "head", name))
-        head = call("method.head", builder, boundary, **config.args)
+        head = call(key, builder, boundary, **config.args)
     if not isinstance(head, nn.Module):
-        raise ConfigError(f"method.head.target: it returned a {type(head).__name__}; return an nn.Module")
+        raise ConfigError(f"{key}.target: it returned a {type(head).__name__}; return an nn.Module")
     out_of_place(head)
     return head

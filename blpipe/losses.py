@@ -1,19 +1,49 @@
-"""Local losses: functions of (logits, targets) to a scalar, the mean over the batch."""
+"""Local losses: from (logits, targets), and a stage's output too, to a scalar, the mean over the batch."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from blpipe.config import Named
 from blpipe.errors import ConfigError
-from blpipe.plugins import call, resolve
+from blpipe.heads import Boundary, PoolToFeatures, before_pool
+from blpipe.models.build import out_of_place
+from blpipe.plugins import call, resolve, takes
+from blpipe.seeds import derive_seed
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+class LocalLoss(nn.Module):
+    """A loss function as a module, which every stage calls with (logits, targets, x).
+
+    Args:
+        function: of (logits, targets), or also of the stage's output x [B, …] if `takes_x`.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], takes_x: bool):
+        super().__init__()
+        self.function, self.takes_x = function, takes_x
+
+    def forward(self, logits: Tensor, targets: Tensor, x: Tensor) -> Tensor:
+        """The loss."""
+        return self.function(logits, targets, x) if self.takes_x else self.function(logits, targets)
 
 
-def cross_entropy(label_smoothing: float = 0.0) -> Loss:
+class CrossEntropy(nn.Module):
+    """See `cross_entropy`; what else it is given, it ignores."""
+
+    def __init__(self, label_smoothing: float = 0.0):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor, x: Tensor | None = None) -> Tensor:
+        """Logits [B, …, classes], targets int64 [B, …]."""
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=self.label_smoothing)
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> nn.Module:
     """Cross-entropy, averaged over the batch and any positions: logits [B, …, classes], targets int64 [B, …].
 
     Raises:
@@ -21,26 +51,139 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing {label_smoothing} must be from 0 to 1")
-    return partial(_cross_entropy, label_smoothing=label_smoothing)
+    return CrossEntropy(label_smoothing)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
+class PredSim(nn.Module):
+    """See `pred_sim`."""
+
+    def __init__(self, boundary: Boundary, beta: float):
+        super().__init__()
+        self.beta, self.cross_entropy = beta, CrossEntropy()
+        layers, size = before_pool(boundary), boundary.features
+        if boundary.is_map:
+            layers["conv"] = nn.Conv2d(size, size, 3, 1, 1, bias=False)
+        else:
+            layers["pool"], layers["fc"] = PoolToFeatures(), nn.Linear(size, size, bias=False)
+        self.projection = nn.Sequential(layers)
+
+    def forward(self, logits: Tensor, targets: Tensor, x: Tensor) -> Tensor:
+        """Logits [B, classes], targets int64 [B], x [B, …]."""
+        similarity = _similarity(_spread(self.projection(x)))
+        # Of one-hot rows, less their mean: 1 within a class, −1 / (classes − 1) between two.
+        between = -1.0 / max(logits.shape[1] - 1, 1)
+        wanted = torch.where(targets[:, None] == targets, 1.0, between).to(similarity)
+        return (1 - self.beta) * self.cross_entropy(logits, targets) + self.beta * F.mse_loss(similarity, wanted)
 
 
-BUILT_IN = {"cross_entropy": cross_entropy}
+def pred_sim(boundary: Boundary, beta: float = 0.99) -> nn.Module:
+    """Prediction and similarity matching: (1 − β) · cross-entropy + β · mean (S(z) − S(one-hot targets))².
+
+    "Training Neural Networks with Local Error Signals" (Nøkland, Eidnes, arXiv 1901.06656). S is the matrix
+    [B, B] of cosine similarities between the samples of a microbatch, each less its mean. z is a 3×3
+    convolution of the stage's output, reduced to the standard deviation of each feature map (not so below 4
+    channels, or of a single position); of tokens, averaged, and of flat features an FC layer. At the model's
+    own output it is the cross-entropy.
+
+    Raises:
+        ValueError: `beta` outside 0…1, or targets that are not one label a sample.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta {beta} must be from 0 to 1")
+    _need_a_label_a_sample("pred_sim", boundary)
+    return CrossEntropy() if boundary.last else PredSim(boundary, beta)
 
 
-def build_loss(config: Named) -> Loss:
-    """The loss that the config names; a `target` is a function of `args` that returns the loss function.
+class SupCon(nn.Module):
+    """See `supcon`."""
+
+    def __init__(self, boundary: Boundary, temperature: float, weight: float):
+        super().__init__()
+        self.temperature, self.weight, self.cross_entropy = temperature, weight, CrossEntropy()
+        layers, size = before_pool(boundary), boundary.features
+        layers["pool"] = PoolToFeatures()
+        layers["fc1"], layers["relu"], layers["fc2"] = nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 128)
+        self.projection = nn.Sequential(layers)
+
+    def forward(self, logits: Tensor, targets: Tensor, x: Tensor) -> Tensor:
+        """Logits [B, classes], targets int64 [B], x [B, …]."""
+        z = F.normalize(self.projection(x), dim=1)
+        return self.weight * _contrast(z @ z.T / self.temperature, targets) + self.cross_entropy(logits, targets)
+
+
+def supcon(boundary: Boundary, temperature: float = 0.1, weight: float = 1.0) -> nn.Module:
+    """Supervised contrast, and cross-entropy: `weight` · L_out(z, targets) + cross-entropy.
+
+    "Supervised Contrastive Learning" (Khosla et al., arXiv 2004.11362), which InfoPro uses as a local loss
+    (arXiv 2101.10832). z is the stage's output, averaged over positions, through FC, ReLU and FC 128, of length
+    1. A sample whose class no other one of the microbatch has contributes nothing. At the model's own output it
+    is the cross-entropy.
+
+    Raises:
+        ValueError: `temperature` is not above 0, `weight` below 0, or targets that are not one label a sample.
+    """
+    if not temperature > 0.0:
+        raise ValueError(f"temperature {temperature} must be above 0")
+    if not weight >= 0.0:
+        raise ValueError(f"weight {weight} must be at least 0")
+    _need_a_label_a_sample("supcon", boundary)
+    return CrossEntropy() if boundary.last else SupCon(boundary, temperature, weight)
+
+
+def _need_a_label_a_sample(name: str, boundary: Boundary) -> None:
+    if boundary.target_shape != ():
+        raise ValueError(f"{name} needs one label a sample, and targets of shape {list(boundary.target_shape)} are "
+                         "more; use cross_entropy")
+
+
+def _spread(z: Tensor) -> Tensor:
+    """Maps [B, C, H, W] as the standard deviation of each [B, C]; what has too few of them as it is, flat."""
+    if z.dim() == 4 and z.shape[1] > 3 and z.shape[2] * z.shape[3] > 1:
+        return z.flatten(2).std(2)
+    return z.flatten(1)
+
+
+def _similarity(z: Tensor) -> Tensor:
+    """Cosine similarities [B, B] of the rows of z [B, D], each less its mean."""
+    z = F.normalize(z - z.mean(1, keepdim=True), dim=1)
+    return z @ z.T
+
+
+def _contrast(similarity: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the batch of L_out, from similarities [B, B] divided by the temperature."""
+    itself = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+    others = similarity.masked_fill(itself, torch.finfo(similarity.dtype).min)  # finite: one sample has no others
+    log_share = similarity - others.logsumexp(1, keepdim=True)
+    positive = (targets[:, None] == targets) & ~itself
+    return -(torch.where(positive, log_share, 0.0).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {"cross_entropy": cross_entropy, "pred_sim": pred_sim, "supcon": supcon}
+
+
+def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str = "method.loss") -> nn.Module:
+    """The loss at the boundary after block `name`, as a module that is called with (logits, targets, x).
+
+    A `target` is a function of `args` that returns a function of (logits, targets). If it takes `boundary` too,
+    what it returns is called with the stage's output as well.
+
+    Args:
+        key: of the loss in the config, for messages.
 
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` that returns no function.
     """
-    loss = call("method.loss", resolve("method.loss", config, BUILT_IN), **config.args)
+    builder = resolve(key, config, BUILT_IN)
+    takes_x = takes(builder, "boundary")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "loss", name))
+        loss = call(key, partial(builder, boundary=boundary) if takes_x else builder, **config.args)
     if not callable(loss):
-        raise ConfigError(f"method.loss.target: it returned a {type(loss).__name__}; "
-                          "return a function of (logits, targets)")
+        raise ConfigError(f"{key}.target: it returned a {type(loss).__name__}; "
+                          f"return a function of (logits, targets{', x' if takes_x else ''})")
+    if not (takes_x and isinstance(loss, nn.Module)):
+        loss = LocalLoss(loss, takes_x)
+    out_of_place(loss)
     return loss
 
 

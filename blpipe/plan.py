@@ -51,6 +51,14 @@ class Network:
         """Names of all blocks in order."""
         return [name for name, _ in named_blocks(self.model)]
 
+    @cached_property
+    def stage_of_block(self) -> list[int]:
+        """The index of each block's stage, where heads or losses differ by stage; else 0, which stands for all."""
+        method = self.config.method
+        if self.config.partition.unsettled or not (isinstance(method.head, tuple) or isinstance(method.loss, tuple)):
+            return [0] * len(self.model)
+        return [k for k, stage in enumerate(partition(self.config.partition, self.model)) for _ in stage]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,6 +116,18 @@ class Plan:
         """Batch sizes of one evaluation."""
         return evaluation_sizes(self.data.test_samples, self.config)
 
+    def build_head(self, index: int) -> nn.Module:
+        """The head of the stage with this index, from 0."""
+        method = self.config.method
+        return build_head(method.stage_head(index), self.boundaries[index], self.config.seed,
+                          self.block_names(index)[-1], method.head_key(index))
+
+    def build_loss(self, index: int) -> nn.Module:
+        """The loss of the stage with this index, from 0."""
+        method = self.config.method
+        return build_loss(method.stage_loss(index), self.boundaries[index], self.config.seed,
+                          self.block_names(index)[-1], method.loss_key(index))
+
     def input(self, size: int) -> TensorSpec:
         """What the first stage reads, for `size` samples."""
         return TensorSpec((size, *self.data.shape), getattr(torch, self.data.dtype))
@@ -143,7 +163,7 @@ def make_network(config: Config, data: DataSpec) -> Network:
     classes = _classes(traced[any_size], data)
     later = tuple(map(channels_first, shapes, last))
     return Network(config, data, model, {size: list(specs.values()) for size, specs in traced.items()},
-                   [Boundary(shape, classes, later[i + 1:], last[i], data.target_shape)
+                   [Boundary(shape, classes, later[i + 1:], last[i], data.target_shape, i)
                     for i, shape in enumerate(shapes)])
 
 
@@ -166,11 +186,11 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None) ->
         links=stage_links(config.method, [len(stage) for stage in stages]))
     _check_boundaries(plan)
     _check_links(plan)
-    _check_loss(plan)
     for k, stage in enumerate(stages):
-        has_head = config.method.name != "bp" and k < len(stages) - 1
-        head = _checked_head(plan, k) if has_head else nn.Identity()
-        build_optimizer(config.optimizer, [*stage.parameters(), *head.parameters()])
+        last = k == len(stages) - 1
+        loss = _checked_loss(plan, k) if last or config.method.name != "bp" else nn.Identity()
+        head = _checked_head(plan, k) if not last and config.method.name != "bp" else nn.Identity()
+        build_optimizer(config.optimizer, [p for part in (stage, head, loss) for p in part.parameters()])
     return plan
 
 
@@ -265,28 +285,30 @@ def _check_links(plan: Plan) -> None:
 
 
 def _checked_head(plan: Plan, index: int) -> nn.Module:
-    name = plan.block_names(index)[-1]
-    head = build_head(plan.config.method.head, plan.boundaries[index], plan.config.seed, name)
+    name, key, head = plan.block_names(index)[-1], plan.config.method.head_key(index), plan.build_head(index)
     for size in {size for sizes in plan.step_sizes for size in sizes}:
         given = plan.outputs[size][index]
-        output = trace_module(f"method.head (after block {name})", head, given, plan.data, training=True)
+        output = trace_module(f"{key} (after block {name})", head, given, plan.data, training=True)
         wanted = plan.outputs[size][-1].shape
         if output.shape != wanted:
-            raise ConfigError(f"method.head: after block {name} it gives {list(output.shape)} of {list(given.shape)}; "
-                              f"it must give {list(wanted)}, the logits; give a method.head.target that does")
+            raise ConfigError(f"{key}: after block {name} it gives {list(output.shape)} of {list(given.shape)}; "
+                              f"it must give {list(wanted)}, the logits; give a {key}.target that does")
     return head
 
 
-def _check_loss(plan: Plan) -> None:
-    loss = build_loss(plan.config.method.loss)
-    output = next(iter(plan.outputs.values()))[-1]
+def _checked_loss(plan: Plan, index: int) -> nn.Module:
+    key, loss = plan.config.method.loss_key(index), plan.build_loss(index)
+    samples = min(2, *(size for sizes in plan.step_sizes for size in sizes))  # few: they have values
+    outputs = next(iter(plan.outputs.values()))
+    logits, x = (torch.zeros(samples, *outputs[k].shape[1:]) for k in (-1, index))
     try:
-        value = loss(torch.zeros(output.shape), torch.zeros(output.shape[:-1], dtype=torch.int64))
+        value = loss(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64), x)
     except Exception as error:
-        raise ConfigError(f"method.loss: {type(error).__name__} for logits {list(output.shape)} and targets "
-                          f"{list(output.shape[:-1])}: {one_line(error)}") from error
+        raise ConfigError(f"{key}: {type(error).__name__} for logits {list(logits.shape)} and targets "
+                          f"{list(logits.shape[:-1])}: {one_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
-        raise ConfigError("method.loss: the function must return a scalar tensor, the mean over the batch")
+        raise ConfigError(f"{key}: the function must return a scalar tensor, the mean over the batch")
+    return loss
 
 
 def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:

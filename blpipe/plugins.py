@@ -3,10 +3,11 @@
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -39,7 +40,8 @@ def by_name(key: str, name: str, built_in: Mapping[str, Callable[..., Any]]) -> 
         ConfigError: no such name, more than one, or a plug-in that cannot be imported; calling a plug-in that raises.
     """
     section = key.rpartition(".")[0]
-    plug_ins = _entry_points(GROUPS[section], tuple(sys.path)) if section in GROUPS else ()
+    group = GROUPS.get(re.sub(r"\.\d+$", "", section))  # of a list too
+    plug_ins = _entry_points(group, tuple(sys.path)) if group is not None else ()
     found = [plug_in for plug_in in plug_ins if plug_in.name == name]
     holders = ["blpipe itself"] * (name in built_in) + [_origin(plug_in) for plug_in in found]
     if not holders:
@@ -103,6 +105,14 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
     return found
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a builder's signature has a parameter of this name."""
+    try:
+        return name in inspect.signature(function).parameters
+    except ValueError:  # some C functions have none
+        return False
+
+
 def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a part's builder; what goes wrong in it becomes a ConfigError that names `key`.
 
@@ -117,7 +127,8 @@ def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        allowed = list(signature.parameters)[len(args):]
+        ours = function.keywords if isinstance(function, partial) else {}
+        allowed = [name for name in list(signature.parameters)[len(args):] if name not in ours]
         raise ConfigError(f"{key}.args: {error}; it takes {', '.join(allowed) or 'no arguments'}") from error
     try:
         return function(*args, **kwargs)

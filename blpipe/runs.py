@@ -12,7 +12,7 @@ from blpipe.data import Data, DataSpec, open_data
 from blpipe.engines.common import Engine
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast.costs import profile
-from blpipe.forecast.stages import settle, unsettled
+from blpipe.forecast.stages import settle
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.trace import write_trace
@@ -96,7 +96,7 @@ def _prepare(config: Config, overwrite: bool, resume: bool) -> tuple[Plan, Data,
     """Check everything that can be checked, then make the run folder."""
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
-    if unsettled(config.partition):
+    if config.partition.unsettled:
         device, _ = choose_device(config.runtime.device)
         costs = profile(network, device, data if config.partition.costs == "measured" else None)
         config = settle(config, network, costs)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from blpipe.config import LinkConfig
-from blpipe.losses import Loss, Tally
+from blpipe.losses import Tally
 from blpipe.seeds import RandomStream
 
 
@@ -81,22 +81,23 @@ class Stage:
         blocks: the stage's part of the model.
         head: from the stage's output to logits; `nn.Identity()` for the last stage, None for a stage that has
             no local loss (`bp`).
-        loss: of (logits, targets).
+        loss: of (logits, targets, x_k); not called where there is no head.
         links: which errors come and go, and what they weigh.
         link: their delay, which of them train the stage, and how they are treated.
-        optimizer: over the parameters of blocks and head; None if they have none.
+        optimizer: over the parameters of blocks, head and loss; None if they have none.
         stream: this stage's random numbers.
     """
 
-    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: Loss, *, links: Links, link: LinkConfig,
-                 optimizer: torch.optim.Optimizer | None, stream: RandomStream):
+    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
+                 link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
         self.links, self.link = links, link
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
-        self._tail_live = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
+        self._tail_live: dict[str, Tensor] = {
+            name: p for name, p in self.tail.named_parameters() if p.requires_grad}
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting: dict[int, deque[TailRun]] = {hop + 1: deque() for hop in range(links.hops_in)}
@@ -131,7 +132,7 @@ class Stage:
         cut = flight.out.detach().requires_grad_(flight.out.requires_grad)
         with self.stream:
             logits = self.head(cut)
-            loss = self.loss(logits, targets)
+            loss = self.loss(logits, targets, cut)
         self.tally.add(loss, logits, targets)
         if loss.requires_grad:
             (loss * share).backward()
@@ -193,12 +194,13 @@ class Stage:
             out = self.blocks(x)
             if self.head is not None:
                 logits = self.head(out)
-                self.tally.add(self.loss(logits, targets), logits, targets)
+                self.tally.add(self.loss(logits, targets, out), logits, targets)
         return out
 
     def train(self, mode: bool) -> None:
-        """Switch blocks and head between training and evaluation, and start a new tally."""
+        """Switch blocks, head and loss between training and evaluation, and start a new tally."""
         self.blocks.train(mode)
+        self.loss.train(mode)
         if self.head is not None:
             self.head.train(mode)
         self.tally = Tally()

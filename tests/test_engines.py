@@ -17,6 +17,17 @@ def far(name, delay, microbatches, alpha, **link):
         data__args={"shape": [2, 8, 8], "classes": 4, "samples": 56})
 
 
+HEADS = [{"name": "mlp_sr", "args": {"convs": 1, "layers": 1}}, {"name": "blocks", "args": {"count": 2}}, "linear"]
+LOSSES = ["supcon", {"name": "pred_sim", "args": {"beta": 0.5}}, {"name": "cross_entropy",
+                                                                  "args": {"label_smoothing": 0.1}}, "pred_sim"]
+
+
+def mixed(stages):
+    """A head and a loss of its own for every stage; losses with parameters."""
+    return small_config("mixed", partition__stages=stages, train__microbatches=2, optimizer=ADAMW,
+                        method={"head": HEADS[:stages - 1], "loss": LOSSES[:stages], "link": {"delay": 1}})
+
+
 def grid(stages, lengths, delays, microbatches):
     """Every combination, the optimizers in turn."""
     return [small_config(f"length_{length}_delay_{delay}_micro_{micro}", train__epochs=3, partition__stages=stages,
@@ -33,6 +44,7 @@ JOBS = {
         small_config("weighted", partition__stages=2, method={"link": {"weight": 0.5}, "head": "linear"}),
         small_config("unweighted", partition__stages=2, method__link__weight=0.0),
         small_config("drop_last", partition__stages=2, train__drop_last=True, schedule="cosine"),
+        mixed(2),
     ],
     4: [
         *grid(4, [1, "all"], [0, 1, 3], [1, 2]),
@@ -43,6 +55,7 @@ JOBS = {
         far("normalized", 2, 4, 0.5, reach=3, normalize=True, keep="recompute"),
         far("late", 4, 1, 1.0, schedule="cosine", wire="bf16"),
         small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"}),
+        mixed(4),
     ],
     8: [
         small_config("late", partition__stages=8, model=DEEP, optimizer=ADAMW),

@@ -9,11 +9,12 @@ from torch import nn
 
 from blpipe.config import HeadConfig, LossConfig
 from blpipe.errors import ConfigError
-from blpipe.heads import Boundary, build_head, conv, linear
+from blpipe.heads import Boundary, PoolToFeatures, blocks, build_head, conv, linear, mlp_sr
 from blpipe.losses import Tally, build_loss, cross_entropy
 
 MAPS = [(4, 1, 1), (4, 1, 3), (4, 2, 2), (4, 3, 3), (4, 2, 8), (4, 8, 8)]
 SHAPES = [*MAPS, (5, 4), (1, 4), (4,)]
+HEADS = [linear, conv, mlp_sr, blocks]
 
 
 def build(name="conv", boundary=None, seed=0, block="layer1", **args):
@@ -23,6 +24,22 @@ def build(name="conv", boundary=None, seed=0, block="layer1", **args):
 
 def build_target(target, **args):
     return build_head(HeadConfig(target=f"test_heads_losses:{target}", args=args), Boundary((4, 2, 2), 3), 0, "a")
+
+
+def loss_of(**config):
+    return build_loss(LossConfig.model_validate(config), Boundary((4, 2, 2), 3, ((3,),)), 0, "a")
+
+
+def shapes_of(head):
+    """What is in a head, in order: the type and the sizes of each layer."""
+    def sizes(layer):
+        if isinstance(layer, nn.Conv2d):
+            return (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.bias)
+        known = {nn.Linear: ("in_features", "out_features"), nn.BatchNorm2d: ("num_features",),
+                 nn.BatchNorm1d: ("num_features",), nn.LayerNorm: ("normalized_shape",),
+                 nn.AdaptiveAvgPool2d: ("output_size",)}.get(type(layer), ())
+        return tuple(getattr(layer, name) for name in known)
+    return [(type(layer), *sizes(layer)) for layer in head]
 
 
 # Heads and losses that the tests name as a target.
@@ -43,13 +60,13 @@ def own_loss(power=2):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("later", [(), ((8, 2, 2), (10,)), ((10,),)])
-@pytest.mark.parametrize("head", [linear, conv])
+@pytest.mark.parametrize("head", HEADS)
 def test_heads_give_logits_at_every_kind_of_boundary(head, shape, later):
     assert head(Boundary(shape, 7, later))(torch.rand(2, *shape)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["linear", "conv"])
+@pytest.mark.parametrize("name", [head.__name__ for head in HEADS])
 def test_heads_reach_their_input_with_a_gradient(name, shape):
     x = torch.rand(3, *shape, requires_grad=True)
     build(name, Boundary(shape, 7)).eval()(x)[:, 0].sum().backward()
@@ -64,7 +81,7 @@ def test_the_linear_head_is_one_layer_on_the_mean_over_positions():
 
 
 @pytest.mark.parametrize("shape", MAPS)
-@pytest.mark.parametrize("head", [linear, conv])
+@pytest.mark.parametrize("head", HEADS)
 def test_heads_give_the_same_on_a_map_with_its_channels_last(head, shape):
     torch.manual_seed(0)
     first = head(Boundary(shape, 7, ((8, 2, 2),)))
@@ -74,7 +91,7 @@ def test_heads_give_the_same_on_a_map_with_its_channels_last(head, shape):
     assert torch.equal(last(x.permute(0, 2, 3, 1)), first(x))
 
 
-@pytest.mark.parametrize("head", [linear, conv])
+@pytest.mark.parametrize("head", HEADS)
 def test_heads_give_logits_for_every_token_that_has_a_target(head):
     made, x = head(Boundary((5, 4), 7, target_shape=(5,))), torch.rand(2, 5, 4)
     out = made(x)
@@ -113,8 +130,88 @@ def test_the_conv_head_has_no_convolution_where_there_is_no_map():
         assert (head.fc1.in_features, head.fc1.out_features) == (4, 6)
 
 
+def conv_bn_relu(channels_in, channels, size=3, stride=(1, 1)):
+    return [(nn.Conv2d, channels_in, channels, (size, size), stride, (size // 2, size // 2), None),
+            (nn.BatchNorm2d, channels), (nn.ReLU,)]
+
+
+@pytest.mark.parametrize(("size", "quarter"), [((8, 8), (2, 2)), ((9, 5), (3, 2)), ((1, 3), (1, 1))])
+def test_the_mlp_sr_head_reduces_a_map_then_convolves_then_has_layers(size, quarter):
+    assert shapes_of(mlp_sr(Boundary((6, *size), 7))) == [
+        (nn.AdaptiveAvgPool2d, quarter), *3 * conv_bn_relu(6, 6, 1), (nn.AdaptiveAvgPool2d, 2), (nn.Flatten,),
+        *3 * [(nn.Linear, 24, 24), (nn.BatchNorm1d, 24), (nn.ReLU,)], (nn.Linear, 24, 7)]
+    assert shapes_of(mlp_sr(Boundary((6, *size), 7), convs=1, layers=0)) == [
+        (nn.AdaptiveAvgPool2d, quarter), *conv_bn_relu(6, 6, 1), (nn.AdaptiveAvgPool2d, 2), (nn.Flatten,),
+        (nn.Linear, 24, 7)]
+
+
+def test_the_mlp_sr_head_has_layers_alone_where_there_is_no_map():
+    layers = [(nn.Linear, 4, 4), (nn.BatchNorm1d, 4), (nn.ReLU,)]
+    for shape in ((5, 4), (4,)):
+        assert shapes_of(mlp_sr(Boundary(shape, 7), layers=2)) == [(PoolToFeatures,), *2 * layers, (nn.Linear, 4, 7)]
+    assert shapes_of(mlp_sr(Boundary((5, 4), 7, target_shape=(5,)), layers=1)) == [
+        (nn.Linear, 4, 4), (nn.LayerNorm, (4,)), (nn.ReLU,), (nn.Linear, 4, 7)]
+
+
+RESNET = (*[(16, 32, 32)] * 3, *[(32, 16, 16)] * 3, *[(64, 8, 8)] * 3, (10,))
+
+
+@pytest.mark.parametrize(("index", "layers"), [
+    # Of eight later maps the 3rd, the 6th and the last.
+    (0, [*conv_bn_relu(16, 32, 3, (2, 2)), *conv_bn_relu(32, 64, 3, (2, 2)), *conv_bn_relu(64, 64)]),
+    (3, [*conv_bn_relu(32, 64, 3, (2, 2)), *conv_bn_relu(64, 64)]),
+    (6, [*conv_bn_relu(64, 64), *conv_bn_relu(64, 64)]),
+    (7, conv_bn_relu(64, 64)),
+    (8, []),
+])
+def test_the_blocks_head_repeats_later_maps_fewer_and_fewer(index, layers):
+    boundary = Boundary(RESNET[index], 10, RESNET[index + 1:], index=index)
+    assert shapes_of(blocks(boundary)) == [*layers, (PoolToFeatures,), (nn.Linear, 64, 10)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(count=st.integers(1, 6), depth=st.integers(2, 8))
+def test_the_pyramid_falls_from_count_to_one_and_ends_with_the_last_map(count, depth):
+    maps = tuple((4 + i, 2, 2) for i in range(depth - 1))
+    numbers = []
+    for index in range(depth - 1):
+        made = [layer.out_channels for layer in blocks(Boundary(maps[index], 3, (*maps[index + 1:], (3,)), index=index),
+                                                       count) if isinstance(layer, nn.Conv2d)]
+        assert made == sorted(set(made))
+        assert made[-1:] == [maps[-1][0]] * (index < depth - 2)
+        numbers.append(len(made))
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[0] == min(count, depth - 2)
+    assert numbers[-2:] in ([1, 0], [0])
+
+
+@pytest.mark.parametrize(("size", "later", "stride", "comes_out"), [
+    ((8, 8), (4, 2), (2, 4), (4, 2)), ((7, 7), (4, 4), (2, 2), (4, 4)), ((5, 3), (2, 2), (3, 2), (2, 2)),
+    ((32, 32), (30, 30), (1, 1), (32, 32)), ((4, 4), (8, 8), (1, 1), (4, 4))])
+def test_the_blocks_head_goes_to_about_the_later_resolution(size, later, stride, comes_out):
+    head = blocks(Boundary((2, *size), 3, ((4, *later), (3,))))
+    assert head.conv1.stride == stride
+    assert head.conv1(torch.rand(1, 2, *size)).shape[2:] == comes_out
+
+
+def test_the_blocks_head_repeats_tokens_and_flat_features_and_no_logits():
+    tokens = ((5, 4), (5, 6), (5, 8), (8,), (7,))
+    assert shapes_of(blocks(Boundary(tokens[0], 7, tokens[1:]))) == [
+        (nn.LayerNorm, (4,)), (nn.Linear, 4, 6), (nn.GELU,), (nn.LayerNorm, (6,)), (nn.Linear, 6, 8), (nn.GELU,),
+        (PoolToFeatures,), (nn.Linear, 8, 7)]
+    per_token = Boundary((5, 4), 7, ((5, 6), (5, 7)), target_shape=(5,))
+    assert shapes_of(blocks(per_token)) == [(nn.LayerNorm, (4,)), (nn.Linear, 4, 6), (nn.GELU,), (nn.Linear, 6, 7)]
+    assert shapes_of(blocks(Boundary((4,), 7, ((6,), (7,), (7,))), count=9)) == [
+        (nn.Linear, 4, 6), (nn.ReLU,), (nn.Linear, 6, 7), (nn.ReLU,), (PoolToFeatures,), (nn.Linear, 7, 7)]
+
+
 @pytest.mark.parametrize(("name", "args", "message"), [
-    ("conf", {}, r"^method\.head\.name: unknown 'conf' \(did you mean 'conv'\?\); one of .*conv, linear"),
+    ("mlp_sr", {"convs": -1}, r"^method\.head: ValueError: convs -1 must be at least 0 \(with args \{'convs': -1\}\)$"),
+    ("mlp_sr", {"layers": -1}, r"^method\.head: ValueError: layers -1 must be at least 0 "),
+    ("mlp_sr", {"hidden": 1}, r"^method\.head\.args: .*'hidden'; it takes convs, layers$"),
+    ("blocks", {"count": 0}, r"^method\.head: ValueError: count 0 must be at least 1 "),
+    ("blocks", {"counts": 1}, r"^method\.head\.args: .*'counts'; it takes count$"),
+    ("conf", {}, r"^method\.head\.name: unknown 'conf' \(did you mean 'conv'\?\); one of blocks, conv, linear, mlp_sr"),
     ("conv", {"width": 1}, r"^method\.head\.args: got an unexpected keyword argument 'width'; it takes hidden$"),
     ("linear", {"hidden": 1}, r"^method\.head\.args: got an unexpected keyword argument 'hidden'; it takes no arg"),
     ("conv", {"hidden": 0}, r"^method\.head: ValueError: hidden 0 must be at least 1 \(with args \{'hidden': 0\}\)$"),
@@ -124,10 +221,10 @@ def test_a_head_that_cannot_be_built_is_refused(name, args, message):
         build(name, **args)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv"])
+@pytest.mark.parametrize("name", [head.__name__ for head in HEADS])
 @pytest.mark.parametrize("shape", [(), (1, 2, 3, 4)])
 def test_a_boundary_of_another_kind_is_refused(name, shape):
-    with pytest.raises(ConfigError, match=r"no map, tokens or features; give method\.head\.target$"):
+    with pytest.raises(ConfigError, match=r"no map, tokens or features; give a target of your own"):
         build(name, Boundary(shape, 7))
 
 
@@ -164,7 +261,7 @@ def test_building_a_head_leaves_the_global_random_stream_untouched():
 @pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 3, 2)])
 def test_cross_entropy_is_torchs_averaged_over_batch_and_positions(shape, label_smoothing):
     logits, targets = torch.randn(*shape, 5), torch.randint(5, shape)
-    loss = build_loss(LossConfig(args={"label_smoothing": label_smoothing}))(logits, targets)
+    loss = loss_of(args={"label_smoothing": label_smoothing})(logits, targets, None)
     reference = nn.CrossEntropyLoss(label_smoothing=label_smoothing)(logits.movedim(-1, 1), targets)
     torch.testing.assert_close(loss, reference)
 
@@ -177,7 +274,7 @@ def test_cross_entropy_by_hand():
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.1, float("nan")])
 def test_label_smoothing_out_of_range_is_refused(label_smoothing):
     with pytest.raises(ConfigError, match=r"^method\.loss: ValueError: label_smoothing .* must be from 0 to 1 \(with "):
-        build_loss(LossConfig(args={"label_smoothing": label_smoothing}))
+        loss_of(args={"label_smoothing": label_smoothing})
 
 
 @pytest.mark.parametrize(("loss", "message"), [
@@ -187,12 +284,12 @@ def test_label_smoothing_out_of_range_is_refused(label_smoothing):
 ])
 def test_a_loss_that_cannot_be_built_is_refused(loss, message):
     with pytest.raises(ConfigError, match=message):
-        build_loss(LossConfig.model_validate(loss))
+        loss_of(**loss)
 
 
 def test_a_loss_of_the_users_own_is_built_with_its_args():
-    loss = build_loss(LossConfig(target="test_heads_losses:own_loss", args={"power": 1}))
-    assert loss(torch.ones(2, 3), torch.tensor([0, 1])) == 2.5
+    loss = loss_of(target="test_heads_losses:own_loss", args={"power": 1})
+    assert loss(torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2, 4)) == 2.5
 
 
 # The tally.

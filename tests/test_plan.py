@@ -270,7 +270,7 @@ def own_loss(what):
     ({"method": {"loss": {"target": "test_plan:own_loss", "args": {"what": "number"}}}},
      r"^method\.loss: the function must return a scalar tensor, the mean over the batch$"),
     ({"method": {"loss": {"target": "test_plan:own_loss", "args": {"what": "fails"}}}},
-     r"^method\.loss: RuntimeError for logits \[8, 4\] and targets \[8\]: "),
+     r"^method\.loss: RuntimeError for logits \[2, 4\] and targets \[2\]: "),
     ({"optimizer": {"name": "sdg"}}, r"^optimizer\.name: unknown 'sdg' \(did you mean 'sgd'\?\)"),
     ({"optimizer": {"args": {"betas": [1]}}}, r"^optimizer\.args: got an unexpected keyword argument 'betas'"),
 ])

@@ -36,7 +36,7 @@ def test_exact_backlink_equals_a_hand_written_reference(length, tmp_path):
     tree = small_config("reference", model=NO_DROPOUT, method__link={"delay": 0, "length": length, "weight": 0.7})
     config, data, plan = prepared(tree)
     stages, last = plan.stages, len(plan.stages) - 1
-    heads = [build_head(config.method.head, plan.boundaries[k], config.seed, plan.block_names(k)[-1])
+    heads = [build_head(config.method.stage_head(k), plan.boundaries[k], config.seed, plan.block_names(k)[-1])
              for k in range(last)] + [torch.nn.Identity()]
     optimizers = [torch.optim.SGD([*s.parameters(), *h.parameters()], lr=0.05, momentum=0.9)
                   for s, h in zip(stages, heads, strict=True)]

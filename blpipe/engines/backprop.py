@@ -85,6 +85,6 @@ class Backprop:
         return torch.empty(spec.shape, dtype=spec.dtype, device="meta", requires_grad=spec.dtype.is_floating_point)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        loss = self.stage.loss(logits, targets)
+        loss = self.stage.loss(logits, targets, logits)
         self.stage.tally.add(loss, logits, targets)
         return loss * self._share

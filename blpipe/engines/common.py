@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from blpipe.data import Data
 from blpipe.errors import PeerLostError, StageError, UserError
-from blpipe.heads import build_head
-from blpipe.losses import Tally, build_loss
+from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
 from blpipe.plan import Plan
 from blpipe.program import Factors, Role
@@ -112,12 +111,9 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
     blocks = _on(device, plan.stages[index])
     head: nn.Module | None = nn.Identity() if last else None
     if not last and config.method.name != "bp":
-        head = build_head(config.method.head, plan.boundaries[index], config.seed, plan.block_names(index)[-1])
-        head = _on(device, head)
-    parameters = [*blocks.parameters(), *(head.parameters() if head is not None else [])]
-    loss = build_loss(config.method.loss)
-    if isinstance(loss, nn.Module):  # it may hold tensors, such as class weights
-        loss.to(device)
+        head = _on(device, plan.build_head(index))
+    loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity())
+    parameters = [p for part in (blocks, head, loss) if part is not None for p in part.parameters()]
     return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
                  optimizer=build_optimizer(config.optimizer, parameters),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device))

@@ -147,7 +147,7 @@ class LocalEngine:
                     for stage in stages:
                         with stage.stream:
                             x = stage.blocks(x)
-                    loss = stage.loss(x, targets)
+                    loss = stage.loss(x, targets, x)
                     stage.tally.add(loss, x, targets)
                     (loss * (size / sum(step.sizes))).backward()
                 for stage in stages:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from blpipe.config import OptimizerConfig
+from blpipe.config import LossConfig, OptimizerConfig
 from blpipe.data import Data
 from blpipe.errors import ConfigError
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.heads import build_head
-from blpipe.losses import Loss, build_loss
+from blpipe.losses import LocalLoss, build_loss
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.plan import Network
@@ -121,20 +121,20 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
         first, targets, feed = _first_microbatch(network, data, size)
     known: dict[Hashable, Cost] = {}
 
-    def cost_of(module: nn.Module, given: TensorSpec, x: Tensor | None = None, finish: Loss | None = None) -> Cost:
-        key = (likeness(module), given, finish is None, x is None)
+    def cost_of(module: nn.Module, alike: Hashable, given: TensorSpec, x: Tensor | None = None,
+                goal: Tensor | None = None) -> Cost:
+        key = (alike, given, x is None)
         if key not in known:
-            trial = _Trial(module, given, x, targets, finish)
+            trial = _Trial(module, given, x, goal)
             known[key] = trial.estimate(device)
             if data is not None:
                 known[key] = trial.measure(device, known[key], config.optimizer)
         return known[key]
 
     inputs = [TensorSpec((size, *network.data.shape), getattr(torch, network.data.dtype)), *network.outputs[size]]
-    loss = build_loss(config.method.loss)
-    blocks = [cost_of(block, given, first if i == 0 else None)
+    blocks = [cost_of(block, likeness(block), given, first if i == 0 else None)
               for i, ((_, block), given) in enumerate(zip(named_blocks(network.model), inputs, strict=False))]
-    heads = [cost_of(head, given, finish=loss) if head is not None else None
+    heads = [cost_of(head, head.alike, given, goal=targets) if head is not None else None
              for head, given in zip(_heads(network), inputs[1:], strict=True)]
     step_call = _step_call_seconds(config.optimizer) if data is not None else 0.0
     return Profile(network, [cost.without(step_call) for cost in blocks],
@@ -142,14 +142,40 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
                    measured=data is not None)
 
 
-def _heads(network: Network) -> Iterator[nn.Module | None]:
-    config, names = network.config, network.block_names
-    for name, boundary in zip(names[:-1], network.boundaries, strict=False):
+class _HeadAndLoss(nn.Module):
+    """From what passes a boundary to the local loss."""
+
+    def __init__(self, head: nn.Module, loss: nn.Module, config: LossConfig):
+        super().__init__()
+        self.head, self.loss = head, loss
+        # Of logits alone: the same wherever it is. A function's own name would not be.
+        self.alike = likeness(head), repr(config) if _of_logits(loss) else likeness(loss)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The local loss."""
+        return self.loss(self.head(x), targets, x)
+
+
+def _of_logits(loss: nn.Module) -> bool:
+    return isinstance(loss, LocalLoss) and not loss.takes_x
+
+
+def _heads(network: Network) -> Iterator[_HeadAndLoss | None]:
+    """A head with its loss after every block, by the stage that the block is in; after the last one the loss alone."""
+    config, seed, stages = network.config.method, network.config.seed, network.stage_of_block
+    method = config.with_parts_of(stages)  # as if each block were a stage
+    for i, (name, boundary) in enumerate(zip(network.block_names, network.boundaries, strict=True)):
+        loss_config = method.stage_loss(i)
         try:
-            yield build_head(config.method.head, boundary, config.seed, name)
+            head = nn.Identity() if boundary.last else \
+                build_head(method.stage_head(i), boundary, seed, name, config.head_key(stages[i]))
+            loss = build_loss(loss_config, boundary, seed, name, config.loss_key(stages[i]))
         except ConfigError:
+            if boundary.last:
+                raise
             yield None  # no stage can end here
-    yield nn.Identity()
+        else:
+            yield _HeadAndLoss(head, loss, loss_config)
 
 
 def _first_microbatch(network: Network, data: Data, size: int) -> tuple[Tensor, Tensor, float]:
@@ -183,11 +209,11 @@ class _Trial:
     Args:
         given: its input.
         x: a real input; random numbers without.
-        finish: a loss to run after it, with `targets`.
+        targets: which a head with its loss takes too; None for a block.
     """
 
-    def __init__(self, module: nn.Module, given: TensorSpec, x: Tensor | None, targets: Tensor, finish: Loss | None):
-        self._module, self._given, self._x, self._targets, self._finish = module, given, x, targets, finish
+    def __init__(self, module: nn.Module, given: TensorSpec, x: Tensor | None, targets: Tensor | None):
+        self._module, self._given, self._x, self._targets = module, given, x, targets
 
     def estimate(self, device: torch.device) -> Cost:
         """Counted on fake tensors; seconds at nominal speeds."""
@@ -205,7 +231,7 @@ class _Trial:
         with FakeTensorMode(allow_non_fake_inputs=True):
             module = without_values(self._module, device).train()
             x = torch.empty(self._given.shape, dtype=self._given.dtype, device=device)
-            targets = torch.empty_like(self._targets, device=device)
+            targets = None if self._targets is None else torch.empty_like(self._targets, device=device)
             saved, out_bytes = self._held(module, x, targets)
             self._round(module, x, targets, count)
         (flops, forward), (more_flops, backward), (_, for_input), (_, for_weights) = counts
@@ -213,10 +239,10 @@ class _Trial:
         return Cost(forward, backward, for_input, for_weights, 3 * param_bytes / bytes_rate, flops + more_flops,
                     sum(p.numel() for p in module.parameters()), param_bytes, saved, out_bytes)
 
-    def _held(self, module: nn.Module, x: Tensor, targets: Tensor) -> tuple[int, int]:
+    def _held(self, module: nn.Module, x: Tensor, targets: Tensor | None) -> tuple[int, int]:
         """Bytes that a forward keeps for its backward, its output included, and those of its output."""
         ledger = Ledger()
-        for tensor in (x, targets, *module.parameters(), *module.buffers()):
+        for tensor in (x, *([] if targets is None else [targets]), *module.parameters(), *module.buffers()):
             ledger.count(tensor)
         before = ledger.live
         with ledger:
@@ -228,7 +254,7 @@ class _Trial:
         module = copy.deepcopy(self._module).to(device).train()
         optimizer = build_optimizer(optimizer_config, module.parameters())
         x = torch.randn(self._given.shape) if self._x is None else self._x
-        x, targets = x.to(device), self._targets.to(device)
+        x, targets = x.to(device), None if self._targets is None else self._targets.to(device)
         rounds: list[list[float]] = []
         started = perf_counter()
         while len(rounds) < 3 or (len(rounds) < _MOST_ROUNDS and perf_counter() - started < _MEASURE_SECONDS):
@@ -240,7 +266,7 @@ class _Trial:
         return replace(cost, forward=forward, backward=backward, input_backward=for_input,
                        weight_backward=for_weights, step=step)
 
-    def _round(self, module: nn.Module, x: Tensor, targets: Tensor, observe: Observe) -> None:
+    def _round(self, module: nn.Module, x: Tensor, targets: Tensor | None, observe: Observe) -> None:
         """Forward, backward, and the backward for the input and for the parameters alone, each observed."""
         parameters = [p for p in module.parameters() if p.requires_grad]
         x = x.detach().requires_grad_(x.is_floating_point())
@@ -258,9 +284,8 @@ class _Trial:
         observe(lambda: backward([x]))
         observe(lambda: backward([*parameters]))
 
-    def _forward(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-        out = module(x)
-        return out if self._finish is None else self._finish(out, targets)
+    def _forward(self, module: nn.Module, x: Tensor, targets: Tensor | None) -> Tensor:
+        return module(x) if targets is None else module(x, targets)
 
 
 class Clock:

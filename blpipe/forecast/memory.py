@@ -50,16 +50,18 @@ class Rehearsal:
 
     def _rehearse(self, start: int, end: int, links: Links | None) -> int:
         names, config = self._network.block_names, self._network.config
-        cuts = tuple(names[i] for i in (start, end) if 0 < i < len(names))
+        inner = [i for i in (start, end) if 0 < i < len(names)]
+        cuts = tuple(names[i] for i in inner)
         partition = config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts})
-        method, index = for_any_stage(config.method), 1 if start else 0
+        own = [self._network.stage_of_block[i - 1] for i in (*inner, len(names))]
+        method, index = for_any_stage(config.method.with_parts_of(own)), 1 if start else 0
         unlinked = method if method.name == "bp" else method.model_copy(update={"name": "greedy", "local_weight": 1.0})
         plan = make_plan(config.model_copy(update={"partition": partition, "method": unlinked}), self._network.data,
                          self._network)
         links = links or _most_links(method, start, end - start, len(names) - end)
         plan = replace(plan, links=[links if k == index else other for k, other in enumerate(plan.links)])
         stage, ledger = build_stage(plan, index, self._device), Ledger()
-        for part in (stage.blocks, *([stage.head] if stage.head is not None else [])):
+        for part in (stage.blocks, stage.loss, *([stage.head] if stage.head is not None else [])):
             for tensor in (*part.parameters(), *part.buffers()):
                 ledger.count(tensor)
         train, delay = config.train, method.link.delay
@@ -113,9 +115,10 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     if config.method.name == "backlink":
         tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
-        hops = len(blocks) - end if link.reach == "all" else np.minimum(link.reach, len(blocks) - end)
+        after = len(blocks) - end
+        hops = after if link.reach == "all" else np.minimum(link.reach, after)
         late = link.delay * hops * (params[end] - params[tail])
-        received = errors_ahead(link.delay, train.microbatches, hops) * passing[end]
+        received = hops * errors_ahead(link.delay, train.microbatches, 1) * passing[end]
         linked = late + link.delay * hops * train.microbatches * kept + received
         needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
     return needs

@@ -156,16 +156,11 @@ def settle(config: Config, network: Network, costs: Profile) -> Config:
     Raises:
         ConfigError: no partition fits.
     """
-    if not unsettled(config.partition):
+    if not config.partition.unsettled:
         return config
     starts = balanced_starts(costs, config.method.name, config.partition)
     cuts = tuple(network.block_names[start] for start in starts[1:])
     return config.model_copy(update={"partition": config.partition.model_copy(update={"cuts": cuts})})
-
-
-def unsettled(partition: PartitionConfig) -> bool:
-    """Whether the cuts are still to be found."""
-    return partition.strategy == "balanced" and partition.cuts is None and partition.target is None
 
 
 def _too_little_memory(memory: Table, exact: Callable[[int, int], float], stages: int, limit: int) -> str:
