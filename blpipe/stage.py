@@ -99,7 +99,7 @@ class Stage:
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
-        self._tail_live = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
+        self._tail_live: dict[str, Tensor] = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting: dict[int, deque[TailRun]] = {hop + 1: deque() for hop in range(links.hops_in)}

@@ -128,5 +128,6 @@ def open_data(config: DataConfig, seed: int, key: str = "data") -> Data:
         raise ConfigError(*problems)
     check_test_labels(source, key)
     if config.place == "device" and source.nbytes is None:
-        raise ConfigError(f"{key}.place: device is for data in memory, and these are read sample by sample; leave it out")
+        raise ConfigError(f"{key}.place: device is for data in memory, and these are read sample by sample; "
+                          "leave it out")
     return Data(keep_first(source, config, key), config, key)
