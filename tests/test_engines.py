@@ -45,6 +45,8 @@ JOBS = {
         small_config("unweighted", partition__stages=2, method__link__weight=0.0),
         small_config("drop_last", partition__stages=2, train__drop_last=True, schedule="cosine"),
         mixed(2),
+        small_config("bf16_channels_last", partition__stages=2, train__precision="bf16", train__channels_last=True,
+                     train__microbatches=2, method__link={"length": 2, "keep": "recompute"}),
     ],
     4: [
         *grid(4, [1, "all"], [0, 1, 3], [1, 2]),
