@@ -41,6 +41,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class ByName(Section):
     """A section for which a plain string stands for `{name: …}`."""
 
@@ -278,6 +281,7 @@ class TrainConfig(Section):
     microbatches: Positive = 1
     drop_last: bool = False
     eval_batch_size: Positive | None = None
+    eval_every_epochs: NotNegative = 1
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":
@@ -398,7 +402,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every problem found, each on its own line with its key path.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
     tree.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(path).stem).strip("-.") or "run")
     for override in overrides:
         _apply(tree, override)
@@ -412,10 +416,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Check a nested dictionary of keys. Raises ConfigError with every problem found."""
+    return parse_as(Config, tree)
+
+
+def parse_as(kind: type[S], tree: dict[str, Any]) -> S:
+    """Check a nested dictionary of keys as a `kind` of config. Raises ConfigError with every problem found."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(*(_explain(e) for e in error.errors(include_url=False))) from None
+        raise ConfigError(*(_explain(e, kind) for e in error.errors(include_url=False))) from None
 
 
 def dump_config(config: Config) -> str:
@@ -423,7 +432,8 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The nested dictionary of keys in a YAML file. Raises ConfigError where there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -448,7 +458,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"{override}: an override is key.sub=value, such as train.epochs=3")
-    value = _parse_yaml(text, override)
+    set_key(tree, path, _parse_yaml(text, override))
+
+
+def set_key(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the key at `path` ("key.sub") of a nested dictionary; sections on the way there are copied, or made."""
+    keys = path.split(".")
     for key in keys[:-1]:
         below = tree.get(key)
         if isinstance(below, str):  # the short form of {name: …}
@@ -458,10 +473,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[keys[-1]] = value
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in error["loc"] if part not in (_ONE, _EACH)) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_suggest(path)}"
+        return f"{path}: unknown key{_suggest(path, kind)}"
     if error["type"] == "model_type":
         return f"{path}: must be a mapping of keys to values, got {error['input']!r}"
     if error["type"] == "missing":
@@ -476,8 +491,8 @@ def _explain(error: Any) -> str:
     return f"{path}: {message}" if isinstance(value, dict | BaseModel) else f"{path}: {message}, got {value!r}"
 
 
-def _suggest(path: str) -> str:
-    known = list(_key_paths(Config))
+def _suggest(path: str, kind: type[BaseModel]) -> str:
+    known = list(_key_paths(kind))
     by_last_part = [key for key in known if key.rpartition(".")[2] == path.rpartition(".")[2]]
     close = get_close_matches(path, known, n=1, cutoff=0.75) or by_last_part[:1] or \
         get_close_matches(path, known, n=1)

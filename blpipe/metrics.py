@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import blpipe
-from blpipe.engines.common import learning_rate
+from blpipe.engines.common import factors
 from blpipe.errors import UserError
 from blpipe.plan import Plan
 from blpipe.text import blocks_text, percent, table
@@ -41,7 +41,7 @@ class Recorder:
         """Append a row for every stage."""
         assert epoch.reports is not None
         last_step = (epoch.index + 1) * len(self._plan.step_sizes) - 1
-        lr = self._plan.config.optimizer.lr * learning_rate(self._plan, last_step)
+        lr = self._plan.config.optimizer.lr * factors(self._plan, last_step).lr
         rows = [{"epoch": epoch.index + 1, "stage": number, "lr": lr,
                  "samples_per_second": self._plan.samples_per_epoch / report.train_seconds, **asdict(report)}
                 for number, report in enumerate(epoch.reports, start=1)]

@@ -1,6 +1,7 @@
 """Everything that is fixed before a run starts, checked without running anything."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -8,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from blpipe.config import Config, LinkConfig
+from blpipe.config import Config, MethodConfig
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, build_head, channels_first
@@ -18,6 +19,7 @@ from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import partition
 from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
+from blpipe.stage import Links
 from blpipe.text import blocks_text
 
 
@@ -65,7 +67,7 @@ class Plan:
     Args:
         outputs: by microbatch size, the output of every stage in order.
         boundaries: what the head of each stage is built for; the last one is the model's own output.
-        tails: how many blocks each stage's link runs through; 0 where no link arrives.
+        links: what goes back through each stage.
     """
 
     config: Config
@@ -74,7 +76,7 @@ class Plan:
     stages: list[nn.Sequential]
     outputs: dict[int, list[TensorSpec]]
     boundaries: list[Boundary]
-    tails: list[int]
+    links: list[Links]
 
     @property
     def classes(self) -> int:
@@ -130,6 +132,11 @@ class Plan:
         """What the first stage reads, for `size` samples."""
         return TensorSpec((size, *self.data.shape), getattr(torch, self.data.dtype))
 
+    def error(self, size: int, stage: int) -> TensorSpec:
+        """An error on its way to the stage with this index, from 0, for `size` samples."""
+        spec = self.outputs[size][stage]
+        return spec._replace(dtype=torch.bfloat16) if self.config.method.link.wire == "bf16" else spec
+
     def targets(self, size: int) -> TensorSpec:
         """The targets that travel with the activations, for `size` samples."""
         return TensorSpec((size, *self.data.target_shape), torch.int64)
@@ -172,13 +179,13 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None) ->
     network = network or make_network(config, data)
     stages = partition(config.partition, network.model)
     ends = [end - 1 for end in accumulate(len(stage) for stage in stages)]
-    linked_stages = stages[:-1] if config.method.name == "backlink" else []
     plan = Plan(
         config, data, network.model, stages,
         outputs={size: [specs[end] for end in ends] for size, specs in network.outputs.items()},
         boundaries=[network.boundaries[end] for end in ends],
-        tails=[tail_length(config.method.link, len(stage)) if stage in linked_stages else 0 for stage in stages])
+        links=stage_links(config.method, [len(stage) for stage in stages]))
     _check_boundaries(plan)
+    _check_links(plan)
     for k, stage in enumerate(stages):
         last = k == len(stages) - 1
         loss = _checked_loss(plan, k) if last or config.method.name != "bp" else nn.Identity()
@@ -205,11 +212,37 @@ def evaluation_sizes(samples: int, config: Config) -> list[int]:
     return [size] * full + ([rest] if rest else [])
 
 
-def tail_length(link: LinkConfig, blocks: int) -> int:
-    """How many of a stage's last blocks the link runs through: at most all of them; none where it is off."""
-    if link.weight == 0.0:
-        return 0
-    return blocks if link.length == "all" else min(link.length, blocks)
+def hops(method: MethodConfig, stages: int) -> list[int]:
+    """How many errors come back to each stage for a microbatch; hop j is that of the loss j stages on."""
+    link, found = method.link, [0]
+    if method.name != "backlink" or link.off:
+        return [0] * stages
+    for k in range(stages - 1):
+        after = stages - 1 - k
+        own = after if link.reach == "all" else min(link.reach, after)
+        # Even a stage of weight 0 passes on what the one before it wants.
+        found.append(max(own if link.stage_weight(k) else 0, found[-1] - 1))
+    return [*found[1:], 0]
+
+
+def for_any_stage(method: MethodConfig) -> MethodConfig:
+    """The method with one link weight for all stages, the largest: for numbers of stages other than the config's."""
+    weight = method.link.weight
+    if not isinstance(weight, tuple):
+        return method
+    return method.model_copy(update={"link": method.link.model_copy(update={"weight": max(weight, key=abs)})})
+
+
+def stage_links(method: MethodConfig, sizes: Sequence[int]) -> list[Links]:
+    """What goes back through each of the stages with these numbers of blocks."""
+    links, before = [], 0
+    for k, (size, hops_in) in enumerate(zip(sizes, hops(method, len(sizes)), strict=True)):
+        last = k == len(sizes) - 1
+        length = size if method.link.length == "all" else min(method.link.length, size)
+        links.append(Links(hops_in, before, length if hops_in else 0,
+                           0.0 if last else method.link.stage_weight(k), 1.0 if last else method.local_weight))
+        before = hops_in
+    return links
 
 
 def notices(plan: Plan) -> list[str]:
@@ -219,7 +252,7 @@ def notices(plan: Plan) -> list[str]:
         lines.append(f"partition: balanced by {plan.config.partition.costs} costs; "
                      f"cuts: [{', '.join(plan.config.partition.cuts or ())}]")
     link = plan.config.method.link
-    if plan.config.method.name != "backlink" or link.length == "all" or link.weight == 0.0:
+    if plan.config.method.name != "backlink" or link.length == "all" or link.off:
         return lines
     short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if len(stage) < link.length]
     if short:
@@ -234,6 +267,21 @@ def _check_boundaries(plan: Plan) -> None:
             if not spec.dtype.is_floating_point:
                 raise ConfigError(f"partition: stage {k + 1} ends with block {plan.block_names(k)[-1]}, which gives "
                                   f"{str(spec.dtype).removeprefix('torch.')}; cut where floating-point numbers pass")
+
+
+def _check_links(plan: Plan) -> None:
+    method = plan.config.method
+    for k, (links, stage) in enumerate(zip(plan.links, plan.stages, strict=True)):
+        whole = links.tail == len(stage)
+        if links.hops_in and links.hops_out > 1 and not whole:
+            raise ConfigError(f"method.link.reach: {method.link.reach}: stage {k + 1} passes errors on through all of "
+                              f"its {len(stage)} blocks, and method.link.length is {method.link.length}; set "
+                              "method.link.length=all")
+        trained_by_link = links.hops_in > 0 and links.weight != 0.0
+        if method.name != "bp" and links.local_weight == 0.0 and not (trained_by_link and whole):
+            remedy = "set method.link.length=all" if trained_by_link else "give it a method.link.weight"
+            raise ConfigError(f"method.local_weight: 0, and no link through all blocks of stage {k + 1} "
+                              f"({plan.stage_names[k]}): they would not learn; {remedy}, or a local weight above 0")
 
 
 def _checked_head(plan: Plan, index: int) -> nn.Module:

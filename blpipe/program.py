@@ -8,14 +8,17 @@ that executes the same programs computes the same numbers. For microbatch m of b
 
 and after the last microbatch the optimizer step of batch t. With d = 0 the link of a microbatch comes
 after the local backward of the next one, so that all but one round trip of its wait is hidden. With
-d ≥ 1 nothing waits for the next stage. After the last step given, no link is left over: the pending ones
-go into that step (the flush), and the pipeline is drained.
+d ≥ 1 nothing waits for the next stage. An error that reaches further is passed on as soon as its link
+backward is done, and is due one delay later there: hop j of a microbatch is due j · d batches (d = 0: j
+microbatches) after it. After the last step given, no link is left over: the pending ones go into that step
+(the flush), and the pipeline is drained.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from heapq import heappop, heappush
+from math import inf
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -39,25 +42,38 @@ class Kind(Enum):
 
 
 class Op(NamedTuple):
-    """One operation, of a `Kind` where a stage runs it, on one microbatch (from 0; −1 for a whole step)."""
+    """One operation, of a `Kind` where a stage runs it, on one microbatch (from 0; −1 for a whole step).
+
+    `hop` is that of an error: 1 for the next stage's own, j + 1 where j stages have passed it on.
+    """
 
     kind: Enum
     step: int
     microbatch: int = -1
+    hop: int = 0
 
 
 @dataclass(frozen=True)
 class Role:
-    """Which of its neighbours a stage talks to."""
+    """What a stage exchanges with its neighbours."""
 
-    sends: bool         # activations, to the next stage
-    sends_error: bool   # to the stage before
-    linked: bool        # receives errors from the next stage
+    sends: bool    # activations, to the next stage
+    hops_out: int  # errors of each microbatch for the stage before: hop 1 is its own, the others it passes on
+    hops_in: int   # errors of each microbatch from the next stage
+
+
+class _Link(NamedTuple):
+    """An error to come. Stages handle these in this order, so that each edge's messages are taken as sent."""
+
+    due: tuple[int, float]  # step and microbatch after whose local backward it is handled
+    hop: int
+    step: int
+    microbatch: int
 
 
 def train_program(steps: Sequence[Step], role: Role, delay: int) -> Iterator[Op]:
     """The ops of one stage over `steps`, drained at the end."""
-    awaiting: deque[tuple[int, int]] = deque()  # (step, microbatch) whose error is still to come
+    awaiting: list[_Link] = []  # a heap
     for step in steps:
         for micro in range(len(step.sizes)):
             yield Op(Kind.RECEIVE, step.index, micro)
@@ -65,15 +81,13 @@ def train_program(steps: Sequence[Step], role: Role, delay: int) -> Iterator[Op]
             if role.sends:
                 yield Op(Kind.SEND, step.index, micro)
             yield Op(Kind.LOCAL_BACKWARD, step.index, micro)
-            if role.sends_error:
-                yield Op(Kind.SEND_ERROR, step.index, micro)
-            while awaiting and awaiting[0] <= (step.index - delay, micro):
-                yield from _link(*awaiting.popleft())
-            if role.linked:
-                awaiting.append((step.index, micro))
-        newest_step = step.index if step is steps[-1] else step.index - delay
-        while awaiting and awaiting[0][0] <= newest_step:
-            yield from _link(*awaiting.popleft())
+            if role.hops_out:
+                yield Op(Kind.SEND_ERROR, step.index, micro, 1)
+            for hop in range(1, role.hops_in + 1):
+                due = (step.index + hop * delay, micro) if delay else (step.index, micro + hop)
+                heappush(awaiting, _Link(due, hop, step.index, micro))
+            yield from _links(awaiting, (step.index, micro), role)
+        yield from _links(awaiting, (inf if step is steps[-1] else step.index, inf), role)
         yield Op(Kind.STEP, step.index)
 
 
@@ -86,9 +100,14 @@ def evaluation_program(batches: int, role: Role) -> Iterator[Op]:
             yield Op(Kind.SEND, index, 0)
 
 
-def _link(step: int, micro: int) -> Iterator[Op]:
-    yield Op(Kind.RECEIVE_ERROR, step, micro)
-    yield Op(Kind.LINK_BACKWARD, step, micro)
+def _links(awaiting: list[_Link], until: tuple[float, float], role: Role) -> Iterator[Op]:
+    """Handle the errors that are due by then, and pass on those that reach further."""
+    while awaiting and awaiting[0].due <= until:
+        _, hop, step, micro = heappop(awaiting)
+        yield Op(Kind.RECEIVE_ERROR, step, micro, hop)
+        yield Op(Kind.LINK_BACKWARD, step, micro, hop)
+        if hop < role.hops_out:
+            yield Op(Kind.SEND_ERROR, step, micro, hop + 1)
 
 
 class Inbox(Protocol):
@@ -111,6 +130,13 @@ class Outbox(Protocol):
         """Send a message; may wait for room."""
 
 
+class Factors(NamedTuple):
+    """What the schedules say of one step: factors on the learning rate, and on the links of its microbatches."""
+
+    lr: float = 1.0
+    link: float = 1.0
+
+
 @dataclass
 class Ports:
     """A stage's queues; None where it has no such neighbour."""
@@ -122,7 +148,7 @@ class Ports:
 
 
 def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[Step],
-            lr_factor: Callable[[int], float], on_op: Callable[[Op], None]) -> Iterator[None]:
+            factors: Callable[[int], Factors], on_op: Callable[[Op], None]) -> Iterator[None]:
     """Run `program` on `stage`; yields whenever other stages of this process must run first.
 
     `on_op` is called before each op. Activations travel with the targets: (x, targets).
@@ -155,6 +181,6 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                     yield
                 link_error, = ports.errors_in.get()
             case Kind.LINK_BACKWARD:
-                stage.link_backward(link_error)
+                error = stage.link_backward(link_error, op.hop, factors(op.step).link)
             case Kind.STEP:
-                stage.step(lr_factor(op.step))
+                stage.step(factors(op.step).lr)

@@ -16,7 +16,7 @@ from blpipe.forecast.stages import settle
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.trace import write_trace
-from blpipe.trainer import choose_engine, open_local, open_pipeline, train, use_threads
+from blpipe.trainer import choose_engine, is_due, open_local, open_pipeline, train, use_threads
 from blpipe.transport.world import Meeting, choose_device, meet
 
 _PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "checkpoints")
@@ -164,8 +164,8 @@ def _train(engine: Engine, plan: Plan, run: Path, resume: bool) -> None:
                 spans = engine.spans()
                 if spans is not None:
                     write_trace(run / "trace.json", spans, plan.stage_names)
-            done, every = epoch.index + 1, config.checkpoint.every_epochs
-            if done == config.train.epochs or (every and done % every == 0):
+            done = epoch.index + 1
+            if is_due(done, config.checkpoint.every_epochs, config.train.epochs):
                 checkpoint.save(run, done, plan, engine.stages, engine.group)
     if recorder is not None:
         result = recorder.finish()

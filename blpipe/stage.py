@@ -1,16 +1,22 @@
 """BackLink in one stage: what a stage computes, whoever its neighbours are and wherever they run.
 
-    gradient of θ_k  =  ∂L_k/∂θ_k  +  λ · (∂x_k/∂θ_k)ᵀ e_k        e_k = ∂L_{k+1}/∂x_k
+    gradient of θ_k  =  α · ∂L_k/∂θ_k  +  λ · Σ_j (∂x_k/∂θ_k)ᵀ e_k^j
 
-x_k is the stage's output, L_k the local loss of its own head, and e_k the error that the backward link
-brings: the next stage's own local error at their boundary. The link runs through the stage's last blocks
-only, its tail, and never becomes part of the error that this stage sends. λ = 0 is greedy local training.
+x_k is the stage's output, L_k the local loss of its own head. e_k^1 = ∂L_{k+1}/∂x_k is the error that the
+backward link brings: the next stage's own local error at their boundary. The link runs through the stage's
+last blocks only, its tail, and never becomes part of the error that this stage sends for its own loss.
+BackLink is α = 1 and j = 1; λ = 0 is greedy local training.
+
+With a reach r above 1, a stage also passes on what it receives: e_{k-1}^{j+1} = (∂x_k/∂x_{k-1})ᵀ e_k^j is
+the error of the stage j stages on, one stage further back, and j runs from 1 to r. It is never scaled, and
+never mixed with another one.
 
 After "BackLink: Supervised Local Training with Backward Links" (arXiv 2205.07141), of which only the
-abstract could be read: the formula is our reading of it.
+abstract could be read: the formula for α = 1, r = 1 is our reading of it; α and r are ours.
 """
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +30,14 @@ from blpipe.seeds import RandomStream
 
 @dataclass
 class TailRun:
-    """A forward of the tail, kept until its link backward."""
+    """A forward of the tail, kept until its last link backward."""
 
     parameters: dict[str, Tensor]  # the live ones, or the snapshot that it ran with
     h: Tensor                      # its input, a leaf: the body's graph ends before it
     out: Tensor | None             # its output with its graph; None once that is given up for recomputing
     random_state: list[Tensor]     # for recomputing: where the random stream stood
     buffers: dict[str, Tensor]     # for recomputing: the tail's buffers as they were
+    local_norm: Tensor | None = None  # for normalising: the norm of its local gradient
 
 
 @dataclass
@@ -43,53 +50,66 @@ class InFlight:
     tail_run: TailRun | None
 
 
+@dataclass(frozen=True)
+class Links:
+    """What goes back through one stage.
+
+    Args:
+        hops_in: how many errors come back for each microbatch; hop j is that of the loss j stages on.
+        hops_out: how many the stage before wants; hop 1 is of this stage's own loss.
+        tail: how many of the last blocks the errors run through; 0 where none comes, all where one is passed on.
+        weight: λ.
+        local_weight: α.
+    """
+
+    hops_in: int = 0
+    hops_out: int = 0
+    tail: int = 0
+    weight: float = 1.0
+    local_weight: float = 1.0
+
+
 class Stage:
     """Blocks, a head, a local loss and an optimizer. Tensors are [microbatch, …] on the stage's device.
 
-    A microbatch goes through `forward`, `local_backward` and, where a link arrives, `link_backward` once
-    its error is there, in the order of the forwards; `step` ends a batch. A link that arrives after a step
-    needs the weights of its own forward: with `link.delay` ≥ 1 the tail runs on a snapshot of its
-    parameters, made once a step, and the gradients are added to the live ones.
+    A microbatch goes through `forward`, `local_backward` and, for each hop, `link_backward` once that error is
+    there, each hop in the order of the forwards; `step` ends a batch. A link that arrives after a step needs
+    the weights of its own forward: with `link.delay` ≥ 1 the tail runs on a snapshot of its parameters, made
+    once a step, and the gradients are added to the live ones.
 
     Args:
         blocks: the stage's part of the model.
         head: from the stage's output to logits; `nn.Identity()` for the last stage, None for a stage that has
             no local loss (`bp`).
         loss: of (logits, targets, x_k); not called where there is no head.
-        tail: how many of the last blocks the link runs through; 0 where none arrives.
-        link: its weight λ and delay, and whether to keep the tail's graph or to recompute it.
-        sends_error: whether the stage before wants this one's error.
+        links: which errors come and go, and what they weigh.
+        link: their delay, which of them train the stage, and how they are treated.
         optimizer: over the parameters of blocks, head and loss; None if they have none.
         stream: this stage's random numbers.
     """
 
-    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, tail: int, link: LinkConfig,
-                 sends_error: bool, optimizer: torch.optim.Optimizer | None, stream: RandomStream):
+    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
+                 link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream):
         self.blocks, self.head, self.loss = blocks, head, loss
-        self.body, self.tail = blocks[:len(blocks) - tail], blocks[len(blocks) - tail:]
-        self.link, self.sends_error = link, sends_error
+        self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
+        self.links, self.link = links, link
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
-        self._tail_live: dict[str, Tensor] = {
-            name: p for name, p in self.tail.named_parameters() if p.requires_grad}
+        self._body_live = [p for p in self.body.parameters() if p.requires_grad]
+        self._tail_live = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
-        self._awaiting_error: deque[TailRun] = deque()
+        self._awaiting: dict[int, deque[TailRun]] = {hop + 1: deque() for hop in range(links.hops_in)}
         self.tally = Tally()
-
-    @property
-    def linked(self) -> bool:
-        """Whether a backward link arrives here."""
-        return len(self.tail) > 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch; returns x_k, detached, for the next stage."""
         assert self._flight is None, "a forward before the local backward of the last one"
-        x = x.detach().requires_grad_(self.sends_error)
+        x = x.detach().requires_grad_(self.links.hops_out > 0)
         with self.stream:
             h = out = self.body(x)
             run = None
-            if self.linked:
+            if self.links.hops_in:
                 run = self._run_tail(h)
                 assert run.out is not None
                 out = run.out
@@ -97,7 +117,7 @@ class Stage:
         return out.detach()
 
     def local_backward(self, targets: Tensor, share: float) -> Tensor | None:
-        """Backpropagate the local loss L_k through head, tail and body.
+        """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
 
         Args:
             targets: int64 [microbatch, …].
@@ -119,20 +139,42 @@ class Stage:
         error: Tensor | None = cut.grad if cut.grad is not None else torch.zeros_like(cut)
         if flight.tail_run is not None:
             error = self._local_backward_of_tail(flight.tail_run, error)
-            self._awaiting_error.append(flight.tail_run)
-        if flight.h.requires_grad and error is not None:
-            torch.autograd.backward(flight.h, error)
-        if not self.sends_error:
-            return None
-        return flight.x.grad if flight.x.grad is not None else torch.zeros_like(flight.x)
+            self._awaiting[1].append(flight.tail_run)
+        trained = self._body_live if self.links.local_weight else []
+        if error is not None:
+            gradients, error = _gradients(flight.h, trained, flight.x, error)
+            _add(trained, gradients, self.links.local_weight)
+        return self._sent(error, flight.x)
 
-    def link_backward(self, error: Tensor) -> None:
-        """Backpropagate λ · e_k through the tail of the oldest microbatch that awaits its error."""
-        run = self._awaiting_error.popleft()
-        if run.parameters:
-            out = self._recompute(run) if run.out is None else run.out
-            self._add_to_live(torch.autograd.grad(out, list(run.parameters.values()), self.link.weight * error,
-                                                  allow_unused=True))
+    def link_backward(self, error: Tensor, hop: int = 1, factor: float = 1.0) -> Tensor | None:
+        """Backpropagate the error of the loss `hop` stages on through the oldest microbatch that awaits it.
+
+        Args:
+            factor: on λ.
+
+        Returns:
+            The error for the stage before, e_{k-1}^{hop+1}; None if it wants none.
+        """
+        run = self._awaiting[hop].popleft()
+        if hop < self.links.hops_in:
+            self._awaiting[hop + 1].append(run)
+        weight = self.links.weight * factor
+        trains = weight != 0.0 and (self.link.take == "every" or hop == self.links.hops_in)
+        passes = hop < self.links.hops_out
+        parameters = list(run.parameters.values()) if trains else []
+        if not parameters and not passes:
+            return None
+        again = run.out is None
+        x = run.h.detach().requires_grad_(passes) if again else run.h
+        out = self._recompute(run, x) if again else run.out
+        assert out is not None
+        gradients, error_before = _gradients(out, parameters, x if passes else None, error.to(out.dtype),
+                                             keep=not again and hop < self.links.hops_in)
+        if run.local_norm is not None and trains:
+            _add(self._tail_live.values(), gradients, weight * _ratio(run.local_norm, _norm(gradients)))
+        else:
+            _add(self._tail_live.values() if trains else (), gradients, weight)
+        return self._sent(error_before, x) if passes else None
 
     def step(self, lr_factor: float) -> None:
         """Update the weights, with `lr_factor` on the configured learning rate."""
@@ -177,23 +219,53 @@ class Stage:
 
     def _local_backward_of_tail(self, run: TailRun, error: Tensor | None) -> Tensor | None:
         """Returns ∂L_k/∂h, or None if the body wants none."""
-        wanted = [*run.parameters.values(), *([run.h] if run.h.requires_grad else [])]
-        if not wanted:
-            return None
         assert run.out is not None
-        keep = self.link.keep == "graph"
-        gradients = torch.autograd.grad(run.out, wanted, error, retain_graph=keep, allow_unused=True)
+        alpha, keep = self.links.local_weight, self.link.keep == "graph"
+        parameters = list(run.parameters.values()) if alpha or self.link.normalize else []
+        gradients, error = _gradients(run.out, parameters, run.h, error, keep)
         if not keep:
             run.out = None
-        self._add_to_live(gradients[:len(run.parameters)])
-        return gradients[-1] if run.h.requires_grad else None
+        if self.link.normalize:
+            run.local_norm = _norm(gradients)
+        _add(self._tail_live.values() if alpha else (), gradients if alpha else (), alpha)
+        return error
 
-    def _recompute(self, run: TailRun) -> Tensor:
+    def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
         with self.stream.rewound_to(run.random_state):
-            return functional_call(self.tail, {**run.parameters, **run.buffers}, (run.h.detach(),))
+            return functional_call(self.tail, {**run.parameters, **run.buffers}, (h,))
 
-    def _add_to_live(self, gradients: tuple[Tensor | None, ...]) -> None:
-        for live, gradient in zip(self._tail_live.values(), gradients, strict=True):
-            if gradient is not None:
-                live.grad = gradient if live.grad is None else live.grad + gradient
+    def _sent(self, error: Tensor | None, x: Tensor) -> Tensor | None:
+        """An error as it goes to the stage before; None if that wants none."""
+        if not self.links.hops_out:
+            return None
+        error = torch.zeros_like(x) if error is None else error
+        return error.to(torch.bfloat16) if self.link.wire == "bf16" else error
+
+
+def _gradients(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,
+               keep: bool = False) -> tuple[Sequence[Tensor | None], Tensor | None]:
+    """The gradients of `parameters` and of `x`, the latter None if it wants none; `keep` keeps the graph."""
+    inputs = [*parameters, *([x] if x is not None and x.requires_grad else [])]
+    if not inputs or not out.requires_grad:
+        return [None] * len(parameters), None
+    found = torch.autograd.grad(out, inputs, error, retain_graph=keep, allow_unused=True)
+    return found[:len(parameters)], found[-1] if len(found) > len(parameters) else None
+
+
+def _add(live: Iterable[Tensor], gradients: Iterable[Tensor | None], weight: float | Tensor) -> None:
+    """Add weight · gradient to each parameter's own."""
+    for parameter, gradient in zip(live, gradients, strict=True):
+        if gradient is not None:
+            gradient = gradient if isinstance(weight, float) and weight == 1.0 else weight * gradient
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    """The norm of all of them together."""
+    return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+
+
+def _ratio(norm: Tensor, other: Tensor) -> Tensor:
+    """norm / other, 0 where there is nothing to scale."""
+    return torch.where(other > 0, norm / other, torch.zeros_like(other))

@@ -81,9 +81,16 @@ def use_threads(runtime: RuntimeConfig) -> None:
         torch.set_num_threads(runtime.threads)
 
 
+def is_due(epochs_done: int, every: int, epochs: int) -> bool:
+    """Whether what happens after every so many epochs (0: never), and always at the end, happens now."""
+    return epochs_done == epochs or (every > 0 and epochs_done % every == 0)
+
+
 def train(engine: Engine, plan: Plan, first_epoch: int, on_step: OnStep) -> Iterator[Epoch]:
-    """Train and evaluate epoch by epoch; the pipeline is drained at each yield."""
-    for index in range(first_epoch, plan.config.train.epochs):
+    """Train epoch by epoch, and evaluate after every so many; the pipeline is drained at each yield."""
+    config = plan.config.train
+    for index in range(first_epoch, config.epochs):
         engine.train_epoch(index, on_step)
-        engine.evaluate()
+        if is_due(index + 1, config.eval_every_epochs, config.epochs):
+            engine.evaluate()
         yield Epoch(index, engine.reports())

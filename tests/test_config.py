@@ -4,6 +4,7 @@ import re
 import textwrap
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -440,3 +441,38 @@ def test_a_valid_tree_with_any_value_anywhere_gives_a_config_or_a_config_error(t
         section[key] = section = section[key] if isinstance(section.get(key), dict) else {}
     section[path[-1]] = value
     config_or_error(parse_config, tree)
+
+
+# One value, or one for each stage.
+
+def with_method(**method):
+    return parse_config({"name": "run", "model": "mlp", "partition": {"stages": 3}, "method": method})
+
+
+def test_heads_losses_and_link_weights_are_one_for_all_or_one_for_each():
+    one = with_method(head="linear", loss="cross_entropy", link={"weight": 0.5}).method
+    assert [one.stage_head(k).name for k in range(2)] == ["linear", "linear"]
+    assert [one.link.stage_weight(k) for k in range(2)] == [0.5, 0.5]
+    each = with_method(head=["linear", {"name": "conv", "args": {"hidden": 3}}], link={"weight": [1, 0.5]},
+                       loss=["cross_entropy", {"target": "a:b"}, "cross_entropy"])
+    assert [each.method.stage_head(k).name for k in range(2)] == ["linear", "conv"]
+    assert each.method.stage_loss(1).target == "a:b"
+    assert [each.method.link.stage_weight(k) for k in range(2)] == [1.0, 0.5]
+    assert parse_config(yaml.safe_load(dump_config(each))) == each
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ({"head": ["linear"]}, r"^method\.head: a list of 1 for 3 stages; give 2, one for each but the last, or one value "),
+    ({"loss": ["cross_entropy"] * 2}, r"^method\.loss: a list of 2 for 3 stages; give 3, one for each, or one value "),
+    ({"link": {"weight": [1.0] * 3}}, r"^method\.link\.weight: a list of 3 for 3 stages; give 2, one for each but the "),
+    ({"head": []}, r"^method\.head: .*at least 1 item.*, got \[\]$"),
+    ({"head": ["linear", {"nam": "conv"}]}, r"^method\.head\.1\.nam: unknown key; did you mean method\.head\.name\?$"),
+    ({"link": {"weight": [1.0, "a"]}}, r"^method\.link\.weight\.1: should be a valid number, got 'a'$"),
+    ({"link": {"reach": -1}}, r"^method\.link\.reach: must be a number of stages ≥ 0, or all, got -1$"),
+    ({"local_weight": -1}, r"^method\.local_weight: .*greater than or equal to 0, got -1$"),
+    ({"local_weight": 0.0, "link": {"reach": 0}}, r"^method\.local_weight: 0, and no link: only the last stage would "),
+    ({"name": "greedy", "local_weight": 0.0}, r"^method\.local_weight: 0, and no link: only the last stage would learn"),
+])
+def test_what_does_not_fit_the_stages_is_refused(method, message):
+    with pytest.raises(ConfigError, match=message):
+        with_method(**method)

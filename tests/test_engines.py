@@ -21,6 +21,13 @@ def mixed(stages):
                         method={"head": HEADS[:stages - 1], "loss": LOSSES[:stages], "link": {"delay": 1}})
 
 
+def far(name, delay, microbatches, alpha, **link):
+    """Links that reach further than the next stage, and treat their errors in every way there is."""
+    return small_config(name, partition__stages=4, method={"local_weight": alpha, "link": {
+        "length": "all", "delay": delay, **link}}, train__microbatches=microbatches,
+        data__args={"shape": [2, 8, 8], "classes": 4, "samples": 56})
+
+
 def grid(stages, lengths, delays, microbatches):
     """Every combination, the optimizers in turn."""
     return [small_config(f"length_{length}_delay_{delay}_micro_{micro}", train__epochs=3, partition__stages=stages,
@@ -32,7 +39,7 @@ def grid(stages, lengths, delays, microbatches):
 
 JOBS = {
     2: [
-        *grid(2, [1, 2, "all"], [0, 1, 2], [1, 4]),
+        *grid(2, [1, 2], [0, 1, 2], [1, 4]),
         small_config("greedy", partition__stages=2, method="greedy", optimizer=ADAMW),
         small_config("weighted", partition__stages=2, method={"link": {"weight": 0.5}, "head": "linear"}),
         small_config("unweighted", partition__stages=2, method__link__weight=0.0),
@@ -42,6 +49,11 @@ JOBS = {
     4: [
         *grid(4, [1, "all"], [0, 1, 3], [1, 2]),
         small_config("greedy", partition__stages=4, method="greedy", train__microbatches=2),
+        far("two", 1, 1, 0.0, reach=2),
+        far("two_in_time", 0, 4, 1.0, reach=2, weight=[1.0, 0.0, 0.5]),
+        far("farthest", 1, 2, 0.0, reach="all", take="farthest", wire="bf16"),
+        far("normalized", 2, 4, 0.5, reach=3, normalize=True, keep="recompute"),
+        far("late", 4, 1, 1.0, schedule="cosine", wire="bf16"),
         small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"}),
         mixed(4),
     ],

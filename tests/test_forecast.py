@@ -12,7 +12,7 @@ from conftest import assert_same_run, small_config, train_in_processes, train_lo
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from blpipe.config import LinkConfig, load_config, parse_config
+from blpipe.config import LinkConfig, MethodConfig, load_config, parse_config
 from blpipe.data import open_data
 from blpipe.engines.common import build_stage, role
 from blpipe.errors import ConfigError
@@ -22,7 +22,7 @@ from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import WIRES
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
 from blpipe.plan import Step, make_network, make_plan
-from blpipe.program import Ports, execute, train_program
+from blpipe.program import Factors, Ports, execute, train_program
 
 CPU = torch.device("cpu")
 MLP = {"name": "mlp", "args": {"hidden": [32] * 6, "batch_norm": False}}
@@ -60,12 +60,16 @@ def test_measured_costs_are_seconds_and_leave_the_model_as_it_is():
     assert network.model.training
 
 
+def linked(**link):
+    return MethodConfig(link=LinkConfig(**link))
+
+
 def test_a_stage_costs_its_blocks_its_head_and_its_link():
     network, _ = network_of(partition__stages=2)
     costs = profile(network, CPU)
     blocks, count = costs.blocks, len(costs.blocks)
     for start, end in ((0, 2), (1, 4), (2, count)):
-        stage = stage_cost(costs, start, end, LinkConfig(length=1))
+        stage = stage_cost(costs, start, end, linked(length=1))
         inner = blocks[start:end]
         assert stage.forward == pytest.approx(sum(b.forward for b in inner))
         for_input = blocks[0].backward - blocks[0].weight_backward if start == 0 else 0.0
@@ -75,21 +79,34 @@ def test_a_stage_costs_its_blocks_its_head_and_its_link():
         assert stage.link_backward == pytest.approx(0.0 if end == count else inner[-1].weight_backward)
         assert stage.batch_seconds("backlink", 4) == pytest.approx(
             4 * (stage.forward + stage.local_backward + stage.link_backward) + stage.step)
-    both = stage_cost(costs, 1, 4, LinkConfig(length=2))
+    both = stage_cost(costs, 1, 4, linked(length=2))
     assert both.link_backward == pytest.approx(blocks[2].weight_backward + blocks[3].backward)
-    again = stage_cost(costs, 1, 4, LinkConfig(length=2, keep="recompute"))
+    again = stage_cost(costs, 1, 4, linked(length=2, keep="recompute"))
     assert again.link_backward == pytest.approx(both.link_backward + blocks[2].forward + blocks[3].forward)
-    assert stage_cost(costs, 0, 4, LinkConfig(weight=0.0)).link_backward == 0.0
+    assert stage_cost(costs, 0, 4, linked(weight=0.0)).link_backward == 0.0
+
+
+def test_errors_that_reach_further_cost_a_backward_through_the_stage_for_each_hop_but_the_last():
+    network, _ = network_of(partition__stages=2)
+    costs = profile(network, CPU)
+    stage, count = costs.blocks[1:3], len(costs.blocks)
+    one, three, far = (stage_cost(costs, 1, 3, linked(length="all", **link))
+                       for link in ({}, {"reach": 3}, {"reach": 3, "take": "farthest"}))
+    assert (one.hops, three.hops) == (1, 3)
+    assert three.link_backward == pytest.approx(one.link_backward + 2 * sum(b.backward for b in stage))
+    assert far.link_backward == pytest.approx(one.link_backward + 2 * sum(b.input_backward for b in stage))
+    assert stage_cost(costs, 1, count - 1, linked(length="all", reach=3)).hops == 1
+    alone = stage_cost(costs, 1, 3, MethodConfig(local_weight=0.0))
+    assert alone.local_backward == pytest.approx(one.local_backward - sum(b.backward - b.input_backward for b in stage))
 
 
 def test_tables_for_all_stages_say_what_each_stage_says():
-    network, _ = network_of(partition__stages=2)
-    costs = profile(network, CPU)
-    link = LinkConfig(length="all")
-    table = seconds_table(costs, "backlink", link)
+    network, _ = network_of(partition__stages=2, method__link__length="all")
+    costs, method = profile(network, CPU), network.config.method
+    table = seconds_table(costs, "backlink")
     for start in range(len(costs.blocks)):
         for end in range(start + 1, len(costs.blocks) + 1):
-            assert table[start, end] == stage_cost(costs, start, end, link).batch_seconds("backlink", 1)
+            assert table[start, end] == stage_cost(costs, start, end, method).batch_seconds("backlink", 1)
     assert np.isinf(np.tril(table)[np.tril_indices(len(table))]).all()
 
 
@@ -115,13 +132,15 @@ def test_no_cut_between_blocks_that_share_a_parameter():
 
 @pytest.mark.parametrize("changes", [
     {}, {"train__microbatches": 4}, {"method__link": {"length": "all", "delay": 2}},
-    {"method__link": {"length": "all", "keep": "recompute"}}, {"method": "greedy", "optimizer": "adamw"}])
+    {"method__link": {"length": "all", "keep": "recompute"}}, {"method": "greedy", "optimizer": "adamw"},
+    {"method": {"link": {"reach": 2, "length": "all", "wire": "bf16"}, "local_weight": 0.0}, "partition__stages": 3}])
 def test_predicted_peak_memory_is_within_15_percent_of_what_torch_allocates(changes):
-    network, data = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, partition__stages=2,
-                               data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes)
+    network, data = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, **{
+        "partition__stages": 2, "data__args": {"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes})
     plan = make_plan(network.config, data.spec, network)
     for k, (start, end) in enumerate(pairwise([*plan.starts, len(network.block_names)])):
-        assert Rehearsal(network, CPU).peak_bytes(start, end) == pytest.approx(allocated_bytes(plan, k), rel=0.15)
+        predicted = Rehearsal(network, CPU).peak_bytes(start, end, plan.links[k])
+        assert predicted == pytest.approx(allocated_bytes(plan, k), rel=0.15)
 
 
 def allocated_bytes(plan, index):
@@ -131,7 +150,7 @@ def allocated_bytes(plan, index):
     stage = build_stage(plan, index, CPU)
     stage.train(True)
     held = sum(t.nbytes for part in (stage.blocks, stage.head) for t in (*part.parameters(), *part.buffers()))
-    steps = [Step(i, (size,) * config.train.microbatches) for i in range(4)]
+    steps = [Step(i, (size,) * config.train.microbatches) for i in range(5)]
 
     class Queue:
         def __init__(self, specs, ahead):
@@ -154,11 +173,11 @@ def allocated_bytes(plan, index):
 
     given = plan.outputs[size][index - 1] if index else plan.input(size)
     with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        errors = (config.method.link.delay + 1) * config.train.microbatches + 1
+        errors = plan.links[index].hops_in * (config.method.link.delay + 1) * config.train.microbatches + 1
         ports = Ports(Queue([given, plan.targets(size)], 2 if index else 0), Queue([], 0),
-                      Queue([plan.outputs[size][index]], errors), Queue([], 0))
+                      Queue([plan.error(size, index)], errors), Queue([], 0))
         for _ in execute(train_program(steps, role(plan, index), config.method.link.delay), stage, ports, steps,
-                         lambda step: 1.0, lambda op: None):
+                         lambda step: Factors(), lambda op: None):
             pass
     live = peak = 0
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

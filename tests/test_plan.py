@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from blpipe.config import Config, LinkConfig, parse_config
+from blpipe.config import Config, LinkConfig, MethodConfig, parse_config
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar
-from blpipe.plan import Plan, Step, evaluation_sizes, make_plan, notices, step_sizes, tail_length, trace_shapes
+from blpipe.plan import Plan, Step, evaluation_sizes, make_plan, notices, stage_links, step_sizes, trace_shapes
+from blpipe.shapes import TensorSpec
+from blpipe.stage import Links
 
 IMAGES = DataSpec((3, 8, 8), "float32", (), 4, 24, 10)
 TOKENS = DataSpec((6,), "int64", (6,), 9, 24, 10)
@@ -280,8 +282,8 @@ def test_the_loss_and_the_optimizer_are_checked(changes, message):
 
 @pytest.mark.parametrize(("length", "blocks", "tail"), [(1, 3, 1), (3, 3, 3), (9, 3, 3), ("all", 3, 3), (0, 3, 0)])
 def test_a_tail_is_the_links_length_clipped_to_the_stage(length, blocks, tail):
-    assert tail_length(LinkConfig(length=length), blocks) == tail
-    assert tail_length(LinkConfig(length=length, weight=0.0), blocks) == 0
+    assert stage_links(MethodConfig(link=LinkConfig(length=length)), [blocks, 1])[0].tail == tail
+    assert stage_links(MethodConfig(link=LinkConfig(length=length, weight=0.0)), [blocks, 1])[0].tail == 0
 
 
 SIX = {"name": "mlp", "args": {"hidden": [4] * 5}}
@@ -298,11 +300,51 @@ SIX = {"name": "mlp", "args": {"hidden": [4] * 5}}
     ({"name": "bp"}, [0, 0, 0]),
 ])
 def test_every_stage_but_the_last_has_a_tail_where_there_is_a_link(method, tails):
-    assert plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]}).tails == tails
+    links = plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]}).links
+    assert [each.tail for each in links] == tails
+    assert [each.hops_in for each in links] == [int(tail > 0) for tail in tails]
 
 
-def test_a_single_stage_has_no_tail():
-    assert plan(partition={"stages": 1}).tails == [0]
+def test_a_single_stage_has_no_link():
+    assert plan(partition={"stages": 1}).links == [Links(weight=0.0)]
+
+
+@pytest.mark.parametrize(("reach", "weight", "hops_in"), [
+    (1, 1.0, [1, 1, 1, 0]), (2, 1.0, [2, 2, 1, 0]), ("all", 1.0, [3, 2, 1, 0]), (9, 1.0, [3, 2, 1, 0]),
+    (0, 1.0, [0, 0, 0, 0]), (1, [0.0, 1.0, 1.0], [0, 1, 1, 0]), (2, [1.0, 0.0, 0.0], [2, 1, 0, 0]),
+    (3, [1.0, 0.0, 0.0], [3, 2, 1, 0]),
+])
+def test_a_stage_gets_the_errors_in_reach_and_those_that_it_passes_on(reach, weight, hops_in):
+    made = plan(SIX, method={"link": {"reach": reach, "weight": weight, "length": "all"}}, partition={"stages": 4})
+    assert [links.hops_in for links in made.links] == hops_in
+    assert [links.hops_out for links in made.links] == [0, *hops_in[:-1]]
+    weights = weight if isinstance(weight, list) else [weight] * 3
+    assert [links.weight for links in made.links] == [*weights, 0.0]
+
+
+def test_the_last_stage_always_learns_from_its_own_loss_in_full():
+    made = plan(SIX, method={"local_weight": 0.25}, partition={"stages": 3})
+    assert [links.local_weight for links in made.links] == [0.25, 0.25, 1.0]
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ({"link": {"reach": 2}}, r"^method\.link\.reach: 2: stage 2 passes errors on through all of its 2 blocks, and "
+                             r"method\.link\.length is 1; set method\.link\.length=all$"),
+    ({"local_weight": 0.0}, r"^method\.local_weight: 0, and no link through all blocks of stage 2 \(layer2 … layer3\): "
+                            r"they would not learn; set method\.link\.length=all, or a local weight above 0$"),
+    ({"local_weight": 0.0, "link": {"length": "all", "weight": [1.0, 0.0]}},
+     r"^method\.local_weight: 0, and no link .*of stage 2 .*; give it a method\.link\.weight, or"),
+])
+def test_links_that_cannot_be_are_refused(method, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]})
+
+
+def test_an_error_in_bf16_takes_half_of_the_bytes():
+    made = plan(SIX, method={"link": {"wire": "bf16"}}, partition={"stages": 3})
+    size = made.step_sizes[0][0]
+    assert made.error(size, 0) == TensorSpec(made.outputs[size][0].shape, torch.bfloat16)
+    assert plan(SIX, partition={"stages": 3}).error(size, 0) == made.outputs[size][0]
 
 
 def test_a_link_longer_than_a_stage_is_noticed():

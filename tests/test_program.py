@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blpipe.plan import Step
+from blpipe.config import LinkConfig, MethodConfig
+from blpipe.plan import Step, hops
 from blpipe.program import Kind, Op, Role, evaluation_program, train_program
 
-LINKED = Role(sends=True, sends_error=True, linked=True)
+LINKED = Role(sends=True, hops_out=1, hops_in=1)
 PROPERTY = settings(deadline=None, max_examples=120)
 
-roles = st.builds(Role, st.booleans(), st.booleans(), st.booleans())
+roles = st.builds(Role, st.booleans(), st.integers(0, 3), st.integers(0, 3))
 delays = st.integers(0, 4)
 steps_of_any_size = st.builds(
     lambda first, counts: [Step(first + i, (2,) * count) for i, count in enumerate(counts)],
@@ -23,8 +24,8 @@ def program(steps, role, delay) -> list[Op]:
     return list(train_program(steps, role, delay))
 
 
-def of_kind(ops, kind) -> list[tuple[int, int]]:
-    return [(op.step, op.microbatch) for op in ops if op.kind is kind]
+def of_kind(ops, kind, hop=None) -> list[tuple[int, int]]:
+    return [(op.step, op.microbatch) for op in ops if op.kind is kind and hop in (None, op.hop)]
 
 
 def by_step(ops) -> list[list[Op]]:
@@ -46,9 +47,12 @@ def test_every_microbatch_goes_once_through_every_op_of_its_role_in_order(steps,
     ops = program(steps, role, delay)
     all_of_them = [(step.index, micro) for step in steps for micro in range(len(step.sizes))]
     for kind, happens in ((Kind.RECEIVE, True), (Kind.FORWARD, True), (Kind.LOCAL_BACKWARD, True),
-                          (Kind.SEND, role.sends), (Kind.SEND_ERROR, role.sends_error),
-                          (Kind.RECEIVE_ERROR, role.linked), (Kind.LINK_BACKWARD, role.linked)):
+                          (Kind.SEND, role.sends)):
         assert of_kind(ops, kind) == (all_of_them if happens else []), kind
+    for hop in range(1, 5):
+        comes, goes = hop <= role.hops_in, hop <= role.hops_out and hop - 1 <= role.hops_in
+        for kind, happens in ((Kind.RECEIVE_ERROR, comes), (Kind.LINK_BACKWARD, comes), (Kind.SEND_ERROR, goes)):
+            assert of_kind(ops, kind, hop) == (all_of_them if happens else []), (kind, hop)
     assert of_kind(ops, Kind.EVALUATE) == []
 
 
@@ -65,31 +69,34 @@ def test_each_step_ends_with_its_only_optimizer_step(steps, role, delay):
 @given(steps=steps_of_any_size, role=roles, delay=delays)
 def test_a_microbatch_is_received_run_sent_and_backpropagated_before_the_next_one(steps, role, delay):
     ops = program(steps, role, delay)
-    forward = [op for op in ops if op.kind not in (Kind.RECEIVE_ERROR, Kind.LINK_BACKWARD, Kind.STEP)]
-    order = [Kind.RECEIVE, Kind.FORWARD, *[Kind.SEND] * role.sends, Kind.LOCAL_BACKWARD,
-             *[Kind.SEND_ERROR] * role.sends_error]
-    assert forward == [Op(kind, step.index, micro) for step in steps for micro in range(len(step.sizes))
-                       for kind in order]
+    forward = [op for op in ops if op.kind not in (Kind.RECEIVE_ERROR, Kind.LINK_BACKWARD, Kind.STEP) and op.hop < 2]
+    order = [(Kind.RECEIVE, 0), (Kind.FORWARD, 0), *[(Kind.SEND, 0)] * role.sends, (Kind.LOCAL_BACKWARD, 0),
+             *[(Kind.SEND_ERROR, 1)] * (role.hops_out > 0)]
+    assert forward == [Op(kind, step.index, micro, hop) for step in steps for micro in range(len(step.sizes))
+                       for kind, hop in order]
 
 
 @PROPERTY
-@given(steps=steps_of_any_size, delay=delays)
-def test_an_error_is_received_right_before_its_link_backward(steps, delay):
-    ops = program(steps, LINKED, delay)
+@given(steps=steps_of_any_size, role=roles, delay=delays)
+def test_an_error_is_received_right_before_its_link_backward_and_passed_on_right_after(steps, role, delay):
+    ops = program(steps, role, delay)
     for before, op in zip(ops, ops[1:], strict=False):
         assert (before.kind is Kind.RECEIVE_ERROR) == (op.kind is Kind.LINK_BACKWARD)
         if op.kind is Kind.LINK_BACKWARD:
             assert before[1:] == op[1:]
+        if op.kind is Kind.SEND_ERROR and op.hop > 1:
+            assert before == Op(Kind.LINK_BACKWARD, op.step, op.microbatch, op.hop - 1)
 
 
 @PROPERTY
-@given(steps=steps_of_any_size, delay=delays)
-def test_a_link_goes_into_the_step_that_its_delay_names_or_into_the_flush(steps, delay):
+@given(steps=steps_of_any_size, role=roles, delay=delays)
+def test_an_error_of_each_hop_goes_into_the_step_that_its_delay_names_or_into_the_flush(steps, role, delay):
     last = steps[-1].index
-    parts = by_step(program(steps, LINKED, delay))
+    parts = by_step(program(steps, role, delay))
     for step, part in zip(steps, parts, strict=True):
-        for linked, _ in of_kind(part, Kind.LINK_BACKWARD):
-            assert step.index == min(linked + delay, last)
+        for hop in range(1, 4):
+            for linked, _ in of_kind(part, Kind.LINK_BACKWARD, hop):
+                assert step.index == min(linked + hop * delay, last)
 
 
 @PROPERTY
@@ -97,7 +104,7 @@ def test_a_link_goes_into_the_step_that_its_delay_names_or_into_the_flush(steps,
 def test_a_link_comes_after_its_own_local_backward(steps, delay):
     ops = program(steps, LINKED, delay)
     for step, micro in of_kind(ops, Kind.LINK_BACKWARD):
-        assert ops.index(Op(Kind.LOCAL_BACKWARD, step, micro)) < ops.index(Op(Kind.LINK_BACKWARD, step, micro))
+        assert ops.index(Op(Kind.LOCAL_BACKWARD, step, micro)) < ops.index(Op(Kind.LINK_BACKWARD, step, micro, 1))
 
 
 @PROPERTY
@@ -106,7 +113,7 @@ def test_without_a_delay_the_next_local_backward_hides_the_wait(steps):
     ops = program(steps, LINKED, 0)
     for step in steps:
         for micro in range(len(step.sizes) - 1):
-            link = ops.index(Op(Kind.RECEIVE_ERROR, step.index, micro))
+            link = ops.index(Op(Kind.RECEIVE_ERROR, step.index, micro, 1))
             assert ops.index(Op(Kind.LOCAL_BACKWARD, step.index, micro + 1)) < link
             if micro + 2 < len(step.sizes):
                 assert link < ops.index(Op(Kind.RECEIVE, step.index, micro + 2))
@@ -120,8 +127,8 @@ def test_with_a_delay_every_link_has_its_own_microbatch_of_a_later_step(count, d
     for step in steps[:-1]:
         for micro in range(count):
             if step.index >= delay:
-                link = ops.index(Op(Kind.RECEIVE_ERROR, step.index - delay, micro))
-                assert link > ops.index(Op(Kind.SEND_ERROR, step.index, micro))
+                link = ops.index(Op(Kind.RECEIVE_ERROR, step.index - delay, micro, 1))
+                assert link > ops.index(Op(Kind.SEND_ERROR, step.index, micro, 1))
                 assert link < ops.index(Op(Kind.RECEIVE, step.index, micro + 1) if micro + 1 < count
                                         else Op(Kind.STEP, step.index))
 
@@ -131,7 +138,7 @@ LETTERS = {Kind.FORWARD: "F", Kind.LOCAL_BACKWARD: "B", Kind.LINK_BACKWARD: "L",
 
 def drawn(ops) -> str:
     return " ".join(f"{LETTERS[op.kind]}{op.step}{'abcd'[op.microbatch] if op.microbatch >= 0 else ''}"
-                    for op in ops if op.kind in LETTERS)
+                    f"{op.hop if op.hop > 1 else ''}" for op in ops if op.kind in LETTERS)
 
 
 @pytest.mark.parametrize(("delay", "microbatches", "expected"), [
@@ -150,22 +157,34 @@ def test_the_schedule_drawn(delay, microbatches, expected):
     assert drawn(program(steps, LINKED, delay)) == " ".join(expected.split())
 
 
+@pytest.mark.parametrize(("delay", "microbatches", "expected"), [
+    (0, (1,), "F0a B0a L0a L0a2 S0"),
+    (0, (3,), "F0a B0a F0b B0b L0a F0c B0c L0b L0a2 L0c L0b2 L0c2 S0"),
+    (1, (1, 1, 1, 1), "F0a B0a S0  F1a B1a L0a S1  F2a B2a L1a L0a2 S2  F3a B3a L2a L1a2 L3a L2a2 L3a2 S3"),
+    (2, (1, 1, 1), "F0a B0a S0  F1a B1a S1  F2a B2a L0a L1a L2a L0a2 L1a2 L2a2 S2"),
+])
+def test_the_schedule_of_a_link_that_reaches_two_stages_drawn(delay, microbatches, expected):
+    steps = [Step(i, (4,) * count) for i, count in enumerate(microbatches)]
+    assert drawn(program(steps, Role(sends=True, hops_out=2, hops_in=2), delay)) == " ".join(expected.split())
+
+
 def test_a_whole_program_drawn():
     assert program([Step(7, (4,))], LINKED, 1) == [
         Op(Kind.RECEIVE, 7, 0), Op(Kind.FORWARD, 7, 0), Op(Kind.SEND, 7, 0), Op(Kind.LOCAL_BACKWARD, 7, 0),
-        Op(Kind.SEND_ERROR, 7, 0), Op(Kind.RECEIVE_ERROR, 7, 0), Op(Kind.LINK_BACKWARD, 7, 0), Op(Kind.STEP, 7)]
+        Op(Kind.SEND_ERROR, 7, 0, 1), Op(Kind.RECEIVE_ERROR, 7, 0, 1), Op(Kind.LINK_BACKWARD, 7, 0, 1),
+        Op(Kind.STEP, 7)]
 
 
 def test_the_errors_are_sent_before_any_is_waited_for():
     """Else each stage would wait for the one after it: a chain."""
     ops = program([Step(0, (4,))], LINKED, 0)
-    assert ops.index(Op(Kind.SEND_ERROR, 0, 0)) < ops.index(Op(Kind.RECEIVE_ERROR, 0, 0))
+    assert ops.index(Op(Kind.SEND_ERROR, 0, 0, 1)) < ops.index(Op(Kind.RECEIVE_ERROR, 0, 0, 1))
 
 
 # A whole pipeline.
 
 class Pipeline:
-    """Stages in turn, each run until it needs a message or room; messages are (step, microbatch)."""
+    """Stages in turn, each run until it needs a message or room; messages are (step, microbatch, hop)."""
 
     def __init__(self, programs, roles, capacity):
         self.programs = [iter(ops) for ops in programs]
@@ -187,7 +206,7 @@ class Pipeline:
         return self.waiting[k] is not start
 
     def can_run(self, k: int, op: Op) -> bool:
-        message = (op.step, op.microbatch)
+        message = (op.step, op.microbatch, op.hop)
         match op.kind:
             case Kind.SEND:
                 if len(self.activations[k]) >= self.capacity:
@@ -202,24 +221,25 @@ class Pipeline:
         return True
 
     @staticmethod
-    def take(queue: deque, wanted: tuple[int, int]) -> bool:
+    def take(queue: deque, wanted: tuple[int, int, int]) -> bool:
         if not queue:
             return False
         assert queue.popleft() == wanted
         return True
 
 
-def roles_of_a_pipeline(links: list[bool]) -> list[Role]:
-    """The roles of a stage more than there are boundaries, each with a link or without."""
-    return [Role(sends=k < len(links), sends_error=k > 0 and links[k - 1], linked=k < len(links) and links[k])
-            for k in range(len(links) + 1)]
+def roles_of_a_pipeline(weights: list[float], reach) -> list[Role]:
+    """The roles of a stage more than there are weights λ: a stage of weight 0 wants no error of its own."""
+    link = LinkConfig(reach=reach, weight=tuple(weights)) if weights else LinkConfig()
+    hops_in = hops(MethodConfig(link=link), len(weights) + 1)
+    return [Role(k < len(weights), hops_in[k - 1] if k else 0, hops_in[k]) for k in range(len(hops_in))]
 
 
 @PROPERTY
-@given(steps=steps_of_any_size, delay=delays, links=st.lists(st.booleans(), max_size=5),
-       capacity=st.sampled_from([1, 2, 10**9]))
-def test_a_pipeline_never_deadlocks_and_receives_what_was_sent_in_order(steps, delay, links, capacity):
-    roles = roles_of_a_pipeline(links)
+@given(steps=steps_of_any_size, delay=delays, weights=st.lists(st.sampled_from([0.0, 1.0]), max_size=5),
+       reach=st.sampled_from([0, 1, 2, 3, "all"]), capacity=st.sampled_from([1, 2, 10**9]))
+def test_a_pipeline_never_deadlocks_and_receives_what_was_sent_in_order(steps, delay, weights, reach, capacity):
+    roles = roles_of_a_pipeline(weights, reach)
     pipeline = Pipeline([train_program(steps, role, delay) for role in roles], roles, capacity)
     pipeline.run()
     assert not any(pipeline.activations)
@@ -227,9 +247,30 @@ def test_a_pipeline_never_deadlocks_and_receives_what_was_sent_in_order(steps, d
 
 
 @PROPERTY
+@given(weights=st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6), reach=st.integers(1, 7))
+def test_every_stage_gets_the_errors_within_its_reach_and_no_more_than_are_needed(weights, reach):
+    last = len(weights)
+    for k, role in enumerate(roles_of_a_pipeline(weights, reach)[:-1]):
+        from_here_on = [min(reach, last - j) - (k - j) for j in range(k + 1) if weights[j]]
+        assert role.hops_in == max([0, *from_here_on])
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=st.integers(1, 4), reach=st.integers(1, 4))
+def test_with_a_delay_nothing_waits_for_the_next_stage_before_the_flush(steps, delay, reach):
+    """A stage that is a step ahead of the next one never has to wait for it: all that it takes has been sent."""
+    roles = roles_of_a_pipeline([1.0] * 4, reach)
+    for here, following in zip(roles, roles[1:], strict=False):
+        sent = {(op.step, op.microbatch, op.hop): when for when, part in enumerate(by_step(program(
+            steps, following, delay))) for op in part if op.kind is Kind.SEND_ERROR}
+        for when, part in enumerate(by_step(program(steps, here, delay))[:-1]):
+            assert all(sent[op.step, op.microbatch, op.hop] < when for op in part if op.kind is Kind.RECEIVE_ERROR)
+
+
+@PROPERTY
 @given(batches=st.integers(0, 6), stages=st.integers(1, 5), capacity=st.sampled_from([1, 10**9]))
 def test_an_evaluation_sends_every_batch_through_every_stage_and_no_error_back(batches, stages, capacity):
-    roles = roles_of_a_pipeline([True] * (stages - 1))
+    roles = roles_of_a_pipeline([1.0] * (stages - 1), 1)
     programs = [list(evaluation_program(batches, role)) for role in roles]
     for ops, role in zip(programs, roles, strict=True):
         everything = [(index, 0) for index in range(batches)]

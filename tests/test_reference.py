@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_run, metrics_of, small_config, state_of, train_in_processes, train_locally
+from torch.func import functional_call
 
 from blpipe.config import parse_config
 from blpipe.data import open_data
@@ -61,6 +62,79 @@ def test_exact_backlink_equals_a_hand_written_reference(length, tmp_path):
     trained = model_of(train_locally(tree, tmp_path))
     for name, expected in plan.model.state_dict().items():
         torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+LINKS = [
+    (0.0, {"reach": 2, "delay": 0}),
+    (0.4, {"reach": 2, "delay": 1, "weight": [0.5, 0.0, 2.0]}),
+    (0.0, {"reach": "all", "delay": 1, "take": "farthest"}),
+    (1.0, {"reach": 3, "delay": 2, "take": "farthest", "keep": "recompute"}),
+    (0.4, {"reach": 1, "delay": 4, "schedule": {"name": "multistep", "milestones": [1], "gamma": 0.3}}),
+    (0.0, {"reach": 2, "delay": 1, "normalize": True}),
+    (0.4, {"reach": 0}),
+]
+
+
+@pytest.mark.parametrize(("alpha", "link"), LINKS)
+def test_every_link_equals_a_hand_written_reference(link, alpha, tmp_path):
+    """All losses backpropagated end to end through copies of the weights, and their parts added when they are due."""
+    tree = small_config("reference", model=NO_DROPOUT, partition__stages=4, method__local_weight=alpha,
+                        method__link={"length": "all", **link})
+    config, data, plan = prepared(tree)
+    given, last = config.method.link, len(plan.stages) - 1
+    heads = [build_head(config.method.head, plan.boundaries[k], config.seed, plan.block_names(k)[-1])
+             for k in range(last)] + [torch.nn.Identity()]
+    optimizers = [torch.optim.SGD([*s.parameters(), *h.parameters()], lr=0.05, momentum=0.9)
+                  for s, h in zip(plan.stages, heads, strict=True)]
+    for epoch in range(config.train.epochs):
+        batches = list(data.train_batches(config.seed, epoch, 16, False))
+        factor = 0.3 if epoch == 1 and given.schedule.name == "multistep" else 1.0
+        due = []  # (step, stage, weight, gradients)
+        for t, (out, y) in enumerate(batches):
+            copies = [{n: p.detach().clone().requires_grad_() for n, p in s.named_parameters()} for s in plan.stages]
+            losses = []
+            for stage, copy, head in zip(plan.stages, copies, heads, strict=True):
+                out = functional_call(stage, copy, (out,))
+                losses.append(F.cross_entropy(head(out), y))
+            for k, head in enumerate(heads):
+                own = torch.autograd.grad(losses[k], copies[k].values(), retain_graph=True)
+                due.append((t, k, alpha if k < last else 1.0, own))
+                farthest = min(last if given.reach == "all" else given.reach, last - k)
+                for j in range(1 if given.take == "every" else max(1, farthest), farthest + 1):
+                    gradients = torch.autograd.grad(losses[k + j], copies[k].values(), retain_graph=True)
+                    weight = given.stage_weight(k) * factor * (norm(own) / norm(gradients) if given.normalize else 1.0)
+                    due.append((min(t + j * given.delay, len(batches) - 1), k, weight, gradients))
+                for p in head.parameters():
+                    p.grad, = torch.autograd.grad(losses[k], p, retain_graph=True)
+            for _, k, weight, gradients in (part for part in due if part[0] == t and part[2]):
+                for p, g in zip(plan.stages[k].parameters(), gradients, strict=True):
+                    p.grad = weight * g if p.grad is None else p.grad + weight * g
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    trained = model_of(train_locally(tree, tmp_path))
+    for name, expected in plan.model.state_dict().items():
+        torch.testing.assert_close(trained[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def norm(gradients):
+    return sum(float(g.square().sum()) for g in gradients) ** 0.5
+
+
+def test_links_that_reach_all_of_the_way_are_backpropagation(tmp_path):
+    method = {"link": {"reach": "all", "take": "farthest", "delay": 0, "length": "all"}, "local_weight": 0.0}
+    linked = train_locally(small_config("linked", model=NO_DROPOUT, method=method), tmp_path)
+    plain = train_locally(small_config("bp", model=NO_DROPOUT, method__name="bp"), tmp_path)
+    for name, expected in model_of(plain).items():
+        torch.testing.assert_close(model_of(linked)[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_in_bf16_change_no_more_than_their_rounding(tmp_path):
+    full, half = (model_of(train_locally(small_config("run", model=NO_DROPOUT, method__link={"wire": wire},
+                                                      train__epochs=1), tmp_path / wire)) for wire in ("full", "bf16"))
+    assert not torch.equal(full["0.0.weight"], half["0.0.weight"])
+    for name, tensor in full.items():
+        torch.testing.assert_close(half[name], tensor, rtol=2e-2, atol=2e-3)
 
 
 def test_one_stage_equals_a_plain_loop(tmp_path):

@@ -9,12 +9,12 @@ from torch import nn
 from blpipe.config import LinkConfig
 from blpipe.losses import cross_entropy
 from blpipe.seeds import RandomStream
-from blpipe.stage import Stage
+from blpipe.stage import Links, Stage
 
 CPU = torch.device("cpu")
 
 
-def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0):
+def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
@@ -23,8 +23,8 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0):
     made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
             "adamw": lambda: torch.optim.AdamW(parameters, lr=0.1),
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
-    return Stage(blocks, head, cross_entropy(), tail=tail, link=LinkConfig(length=tail, delay=delay, keep=keep),
-                 sends_error=True, optimizer=made, stream=RandomStream(1, CPU))
+    return Stage(blocks, head, cross_entropy(), links=Links(1, 1, tail, **links),
+                 link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU))
 
 
 def microbatch(seed):
@@ -106,12 +106,12 @@ def test_the_snapshot_is_made_once_a_step():
         x, targets = microbatch(seed)
         stage.forward(x)
         stage.local_backward(targets, 0.5)
-        runs.append(stage._awaiting_error[-1].parameters)
+        runs.append(stage._awaiting[1][-1].parameters)
     assert runs[0] is runs[1]
     stage.step(1.0)
     stage.forward(x)
     stage.local_backward(targets, 1.0)
-    assert stage._awaiting_error[-1].parameters is not runs[0]
+    assert stage._awaiting[1][-1].parameters is not runs[0]
 
 
 def test_frozen_parameters_stay_and_the_rest_learns():
@@ -129,7 +129,7 @@ def test_frozen_parameters_stay_and_the_rest_learns():
 
 def make_frozen_copy(stage):
     parameters = [p for p in (*stage.blocks.parameters(), *stage.head.parameters()) if p.requires_grad]
-    return Stage(stage.blocks, stage.head, stage.loss, tail=2, link=stage.link, sends_error=True,
+    return Stage(stage.blocks, stage.head, stage.loss, links=stage.links, link=stage.link,
                  optimizer=torch.optim.SGD(parameters, lr=0.1), stream=stage.stream)
 
 
@@ -139,8 +139,8 @@ def test_a_recomputed_tail_has_the_buffers_of_its_own_forward():
     for keep in ("graph", "recompute"):
         torch.manual_seed(0)
         blocks = nn.Sequential(nn.Linear(5, 5), torch.nn.utils.spectral_norm(nn.Linear(5, 5)))
-        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), tail=1, link=LinkConfig(delay=1, keep=keep),
-                      sends_error=True, optimizer=torch.optim.SGD(blocks.parameters(), lr=0.1),
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links(1, 1, 1),
+                      link=LinkConfig(delay=1, keep=keep), optimizer=torch.optim.SGD(blocks.parameters(), lr=0.1),
                       stream=RandomStream(1, CPU))
         for seed in range(2):
             x, targets = microbatch(seed)

@@ -15,7 +15,7 @@ from blpipe.errors import PeerLostError, StageError, UserError
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
 from blpipe.plan import Plan
-from blpipe.program import Role
+from blpipe.program import Factors, Role
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
 from blpipe.trace import Span
@@ -114,8 +114,8 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
         head = _on(device, plan.build_head(index))
     loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity())
     parameters = [p for part in (blocks, head, loss) if part is not None for p in part.parameters()]
-    return Stage(blocks, head, loss, tail=plan.tails[index], link=config.method.link,
-                 sends_error=role(plan, index).sends_error, optimizer=build_optimizer(config.optimizer, parameters),
+    return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
+                 optimizer=build_optimizer(config.optimizer, parameters),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device))
 
 
@@ -126,14 +126,15 @@ def _on(device: torch.device, module: Module) -> Module:
 
 
 def role(plan: Plan, index: int) -> Role:
-    """Which neighbours the stage with this index, from 0, talks to."""
-    return Role(sends=index < len(plan.stages) - 1, sends_error=index > 0 and plan.tails[index - 1] > 0,
-                linked=plan.tails[index] > 0)
+    """What the stage with this index, from 0, exchanges with its neighbours."""
+    return Role(index < len(plan.stages) - 1, plan.links[index].hops_out, plan.links[index].hops_in)
 
 
-def learning_rate(plan: Plan, step: int) -> float:
-    """The factor on the learning rate at a step of the run, from 0."""
-    return lr_factor(plan.config.schedule, step, len(plan.step_sizes), plan.config.train.epochs)
+def factors(plan: Plan, step: int) -> Factors:
+    """What the schedules say of a step of the run, from 0."""
+    length = len(plan.step_sizes), plan.config.train.epochs
+    return Factors(lr_factor(plan.config.schedule, step, *length),
+                   lr_factor(plan.config.method.link.schedule, step, *length))
 
 
 def seconds_since(started: float, device: torch.device) -> float:

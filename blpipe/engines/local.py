@@ -17,7 +17,7 @@ from blpipe.engines.common import (
     StageReport,
     blame,
     build_stage,
-    learning_rate,
+    factors,
     report,
     role,
     seconds_since,
@@ -50,6 +50,7 @@ class LocalEngine:
     def train_epoch(self, epoch: int, on_step: OnStep) -> None:
         """Train all steps of one epoch, from 0."""
         self._set_mode(training=True)
+        self._tallies[False] = [Tally() for _ in self.stages]  # of the evaluation to come
         started = perf_counter()
         if self.plan.config.method.name == "bp":
             self._backpropagate(epoch, on_step)
@@ -117,7 +118,7 @@ class LocalEngine:
         for k, program in enumerate(programs):
             ports = Ports(feed if k == 0 else forward[k - 1], forward[k] if k < len(edges) else None,
                           errors[k] if k < len(edges) else None, errors[k - 1] if k > 0 else None)
-            running[k] = execute(program, self.stages[k], ports, steps, lambda s: learning_rate(self.plan, s),
+            running[k] = execute(program, self.stages[k], ports, steps, lambda s: factors(self.plan, s),
                                  watch(k))
         while running:
             before = dict(now)
@@ -150,7 +151,7 @@ class LocalEngine:
                     stage.tally.add(loss, x, targets)
                     (loss * (size / sum(step.sizes))).backward()
                 for stage in stages:
-                    stage.step(learning_rate(self.plan, step.index))
+                    stage.step(factors(self.plan, step.index).lr)
             except Exception as error:
                 raise blame(self.plan, stages.index(stage), f"step {step.index}", error) from error
             on_step()

@@ -13,13 +13,14 @@ from blpipe.engines.common import (
     StageReport,
     blame,
     build_stage,
-    learning_rate,
+    factors,
     report,
     role,
     seconds_since,
     test_microbatches,
     train_microbatches,
 )
+from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
 from blpipe.program import Inbox, Kind, Op, Ports, evaluation_program, execute, train_program
 from blpipe.trace import Span, SpanLog
@@ -58,7 +59,7 @@ class PipelineEngine:
     def train_epoch(self, epoch: int, on_step: OnStep) -> None:
         """Train all steps of one epoch, from 0."""
         self.stage.train(True)
-        self._train_tally = self.stage.tally
+        self._train_tally, self._val_tally = self.stage.tally, Tally()
         steps = self.plan.train_steps(epoch)
         feed = None
         if self.data is not None:
@@ -67,13 +68,9 @@ class PipelineEngine:
         if self._backprop is not None:
             self._train_by_backprop(self._backprop, steps, feed, on_step)
         else:
-            sizes = [size for step in steps for size in step.sizes]
-            self._expect_activations(sizes)
-            if self.role.linked:
-                assert self._errors_in is not None
-                ahead = errors_ahead(self.plan.config.method.link.delay, self.plan.config.train.microbatches)
-                self._errors_in.expect([self._error_layout(size) for size in sizes], ahead)
-            self._run(train_program(steps, self.role, self.plan.config.method.link.delay), feed, steps, on_step)
+            self._expect_activations([size for step in steps for size in step.sizes])
+            self._expect_errors(steps)
+            self._run(self._program(steps), feed, steps, on_step)
         self._wait_seconds = self._waited() - waited
         self._train_seconds = seconds_since(started, self.world.device)
 
@@ -124,7 +121,7 @@ class PipelineEngine:
                 on_step()
 
         try:
-            for _ in execute(program, self.stage, ports, steps, lambda s: learning_rate(self.plan, s), watch):
+            for _ in execute(program, self.stage, ports, steps, lambda s: factors(self.plan, s), watch):
                 raise AssertionError("queues between processes wait by themselves")
             if log is not None:
                 log.end(self.index)
@@ -141,7 +138,7 @@ class PipelineEngine:
             for step in steps:
                 where = f"step {step.index}"
                 backprop.train_step(step, feed)
-                self.stage.step(learning_rate(self.plan, step.index))
+                self.stage.step(factors(self.plan, step.index).lr)
                 on_step()
             backprop.drain()
         except Exception as error:
@@ -151,20 +148,29 @@ class PipelineEngine:
         if self._activations_in is not None:
             self._activations_in.expect([self._activation_layout(size) for size in sizes], ACTIVATIONS_AHEAD)
 
+    def _program(self, steps: Sequence[Step]) -> Iterator[Op]:
+        return train_program(steps, self.role, self.plan.config.method.link.delay)
+
+    def _expect_errors(self, steps: Sequence[Step]) -> None:
+        if self._errors_in is not None:
+            sizes = {step.index: step.sizes for step in steps}
+            layouts = [(self.plan.error(sizes[op.step][op.microbatch], self.index),)
+                       for op in self._program(steps) if op.kind is Kind.RECEIVE_ERROR]
+            config = self.plan.config
+            self._errors_in.expect(layouts, errors_ahead(config.method.link.delay, config.train.microbatches,
+                                                         self.role.hops_in))
+
     def _activation_layout(self, size: int) -> Layout:
         return self.plan.outputs[size][self.index - 1], self.plan.targets(size)
-
-    def _error_layout(self, size: int) -> Layout:
-        return self.plan.outputs[size][self.index],
 
     def _waited(self) -> float:
         queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out]
         return sum(queue.wait_seconds for queue in queues if queue is not None)
 
 
-def errors_ahead(delay: int, microbatches: int) -> int:
+def errors_ahead(delay: int, microbatches: int, hops: int) -> int:
     """Receives of errors posted ahead: one for every error that can be under way, so that no sender ever waits."""
-    return (delay + 1) * microbatches + 1
+    return hops * (delay + 1) * microbatches + 1
 
 
 def contract(plan: Plan) -> dict[str, Any]:

@@ -6,15 +6,15 @@ from enum import Enum
 from itertools import pairwise
 from math import prod
 
-from blpipe.config import Config, LinkConfig, PartitionConfig
+from blpipe.config import Config, MethodConfig, PartitionConfig
 from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import Rehearsal, estimated_bytes
+from blpipe.forecast.memory import Rehearsal, estimated_bytes, rehearsed_steps
 from blpipe.forecast.simulate import Timeline, Wire, simulate
 from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
 from blpipe.partition import even_starts
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan, Step, for_any_stage, hops
 from blpipe.program import Kind, Op, Role, train_program
 
 # Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few.
@@ -72,25 +72,27 @@ class Method:
 
 def methods(config: Config) -> list[Method]:
     """What `plan` compares: the config's own method first, then BackLink, GPipe, 1F1B and zero-bubble."""
-    micro, link, name = config.train.microbatches, config.method.link, config.method.name
-    own = _schedule("1F1B", micro) if name == "bp" else _local(name, link.delay, link, micro)
-    others = [*(_local("backlink", delay, link, micro) for delay in (0, 1)),
+    micro, method = config.train.microbatches, for_any_stage(config.method)
+    own = _schedule("1F1B", micro) if method.name == "bp" else _local(method, method.link.delay, micro)
+    backlink = method.model_copy(update={"name": "backlink"})
+    others = [*(_local(backlink, delay, micro) for delay in (0, 1)),
               *(_schedule(schedule, micro) for schedule in SCHEDULES)]
     return [own, *(method for method in others if method.name != own.name)]
 
 
-def _local(kind: str, delay: int, link: LinkConfig, microbatches: int) -> Method:
-    linked = kind == "backlink" and link.weight != 0.0 and link.length != 0
-
+def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
     def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
-        role = Role(sends=stage < stages - 1, sends_error=linked and stage > 0, linked=linked and stage < stages - 1)
+        hops_in = hops(method, stages)
+        role = Role(stage < stages - 1, hops_in[stage - 1] if stage else 0, hops_in[stage])
         return train_program([Step(i, (1,) * microbatches) for i in range(steps)], role, delay)
 
     def seconds(cost: StageCost) -> dict[Enum, float]:
         return {Kind.FORWARD: cost.forward, Kind.LOCAL_BACKWARD: cost.local_backward,
-                Kind.LINK_BACKWARD: cost.link_backward, Kind.STEP: cost.step}
+                Kind.LINK_BACKWARD: cost.link_backward / max(1, cost.hops), Kind.STEP: cost.step}
 
-    return Method(f"{kind} d={delay}" if linked else kind, kind, program, seconds, delay)
+    linked = method.name == "backlink" and not method.link.off
+    reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
+    return Method(f"{method.name} d={delay}{reach}" if linked else method.name, method.name, program, seconds, delay)
 
 
 def _schedule(name: str, microbatches: int) -> Method:
@@ -119,20 +121,21 @@ class Forecaster:
             blocks = self.costs.blocks[start:end]
             head = self.costs.heads[end - 1] if method.name != "bp" else None
             last = end == len(self.costs.blocks)
-            linked = k > 0 and (method.name == "bp" or plan.tails[k - 1] > 0)
+            back = 0 if k == 0 else 1 if method.name == "bp" else plan.links[k].hops_out
             rows.append(StageForecast(
                 plan.block_names(k), sum(block.params for block in blocks),
                 micro * (sum(block.flops for block in blocks) + (head.flops if head is not None else 0)),
-                float(stage_cost(self.costs, start, end, method.link).batch_seconds(method.name, micro))
+                float(stage_cost(self.costs, start, end, method).batch_seconds(method.name, micro))
                 / self._speed(k),
-                0 if last else micro * self._forward_bytes(end), micro * self._error_bytes(start) if linked else 0,
-                rehearsal.peak_bytes(start, end) if self._can_rehearse(end - start) else int(estimates[start, end])))
+                0 if last else micro * self._forward_bytes(end), micro * back * self._error_bytes(start),
+                rehearsal.peak_bytes(start, end, plan.links[k]) if self._can_rehearse(end - start)
+                else int(estimates[start, end])))
         return rows
 
     def _can_rehearse(self, blocks: int) -> bool:
         """Whether a stage's own program can be run for its memory, in seconds; else an estimate has to do."""
         method, train = self.config.method, self.config.train
-        runs = blocks * train.microbatches * (method.link.delay + 2)
+        runs = blocks * train.microbatches * rehearsed_steps(method)
         return method.name != "bp" and runs <= _MOST_BLOCK_RUNS
 
     def compare(self, starts: list[int] | None, stages: int) -> list[MethodForecast]:
@@ -149,9 +152,11 @@ class Forecaster:
         ends, count = [*starts[1:], len(self.costs.blocks)], len(starts)
         seconds = []
         for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            cost = method.seconds(stage_cost(self.costs, start, end, self.config.method.link))
+            cost = method.seconds(stage_cost(self.costs, start, end, self.config.method))
             seconds.append({kind: float(value) / self._speed(k) for kind, value in cost.items()})
-        ahead = ACTIVATIONS_AHEAD, errors_ahead(method.delay, self.config.train.microbatches)
+        reach = self.config.method.link.reach
+        most_hops = count if reach == "all" else min(reach, count)
+        ahead = ACTIVATIONS_AHEAD, errors_ahead(method.delay, self.config.train.microbatches, most_hops)
         return simulate([method.program(k, count, steps) for k in range(count)], seconds,
                         [self._forward_bytes(end) for end in ends[:-1]],
                         [self._error_bytes(end) for end in ends[:-1]], self.wire, ahead)
@@ -159,14 +164,14 @@ class Forecaster:
     def one_device(self) -> MethodForecast:
         """End-to-end backpropagation of the whole model on one device."""
         train = self.config.train
-        cost = stage_cost(self.costs, 0, len(self.costs.blocks), self.config.method.link)
+        cost = stage_cost(self.costs, 0, len(self.costs.blocks), self.config.method)
         seconds = float(cost.batch_seconds("bp", train.microbatches))
         return MethodForecast("one device", 1, seconds, train.batch_size / seconds, 1.0, 1.0)
 
     def _forecast(self, method: Method, timeline: Timeline, starts: list[int]) -> MethodForecast:
         train = self.config.train
         seconds = timeline.seconds_per_step()
-        slowest = max(float(stage_cost(self.costs, start, end, self.config.method.link)
+        slowest = max(float(stage_cost(self.costs, start, end, self.config.method)
                             .batch_seconds(method.kind, train.microbatches)) / self._speed(k)
                       for k, (start, end) in enumerate(pairwise([*starts, len(self.costs.blocks)])))
         return MethodForecast(method.name, len(starts), seconds, train.batch_size / seconds, slowest / seconds,
@@ -185,7 +190,7 @@ class Forecaster:
         return self.costs.blocks[end - 1].output_bytes + target_bytes
 
     def _error_bytes(self, start: int) -> int:
-        return self.costs.blocks[start - 1].output_bytes
+        return self.costs.blocks[start - 1].output_bytes // (2 if self.config.method.link.wire == "bf16" else 1)
 
     def _speed(self, stage: int) -> float:
         speeds = self.config.partition.speeds

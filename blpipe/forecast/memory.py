@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blpipe.balance import Table
-from blpipe.config import LinkConfig, OptimizerConfig
+from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig
 from blpipe.engines.common import build_stage, role
 from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
-from blpipe.plan import Network, Step, make_plan
-from blpipe.program import Ports, execute, train_program
+from blpipe.plan import Network, Step, for_any_stage, make_plan, stage_links
+from blpipe.program import Factors, Ports, execute, train_program
 from blpipe.shapes import TensorSpec
+from blpipe.stage import Links
 from blpipe.transport.queues import SendQueue
 
 
@@ -32,44 +33,61 @@ class Rehearsal:
         with self._mode:
             self._network = replace(network, model=without_values(network.model, device))
 
-    def peak_bytes(self, start: int, end: int) -> int:
+    def peak_bytes(self, start: int, end: int, links: Links | None = None) -> int:
         """Peak of all tensors of a stage of the blocks start … end−1 while it trains in a process of its own.
 
         Its program runs for as many steps as it takes to have every link under way, its queues' buffers included.
         Not counted: the process itself, the libraries' workspaces, and what an allocator keeps for later.
+
+        Args:
+            links: of that stage; without, as many hops as there are blocks before and after it.
         """
         with self._mode:
-            peak = self._rehearse(start, end)
+            peak = self._rehearse(start, end, links)
         for parameter in self._network.model.parameters():
             parameter.grad = None
         return peak
 
-    def _rehearse(self, start: int, end: int) -> int:
+    def _rehearse(self, start: int, end: int, links: Links | None) -> int:
         names, config = self._network.block_names, self._network.config
         inner = [i for i in (start, end) if 0 < i < len(names)]
         cuts = tuple(names[i] for i in inner)
         partition = config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts})
-        method = config.method.with_parts_of([self._network.stage_of_block[i - 1] for i in (*inner, len(names))])
-        plan = make_plan(config.model_copy(update={"partition": partition, "method": method}), self._network.data,
+        stages = [self._network.stage_of_block[i - 1] for i in (*inner, len(names))]
+        method, index = for_any_stage(config.method.with_parts_of(stages)), 1 if start else 0
+        unlinked = method if method.name == "bp" else method.model_copy(update={"name": "greedy", "local_weight": 1.0})
+        plan = make_plan(config.model_copy(update={"partition": partition, "method": unlinked}), self._network.data,
                          self._network)
-        index = 1 if start else 0
+        links = links or _most_links(method, start, end - start, len(names) - end)
+        plan = replace(plan, links=[links if k == index else other for k, other in enumerate(plan.links)])
         stage, ledger = build_stage(plan, index, self._device), Ledger()
         for part in (stage.blocks, stage.loss, *([stage.head] if stage.head is not None else [])):
             for tensor in (*part.parameters(), *part.buffers()):
                 ledger.count(tensor)
-        train, delay = config.train, config.method.link.delay
+        train, delay = config.train, method.link.delay
         size = train.microbatch_size
         given = plan.outputs[size][index - 1] if index else plan.input(size)
-        gives = plan.outputs[size][index]
-        steps = [Step(i, (size,) * train.microbatches) for i in range(delay + 2)]
+        steps = [Step(i, (size,) * train.microbatches) for i in range(rehearsed_steps(method, links.hops_in))]
         with ledger:
             inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, self._device)
-            errors_in = _Inbox([gives], errors_ahead(delay, train.microbatches), self._device)
+            errors_in = _Inbox([plan.error(size, index)], errors_ahead(delay, train.microbatches, links.hops_in),
+                               self._device)
             ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
-            for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps, lambda step: 1.0,
-                             lambda op: None):
+            for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps,
+                             lambda step: Factors(), lambda op: None):
                 pass
         return ledger.peak
+
+
+def rehearsed_steps(method: MethodConfig, hops: int = 1) -> int:
+    """How many steps it takes to have every link under way."""
+    return method.link.delay * max(1, hops) + 2
+
+
+def _most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
+    """Of a stage of so many blocks, where each block before and after it may be a stage."""
+    links = stage_links(method, [*[1] * before, blocks, *[1] * after])
+    return links[before]
 
 
 def estimated_bytes(costs: Profile) -> Table:
@@ -97,9 +115,10 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     if config.method.name == "backlink":
         tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
-        late = params[end] - params[tail] if link.delay else 0
-        received = errors_ahead(link.delay, train.microbatches) * passing[end]
-        linked = late + link.delay * train.microbatches * kept + received
+        hops = len(blocks) - end if link.reach == "all" else np.minimum(link.reach, len(blocks) - end)
+        late = link.delay * hops * (params[end] - params[tail])
+        received = errors_ahead(link.delay, train.microbatches, hops) * passing[end]
+        linked = late + link.delay * hops * train.microbatches * kept + received
         needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
     return needs
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, least_maximum, refine
-from blpipe.config import Config, LinkConfig, PartitionConfig
+from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes, tail_start
@@ -22,7 +22,8 @@ class StageCost:
     """Seconds of a stage: for a microbatch, and `step` for a batch. Numbers, or arrays of them for many stages.
 
     backward, input_backward, weight_backward: of its blocks in end-to-end backpropagation, with the loss in the
-    last stage. local_backward: of its own head, loss and blocks. link_backward: of its tail alone.
+    last stage. local_backward: of its own head, loss and blocks. link_backward: of all `hops` errors that come back
+    for a microbatch, as many as there are blocks to come from: a few more than there are stages at the end.
     """
 
     forward: Any
@@ -31,6 +32,7 @@ class StageCost:
     weight_backward: Any
     local_backward: Any
     link_backward: Any
+    hops: Any
     step: Any
 
     def batch_seconds(self, method: str, microbatches: int) -> Any:
@@ -41,7 +43,7 @@ class StageCost:
         return microbatches * each + self.step
 
 
-def stage_cost(costs: Profile, start: Any, end: Any, link: LinkConfig) -> StageCost:
+def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig) -> StageCost:
     """The cost of the blocks start … end−1 as one stage.
 
     Args:
@@ -60,28 +62,41 @@ def stage_cost(costs: Profile, start: Any, end: Any, link: LinkConfig) -> StageC
         backward=backward + np.where(last, costs.head_seconds[-1], 0.0),
         input_backward=for_input + np.where(last, costs.head_seconds[-1], 0.0),
         weight_backward=np.maximum(backward - for_input, 0.0),  # what is left, given the gradients on the way
-        local_backward=backward + costs.head_seconds[end],
-        link_backward=np.where(last, 0.0, _link_seconds(costs, start, end, link)),
+        # With α = 0 the blocks of a stage before the last pass the error on, and learn nothing from it.
+        local_backward=np.where(last, backward, backward if method.local_weight else for_input)
+        + costs.head_seconds[end],
+        link_backward=_link_seconds(costs, start, end, method.link),
+        hops=_hops(costs, end, method.link),
         step=costs.step_call + total("step") + np.where(last, 0.0, costs.head_step[end]))
 
 
+def _hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
+    after = len(costs.blocks) - end
+    if link.off:
+        return np.zeros_like(after)
+    return after if link.reach == "all" else np.minimum(link.reach, after)
+
+
 def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig) -> Any:
-    """A backward through the tail whose first block wants no gradient for its input."""
-    if link.weight == 0.0 or link.length == 0:
-        return 0.0
-    tail = tail_start(link, start, end)
-    backward, weights, forward = (costs.sums[field] for field in ("backward", "weight_backward", "forward"))
+    """All link backwards of a microbatch; the last one stops in the tail, the others go through to the input."""
+    tail, hops = tail_start(link, start, end), _hops(costs, end, link)
+    backward, inputs, weights, forward = (
+        costs.sums[field] for field in ("backward", "input_backward", "weight_backward", "forward"))
     # Where start ≥ end there is no stage, and the result is not used.
     after = np.minimum(tail + 1, len(costs.blocks))
     again = forward[end] - forward[tail] if link.keep == "recompute" else 0.0
-    return again + backward[end] - backward[after] + weights[after] - weights[tail]
+    through = backward if link.take == "every" else inputs
+    stops = backward[end] - backward[after] + weights[after] - weights[tail]
+    passes = np.maximum(hops - 1, 0) * (through[end] - through[start])
+    return np.where(hops > 0, hops * again + passes + stops, 0.0)
 
 
-def seconds_table(costs: Profile, method: str, link: LinkConfig) -> Table:
+def seconds_table(costs: Profile, kind: str) -> Table:
     """Seconds of one batch in a stage of the blocks i … j−1: [N + 1, N + 1], infinity where there can be none."""
     count = len(costs.blocks)
     start, end = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
-    seconds = stage_cost(costs, start, end, link).batch_seconds(method, costs.network.config.train.microbatches)
+    config = costs.network.config
+    seconds = stage_cost(costs, start, end, config.method).batch_seconds(kind, config.train.microbatches)
     floating = [True] + [spec.dtype.is_floating_point for spec in next(iter(costs.network.outputs.values()))]
     allowed = (start < end) & np.array(floating)[None, :]
     for i, j in _tied(costs.network):
@@ -108,7 +123,7 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
         ConfigError: no partition keeps `partition.memory_limit`, or none is possible at all.
     """
     stages, limit = partition.stage_count, partition.memory_limit
-    seconds = seconds_table(costs, method, costs.network.config.method.link)
+    seconds = seconds_table(costs, method)
     speeds = partition.speeds or (1.0,) * stages
     if limit is None:
         starts = best_starts(seconds, speeds)
