@@ -24,7 +24,9 @@ class LocalLoss(nn.Module):
 
     def __init__(self, function: Callable[..., Tensor], takes_x: bool):
         super().__init__()
-        self.function, self.takes_x = function, takes_x
+        # What else a function holds, copies of this module share.
+        self.function = function if isinstance(function, nn.Module) else lambda *given: function(*given)
+        self.takes_x = takes_x
 
     def forward(self, logits: Tensor, targets: Tensor, x: Tensor) -> Tensor:
         """The loss."""

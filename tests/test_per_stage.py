@@ -205,6 +205,23 @@ def test_a_stage_is_rehearsed_with_its_own_head_and_loss():
     assert listed == second != first
 
 
+class Table:
+    """A loss that is no module and holds a tensor."""
+
+    def __init__(self):
+        self.weight = torch.ones(4)
+
+    def __call__(self, logits, targets):
+        return F.cross_entropy(logits, targets, self.weight)
+
+
+def test_a_loss_that_holds_a_tensor_as_it_likes_can_be_forecast():
+    network = network_of(model=NET, method={"head": "linear", "loss": {"target": "test_per_stage:Table"}})
+    costs = profile(network, CPU)
+    assert [head.params for head in costs.heads] == [36, 36, 36, 0]
+    assert costs.heads[0] == costs.heads[1]
+
+
 def test_a_list_of_the_same_can_be_balanced():
     network = network_of(model=NET, method={"head": ["linear"] * 2, "loss": ["supcon"] * 3},
                          partition={"stages": 3, "strategy": "balanced"})
