@@ -77,8 +77,10 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
     {"method__link": {"delay": 0, "length": "all", "keep": "recompute", "normalize": True},
      "train__channels_last": True},
     {"method__name": "bp"},
+    {"method__loss": "supcon"},
+    {"method__loss": "pred_sim"},
     {"optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
-], ids=["late", "recompute", "bp", "adamw"])
+], ids=["late", "recompute", "bp", "supcon", "pred_sim", "adamw"])
 def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
     engine = opened(on_gpu(train__precision=precision, **changes))
     engine.train_epoch(0, lambda: None)  # libraries start

@@ -30,8 +30,8 @@ class _Part(nn.Module):
         self.blocks, self._run = stage.blocks, stage.precision.run
 
     def forward(self, x: Tensor) -> Tensor:
-        """[microbatch, …] to the stage's output."""
-        return self._run(self.blocks, x)
+        """[microbatch, …] to the stage's output, contiguous: torch's schedules send it as it is."""
+        return self._run(self.blocks, x).contiguous()
 
 
 class Backprop:
