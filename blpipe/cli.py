@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     from blpipe import runs
-    from blpipe.config import load_config
+    from blpipe.config_file import load_config
     from blpipe.errors import ConfigError
     if arguments.resume and (arguments.config or arguments.overrides or arguments.overwrite):
         raise ConfigError("--resume: goes on with the run's own config; give nothing else")
@@ -157,7 +157,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from blpipe.config import load_config
+    from blpipe.config_file import load_config
     from blpipe.forecast import report
     from blpipe.forecast.picture import draw
     _refuse_torchrun()

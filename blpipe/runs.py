@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 
 from blpipe import checkpoint, launch
-from blpipe.config import Config, PartitionConfig, dump_config, load_config
+from blpipe.config import Config, PartitionConfig
+from blpipe.config_file import dump_config, load_config
 from blpipe.data import Data, DataSpec, open_data
 from blpipe.engines.common import Engine
 from blpipe.errors import ConfigError, UserError

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from blpipe import checkpoint
-from blpipe.config import Config, parse_config
+from blpipe.config import Config
+from blpipe.config_file import parse_config
 from blpipe.runs import train_run
 
 REPOSITORY = Path(__file__).parent.parent

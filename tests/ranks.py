@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from blpipe.config import parse_config
+from blpipe.config_file import parse_config
 from blpipe.runs import train_run
 from blpipe.transport.world import meet
 

@@ -18,7 +18,7 @@ from benchmarks.accuracy import execute, plots, report
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.sweep import identity, in_order, load_sweep
 from blpipe import checkpoint
-from blpipe.config import parse_config
+from blpipe.config_file import parse_config
 from blpipe.runs import train_run
 
 BASE = {key: value for key, value in small_config("none", train__epochs=1).items() if key != "name"}

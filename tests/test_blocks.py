@@ -13,7 +13,8 @@ from torch import nn
 
 import blpipe
 from blpipe import checkpoint
-from blpipe.config import PartitionConfig, parse_config
+from blpipe.config import PartitionConfig
+from blpipe.config_file import parse_config
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models.build import as_blocks

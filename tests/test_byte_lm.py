@@ -7,7 +7,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, assert_same_run, metrics_of, train_in_processes, train_locally
 
-from blpipe.config import dump_config, load_config
+from blpipe.config_file import dump_config, load_config
 from blpipe.data import open_data
 from blpipe.plan import make_plan
 

@@ -14,7 +14,7 @@ import yaml
 from conftest import REPOSITORY, assert_same_run, small_config
 
 from blpipe import checkpoint, cli, models
-from blpipe.config import load_config
+from blpipe.config_file import load_config
 from blpipe.data import open_data
 from blpipe.plan import make_plan
 from blpipe.seeds import RandomStream

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from blpipe.config import Config, MethodConfig, dump_config, load_config, parse_config
+from blpipe.config import Config, MethodConfig
+from blpipe.config_file import dump_config, load_config, parse_config
 from blpipe.errors import ConfigError
 
 SMALLEST = {"name": "run", "model": "mlp", "partition": {"stages": 2}}

@@ -6,7 +6,8 @@ from conftest import metrics_of, small_config, state_of, train_locally
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from blpipe.config import DataConfig, parse_config
+from blpipe.config import DataConfig
+from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.device import Precision, transfer, use_channels_last, use_precision
 from blpipe.errors import ConfigError, UserError

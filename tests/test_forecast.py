@@ -12,7 +12,8 @@ from conftest import assert_same_run, small_config, train_in_processes, train_lo
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from blpipe.config import LinkConfig, MethodConfig, load_config, parse_config
+from blpipe.config import LinkConfig, MethodConfig
+from blpipe.config_file import load_config, parse_config
 from blpipe.data import open_data
 from blpipe.engines.common import build_stage, role
 from blpipe.errors import ConfigError

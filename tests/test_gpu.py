@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import metrics_of, small_config, train_in_processes, train_locally
 
-from blpipe.config import parse_config
+from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines import local
 from blpipe.plan import make_plan

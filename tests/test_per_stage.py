@@ -9,7 +9,8 @@ from conftest import assert_same_run, small_config, state_of, train_locally
 from torch import nn
 
 from blpipe import checkpoint
-from blpipe.config import MethodConfig, parse_config
+from blpipe.config import MethodConfig
+from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines.common import build_stage
 from blpipe.errors import ConfigError

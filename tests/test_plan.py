@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from blpipe.config import Config, LinkConfig, MethodConfig, parse_config
+from blpipe.config import Config, LinkConfig, MethodConfig
+from blpipe.config_file import parse_config
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar

@@ -7,7 +7,7 @@ import yaml
 from conftest import small_config
 
 from blpipe.cli import main
-from blpipe.config import load_config
+from blpipe.config_file import load_config
 
 
 @pytest.fixture

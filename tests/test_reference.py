@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import assert_same_run, metrics_of, small_config, state_of, train_in_processes, train_locally
 from torch.func import functional_call
 
-from blpipe.config import parse_config
+from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines.common import build_stage
 from blpipe.heads import build_head

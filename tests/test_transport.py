@@ -9,7 +9,7 @@ from conftest import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blpipe.config import parse_config
+from blpipe.config_file import parse_config
 from blpipe.errors import ConfigError, UserError
 from blpipe.plan import TensorSpec
 from blpipe.trainer import choose_engine

@@ -7,7 +7,8 @@ from conftest import assert_same_run, train_in_processes, train_locally
 from families import FAMILIES, assert_blocks_are_the_model, assert_same_state, one_step, smallest
 
 from blpipe import checkpoint
-from blpipe.config import Named, parse_config
+from blpipe.config import Named
+from blpipe.config_file import parse_config
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models import build_model

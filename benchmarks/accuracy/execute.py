@@ -20,7 +20,7 @@ from typing import IO, Any
 import yaml
 
 from benchmarks.accuracy.sweep import Combination, Run
-from blpipe.config import dump_config
+from blpipe.config_file import dump_config
 from blpipe.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

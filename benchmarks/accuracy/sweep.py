@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from blpipe.config import Config, NotNegative, Section, parse_as, parse_config, read_yaml, set_key
+from blpipe.config import Config, NotNegative, Section
+from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
 from blpipe.errors import ConfigError
 
 SHORT = {"partition.stages": "K", "method.link.length": "length", "method.link.delay": "d", "method.link.weight": "λ",
