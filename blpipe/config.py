@@ -100,6 +100,7 @@ class DataConfig(Named):
     normalize: NormalizeConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     workers: NotNegative = 0
+    place: Literal["auto", "host", "device"] = "auto"
     train_samples: Positive | None = None
     test_samples: Positive | None = None
 
@@ -274,7 +275,7 @@ class OptimizerConfig(ByName):
 
 
 class TrainConfig(Section):
-    """Epochs and batches."""
+    """Epochs and batches, and how they are computed."""
 
     epochs: Positive = 10
     batch_size: Positive = 64
@@ -282,6 +283,8 @@ class TrainConfig(Section):
     drop_last: bool = False
     eval_batch_size: Positive | None = None
     eval_every_epochs: NotNegative = 1
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    channels_last: bool = False
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":

@@ -267,6 +267,10 @@ def _check_boundaries(plan: Plan) -> None:
             if not spec.dtype.is_floating_point:
                 raise ConfigError(f"partition: stage {k + 1} ends with block {plan.block_names(k)[-1]}, which gives "
                                   f"{str(spec.dtype).removeprefix('torch.')}; cut where floating-point numbers pass")
+            if plan.config.train.precision == "bf16" and spec.dtype != torch.float32:
+                raise ConfigError(f"train.precision: bf16 is for models in float32, and block "
+                                  f"{plan.block_names(k)[-1]} gives {str(spec.dtype).removeprefix('torch.')}; "
+                                  "leave train.precision out")
 
 
 def _check_links(plan: Plan) -> None:

@@ -16,7 +16,7 @@ from blpipe.forecast.stages import settle
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.trace import write_trace
-from blpipe.trainer import choose_engine, is_due, open_local, open_pipeline, train, use_threads
+from blpipe.trainer import choose_engine, is_due, open_local, open_pipeline, set_up, train
 from blpipe.transport.world import Meeting, choose_device, meet
 
 _PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "checkpoints")
@@ -29,7 +29,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
         UserError: anything wrong with config, data, launch or run folder; nothing was written then.
         StageError: a stage failed while it ran.
     """
-    use_threads(config.runtime)
+    set_up(config)
     if choose_engine(config) == "local":
         plan, data, run = _prepare(config, overwrite, resume)
         _train(open_local(plan, data), plan, run, resume)
@@ -45,7 +45,7 @@ def evaluate_run(run: Path) -> str:
     """
     config = _config_of(run)
     newest = checkpoint.latest(run)
-    use_threads(config.runtime)
+    set_up(config)
     data = open_data(config.data, config.seed)
     plan = make_plan(config, data.spec)
     engine = open_local(plan, data)

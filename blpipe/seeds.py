@@ -27,9 +27,13 @@ class RandomStream:
     """
 
     def __init__(self, seed: int, device: torch.device):
-        self._device = device
-        with torch.random.fork_rng(devices=self._cuda_devices()):
+        cuda = device.type == "cuda"
+        with torch.random.fork_rng(devices=[device] if cuda else []):
             torch.manual_seed(seed)
+            self._generators = [torch.default_generator]
+            if cuda:  # started by fork_rng; before, it has no generators
+                index = torch.cuda.current_device() if device.index is None else device.index
+                self._generators.append(torch.cuda.default_generators[index])
             self.state = self.read()
 
     def __enter__(self) -> None:
@@ -53,12 +57,10 @@ class RandomStream:
 
     def read(self) -> list[torch.Tensor]:
         """Where torch's global stream stands, which inside `with` is this one."""
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._cuda_devices())]
-
-    def _cuda_devices(self) -> list[torch.device]:
-        return [self._device] if self._device.type == "cuda" else []
+        # Of the generators themselves: this happens several times a microbatch, and torch's functions for it copy
+        # and check more. A GPU's state is on the host, so that nothing waits for the GPU.
+        return [generator.get_state() for generator in self._generators]
 
     def _write(self, state: list[torch.Tensor]) -> None:
-        torch.set_rng_state(state[0])
-        for device, cuda_state in zip(self._cuda_devices(), state[1:], strict=True):
-            torch.cuda.set_rng_state(cuda_state, device)
+        for generator, generator_state in zip(self._generators, state, strict=True):
+            generator.set_state(generator_state)

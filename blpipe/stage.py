@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from blpipe.config import LinkConfig
+from blpipe.device import Precision
 from blpipe.losses import Tally
 from blpipe.seeds import RandomStream
 
@@ -86,17 +87,20 @@ class Stage:
         link: their delay, which of them train the stage, and how they are treated.
         optimizer: over the parameters of blocks, head and loss; None if they have none.
         stream: this stage's random numbers.
+        precision: how blocks and head are run.
     """
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
-                 link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream):
+                 link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
+                 precision: Precision | None = None):
         self.blocks, self.head, self.loss = blocks, head, loss
+        self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
         self.links, self.link = links, link
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
-        self._tail_live = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
+        self._tail_live: dict[str, Tensor] = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting: dict[int, deque[TailRun]] = {hop + 1: deque() for hop in range(links.hops_in)}
@@ -107,7 +111,7 @@ class Stage:
         assert self._flight is None, "a forward before the local backward of the last one"
         x = x.detach().requires_grad_(self.links.hops_out > 0)
         with self.stream:
-            h = out = self.body(x)
+            h = out = self.precision.run(self.body, x)
             run = None
             if self.links.hops_in:
                 run = self._run_tail(h)
@@ -130,7 +134,7 @@ class Stage:
         flight, self._flight = self._flight, None
         cut = flight.out.detach().requires_grad_(flight.out.requires_grad)
         with self.stream:
-            logits = self.head(cut)
+            logits = self.precision.run(self.head, cut)
             loss = self.loss(logits, targets, cut)
         self.tally.add(loss, logits, targets)
         if loss.requires_grad:
@@ -190,9 +194,9 @@ class Stage:
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
         """Run blocks and head in evaluation mode and count; returns x_k for the next stage."""
         with self.stream:
-            out = self.blocks(x)
+            out = self.precision.run(self.blocks, x)
             if self.head is not None:
-                logits = self.head(out)
+                logits = self.precision.run(self.head, out)
                 self.tally.add(self.loss(logits, targets, out), logits, targets)
         return out
 
@@ -215,7 +219,10 @@ class Stage:
         if self.link.keep == "recompute":
             random_state = self.stream.read()
             buffers = {name: buffer.clone() for name, buffer in self.tail.named_buffers()}
-        return TailRun(parameters, cut, functional_call(self.tail, parameters, (cut,)), random_state, buffers)
+        return TailRun(parameters, cut, self._tail_with(parameters, cut), random_state, buffers)
+
+    def _tail_with(self, tensors: dict[str, Tensor], h: Tensor) -> Tensor:
+        return self.precision.run(lambda x: functional_call(self.tail, tensors, (x,)), h)
 
     def _local_backward_of_tail(self, run: TailRun, error: Tensor | None) -> Tensor | None:
         """Returns ∂L_k/∂h, or None if the body wants none."""
@@ -233,7 +240,7 @@ class Stage:
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
         with self.stream.rewound_to(run.random_state):
-            return functional_call(self.tail, {**run.parameters, **run.buffers}, (h,))
+            return self._tail_with({**run.parameters, **run.buffers}, h)
 
     def _sent(self, error: Tensor | None, x: Tensor) -> Tensor | None:
         """An error as it goes to the stage before; None if that wants none."""

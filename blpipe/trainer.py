@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from blpipe import launch
-from blpipe.config import Config, RuntimeConfig
+from blpipe.config import Config
 from blpipe.data import Data
+from blpipe.device import use_precision
 from blpipe.engines.common import Engine, OnStep, StageReport
 from blpipe.engines.local import LocalEngine
 from blpipe.engines.pipeline import PipelineEngine, contract
@@ -53,7 +54,7 @@ def open_local(plan: Plan, data: Data) -> Engine:
     """All stages in this process."""
     device, _ = choose_device(plan.config.runtime.device)
     _use(device)
-    return LocalEngine(plan, data, device)
+    return LocalEngine(plan, data.to(device), device)
 
 
 def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
@@ -66,6 +67,7 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
     if device.type == "cuda" and not own_gpu and meeting.rank == 0:
         print("note: there are more stages than GPUs here; stages share them, and send through host memory")
     _use(device)
+    data = None if data is None else data.to(device)
     return PipelineEngine(plan, data, World(meeting, plan.config.name, device, own_gpu,
                                             plan.config.runtime.timeout_seconds, contract(plan)))
 
@@ -75,10 +77,11 @@ def _use(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def use_threads(runtime: RuntimeConfig) -> None:
-    """Set the number of CPU threads, where the config names one."""
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
+def set_up(config: Config) -> None:
+    """Set this process's number of CPU threads, where the config names one, and its precision."""
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    use_precision(config.train.precision)
 
 
 def is_due(epochs_done: int, every: int, epochs: int) -> bool:

@@ -10,6 +10,13 @@ ADAMW = {"name": "adamw", "lr": 0.01, "args": {"fused": True, "weight_decay": 0.
 DEEP = {"name": "mlp", "args": {"hidden": [12] * 8, "dropout": 0.2}}
 
 
+def far(name, delay, microbatches, alpha, **link):
+    """Links that reach further than the next stage, and treat their errors in every way there is."""
+    return small_config(name, partition__stages=4, method={"local_weight": alpha, "link": {
+        "length": "all", "delay": delay, **link}}, train__microbatches=microbatches,
+        data__args={"shape": [2, 8, 8], "classes": 4, "samples": 56})
+
+
 HEADS = [{"name": "mlp_sr", "args": {"convs": 1, "layers": 1}}, {"name": "blocks", "args": {"count": 2}}, "linear"]
 LOSSES = ["supcon", {"name": "pred_sim", "args": {"beta": 0.5}}, {"name": "cross_entropy",
                                                                   "args": {"label_smoothing": 0.1}}, "pred_sim"]
@@ -19,13 +26,6 @@ def mixed(stages):
     """A head and a loss of its own for every stage; losses with parameters."""
     return small_config("mixed", partition__stages=stages, train__microbatches=2, optimizer=ADAMW,
                         method={"head": HEADS[:stages - 1], "loss": LOSSES[:stages], "link": {"delay": 1}})
-
-
-def far(name, delay, microbatches, alpha, **link):
-    """Links that reach further than the next stage, and treat their errors in every way there is."""
-    return small_config(name, partition__stages=4, method={"local_weight": alpha, "link": {
-        "length": "all", "delay": delay, **link}}, train__microbatches=microbatches,
-        data__args={"shape": [2, 8, 8], "classes": 4, "samples": 56})
 
 
 def grid(stages, lengths, delays, microbatches):
@@ -45,6 +45,8 @@ JOBS = {
         small_config("unweighted", partition__stages=2, method__link__weight=0.0),
         small_config("drop_last", partition__stages=2, train__drop_last=True, schedule="cosine"),
         mixed(2),
+        small_config("bf16_channels_last", partition__stages=2, train__precision="bf16", train__channels_last=True,
+                     train__microbatches=2, method__link={"length": 2, "keep": "recompute"}),
     ],
     4: [
         *grid(4, [1, "all"], [0, 1, 3], [1, 2]),

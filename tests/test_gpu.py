@@ -1,19 +1,32 @@
 """On a GPU: every engine learns what the CPU learns, to rounding. Skipped where there is none."""
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import metrics_of, small_config, train_in_processes, train_locally
 
+from blpipe.config import parse_config
+from blpipe.data import open_data
+from blpipe.engines import local
+from blpipe.plan import make_plan
+from blpipe.trainer import open_local, set_up
+
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch sees none here")]
 
-LATE = small_config("late", method__link={"delay": 1, "length": 2}, train__microbatches=2,
-                    model={"target": "models_under_test:conv_net", "args": {"dropout": 0.0}})
+NO_DROPOUT = {"target": "models_under_test:conv_net", "args": {"dropout": 0.0}}
+LATE = small_config("late", method__link={"delay": 1, "length": 2}, train__microbatches=2, model=NO_DROPOUT)
 ON_GPU = {**LATE, "runtime": {"device": "cuda"}}
 
 
 def learned(run):
     return [number for row in metrics_of(run) for number in row[3:]]
+
+
+def on_gpu(**changes):
+    return small_config("gpu", runtime__device="cuda", **changes)
 
 
 def test_the_local_engine_learns_as_on_the_cpu(tmp_path):
@@ -25,3 +38,71 @@ def test_the_pipeline_learns_as_the_local_engine(tmp_path):
     """Over NCCL with three GPUs or more; with fewer, through host memory."""
     run, = train_in_processes([ON_GPU], 3, tmp_path)
     assert learned(run) == pytest.approx(learned(train_locally(ON_GPU, tmp_path)), rel=0.05, abs=0.05)
+
+
+def test_the_pipeline_learns_as_the_local_engine_in_bf16_and_channels_last(tmp_path):
+    tree = {**ON_GPU, "train": {**ON_GPU["train"], "precision": "bf16", "channels_last": True}}
+    run, = train_in_processes([tree], 3, tmp_path)
+    assert learned(run) == pytest.approx(learned(train_locally(tree, tmp_path)), rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("normalize", [None, {"mean": [0.1, 0.2], "std": [0.7, 0.8]}])
+def test_batches_prepared_on_the_gpu_are_those_of_the_host(normalize):
+    section = parse_config(on_gpu(data__normalize=normalize)).data
+    host = open_data(section, 0)
+    placed = host.to(torch.device("cuda", 0))
+    assert placed is not host
+    for batches in (lambda data: data.train_batches(1, 2, 16, False), lambda data: data.test_batches(16)):
+        for (x, y), (u, v) in zip(batches(host), batches(placed), strict=True):
+            assert u.is_cuda and v.is_cuda
+            assert torch.equal(x, u.cpu()) and torch.equal(y, v.cpu())
+
+
+def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
+    """At the precision that is called float32: no TF32."""
+    weights = []
+    for device in ("cpu", "cuda"):
+        tree = small_config("step", model=NO_DROPOUT, method__link={"delay": 0}, runtime__device=device,
+                            data__args={"shape": [2, 8, 8], "classes": 4, "samples": 16}, data__augment={})
+        engine = opened(tree)
+        engine.train_epoch(0, lambda: None)
+        weights.append([p.cpu() for stage in engine.stages.values() for p in stage.blocks.parameters()])
+    for on_cpu, on_cuda in zip(*weights, strict=True):
+        torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("changes", [
+    {"method__link": {"delay": 1, "length": 2}, "train__microbatches": 2},
+    {"method__link": {"delay": 0, "length": "all", "keep": "recompute", "normalize": True},
+     "train__channels_last": True},
+    {"method__name": "bp"},
+    {"optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
+], ids=["late", "recompute", "bp", "adamw"])
+def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
+    engine = opened(on_gpu(train__precision=precision, **changes))
+    engine.train_epoch(0, lambda: None)  # libraries start
+    monkeypatch.setattr(local, "seconds_since", lambda started, device: 1.0)  # which waits once an epoch
+    with no_waiting():
+        engine.train_epoch(1, lambda: None)
+        engine.evaluate()
+    assert engine.reports()[-1].train_loss < 10
+
+
+def opened(tree):
+    config = parse_config(tree)
+    set_up(config)
+    data = open_data(config.data, config.seed)
+    return open_local(make_plan(config, data.spec), data)
+
+
+@contextmanager
+def no_waiting():
+    """torch raises where an operation makes the host wait for the GPU, as far as it notices."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it does not notice all
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -16,9 +16,10 @@ from blpipe.data.source import Source, check_alike, check_labels, check_test_lab
 from blpipe.data.spec import DataSpec
 from blpipe.data.splits import Request, fixed_randomness
 from blpipe.data.target import from_target
-from blpipe.errors import ConfigError
+from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, generator
+from blpipe.text import human_bytes
 
 __all__ = ["SETS", "Data", "DataSpec", "open_data"]
 
@@ -29,24 +30,45 @@ SETS: Mapping[str, Callable[..., Any]] = {
 
 
 class Data:
-    """A data set, ready to train on; made by `open_data`."""
+    """A data set, ready to train on; made by `open_data`, on the host."""
 
     def __init__(self, source: Source, config: DataConfig, key: str):
         train = source.train
-        self._source, self._augment, self._key = source, config.augment, key
-        self._mean = config.normalize.mean if config.normalize else source.mean
-        self._std = config.normalize.std if config.normalize else source.std
+        self._source, self._config, self._key = source, config, key
+        self._augment = config.augment
+        usual = config.normalize or source
+        self._mean, self._std = (prepare.constants(values, train.device) for values in (usual.mean, usual.std))
         dtype = "int64" if train.dtype == torch.int64 else "float32"
         self.spec = DataSpec(train.shape, dtype, train.target_shape, source.classes, len(train),
                              len(source.test))
+
+    def to(self, device: torch.device) -> "Data":
+        """The same data, read by training on `device`: held and prepared there, as far as `data.place` says so.
+
+        The batches are the same wherever they are prepared. `auto` is for GPUs and data sets in memory that take
+        less than half of what the GPU has free.
+
+        Raises:
+            UserError: `data.place` is `device`, and the GPU has too little memory.
+        """
+        needed = self._source.nbytes
+        if needed is None or self._config.place == "host":
+            return self
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        if self._config.place == "auto" and (free is None or 2 * needed >= free):
+            return self
+        if free is not None and needed > free:
+            raise UserError(f"{self._key}.place: device, but the samples take {human_bytes(needed)}, and {device} has "
+                            f"{human_bytes(free)} free; leave it out")
+        return Data(self._source.on(device), self._config, self._key)
 
     def train_batches(self, seed: int, epoch: int, batch_size: int, drop_last: bool,
                       start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from `start_step` on, in random order and augmented.
 
         Yields:
-            x float32 [B, …], normalised, or int64 [B, …] as it is; y int64 [B, …]. The last batch is smaller
-            where the samples do not divide, unless `drop_last`.
+            x float32 [B, …], normalised, or int64 [B, …] as it is; y int64 [B, …]; where the data are. The last
+            batch is smaller where the samples do not divide, unless `drop_last`.
 
         Raises:
             UserError: a sample cannot be read, or its label is not one of the classes.
@@ -56,8 +78,7 @@ class Data:
 
         def requests() -> Iterator[Request]:
             for step in range(start_step, steps):
-                indices = order_N[step * batch_size:(step + 1) * batch_size].tolist()
-                yield derive_seed(seed, "sample", epoch, step), indices
+                yield derive_seed(seed, "sample", epoch, step), order_N[step * batch_size:(step + 1) * batch_size]
 
         for step, (x, y) in enumerate(self._source.train.batches(requests()), start_step):
             if self._augment.crop or self._augment.flip:
@@ -68,7 +89,7 @@ class Data:
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every test sample once, in order, as `train_batches` gives them but not augmented."""
         count = len(self._source.test)
-        requests = ((derive_seed(0, "sample", start), list(range(start, min(start + batch_size, count))))
+        requests = ((derive_seed(0, "sample", start), torch.arange(start, min(start + batch_size, count)))
                     for start in range(0, count, batch_size))
         for x, y in self._source.test.batches(requests):
             yield prepare.normalise(x, self._mean, self._std), y
@@ -106,4 +127,7 @@ def open_data(config: DataConfig, seed: int, key: str = "data") -> Data:
     if problems:
         raise ConfigError(*problems)
     check_test_labels(source, key)
+    if config.place == "device" and source.nbytes is None:
+        raise ConfigError(f"{key}.place: device is for data in memory, and these are read sample by sample; "
+                          "leave it out")
     return Data(keep_first(source, config, key), config, key)

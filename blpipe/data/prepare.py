@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blpipe.config import DataConfig
+from blpipe.device import transfer
 
 
 def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Iterator[str]:
@@ -34,41 +35,50 @@ def augment(x_BCHW: Tensor, crop: int, flip: bool, generator: torch.Generator) -
     """Each image reflect-padded by `crop` and cropped back at a place of its own, flipped with p = 0.5.
 
     Args:
-        x_BCHW: images [B, C, H, W] of any type.
+        x_BCHW: images [B, C, H, W] of any type, on any device, where the images returned are too.
         crop: by how many pixels to pad, smaller than H and W; 0 for none.
         flip: whether to flip left-right at all.
-        generator: draws, in this order, the offsets [2, B] (rows, columns) and the flips [B].
+        generator: of the CPU; draws, in this order, the offsets [2, B] (rows, columns) and the flips [B].
     """
     B, C, H, W = x_BCHW.shape
-    rows_BH = torch.arange(H).expand(B, H)
-    columns_BW = torch.arange(W).expand(B, W)
+    device = x_BCHW.device
+    rows_BH = torch.arange(H, device=device).expand(B, H)
+    columns_BW = torch.arange(W, device=device).expand(B, W)
     if crop:
-        offset_2B = torch.randint(-crop, crop + 1, (2, B), generator=generator)
+        offset_2B = transfer(torch.randint(-crop, crop + 1, (2, B), generator=generator), device)
         rows_BH = _reflect(rows_BH + offset_2B[0, :, None], H)
         columns_BW = _reflect(columns_BW + offset_2B[1, :, None], W)
     if flip:
-        flipped_B = torch.rand(B, generator=generator) < 0.5
+        flipped_B = transfer(torch.rand(B, generator=generator) < 0.5, device)
         columns_BW = torch.where(flipped_B[:, None], columns_BW.flip(1), columns_BW)
     # Padding, cropping and flipping only move pixels, so one gather does them all.
     pixels = (rows_BH[:, :, None] * W + columns_BW[:, None, :]).view(B, 1, H * W)
     return x_BCHW.flatten(2).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
 
 
-def normalise(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+def constants(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    """`mean` or `std` as `normalise` takes it, on `device`: one value per channel, or one for all; None for None."""
+    if values is None:
+        return None
+    if len(values) == 1:
+        return torch.tensor(values[0], device=device)
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def normalise(x: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
     """Float32 from uint8 [B, …] scaled to 0…1 or from float32 as it is, then (x - mean) / std.
 
-    `mean` and `std` hold one value per channel of [B, C, H, W], or one for all; None leaves that step out.
-    Integers other than uint8 are tokens, and stay as they are.
+    `mean` and `std` are float32 [C, 1, 1] for [B, C, H, W], or [] for all values; None leaves that step out. Integers
+    other than uint8 are tokens, and stay as they are.
     """
     if x.dtype == torch.int64:
         return x
     if x.dtype == torch.uint8:
-        x = x.to(torch.float32).div_(255)
+        # By a tensor: a GPU divides by a number by multiplying, which rounds otherwise than a CPU's division.
+        x = x.to(torch.float32).div_(torch.full((), 255.0, device=x.device))
     if mean is None or std is None:
         return x
-    if len(mean) == 1:
-        return (x - mean[0]) / std[0]
-    return (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    return x.sub(mean).div_(std)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

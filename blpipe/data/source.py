@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blpipe.config import DataConfig
-from blpipe.data.splits import Split
+from blpipe.data.splits import Split, TensorSplit
 from blpipe.errors import ConfigError
 
 
@@ -27,6 +28,18 @@ class Source:
     classes: int
     mean: tuple[float, ...] | None = (0.5,)
     std: tuple[float, ...] | None = (0.5,)
+
+    def on(self, device: torch.device) -> "Source":
+        """The same data set, what of it is in memory on `device`."""
+        train, test = (split.to(device) if isinstance(split, TensorSplit) else split for _, split in self.splits())
+        return replace(self, train=train, test=test)
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of all samples and targets; None where some are not in memory."""
+        if isinstance(self.train, TensorSplit) and isinstance(self.test, TensorSplit):
+            return self.train.nbytes + self.test.nbytes
+        return None
 
     def splits(self) -> list[tuple[str, Split]]:
         """Both splits with their names."""

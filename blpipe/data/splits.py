@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
 
-Request = tuple[int, list[int]]
-"""One batch to fetch: a seed for whatever is random in fetching it, and the samples' indices."""
+Request = tuple[int, Tensor]
+"""One batch to fetch: a seed for whatever is random in fetching it, and the samples' indices, int64 [B]."""
 
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """Samples in memory: `x` [N, …], uint8 images, float32 or int64; `y` int64 [N, …]."""
+    """Samples in memory, the host's or a device's: `x` [N, …], uint8 images, float32 or int64; `y` int64 [N, …]."""
 
     x: Tensor
     y: Tensor
@@ -47,14 +48,28 @@ class TensorSplit:
         """Every target [N, …]."""
         return self.y
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.x.device
+
     def first(self, count: int) -> "TensorSplit":
         """The first `count` samples alone."""
         return TensorSplit(self.x[:count], self.y[:count])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all samples and targets."""
+        return self.x.nbytes + self.y.nbytes
+
+    def to(self, device: torch.device) -> "TensorSplit":
+        """The same samples on `device`."""
+        return TensorSplit(self.x.to(device), self.y.to(device))
+
     def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Copies of the requested batches, so that nobody's in-place operation reaches the data."""
-        for _, indices in requests:
-            index_B = torch.tensor(indices)
+        """Copies of the requested batches, where the data are, so that nobody's in-place operation reaches them."""
+        for _, index_B in requests:
+            index_B = transfer(index_B, self.x.device)
             yield self.x[index_B], self.y[index_B]
 
 
@@ -97,6 +112,11 @@ class DatasetSplit:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are: on the host."""
+        return torch.device("cpu")
+
     def first(self, count: int) -> "DatasetSplit":
         """The first `count` samples alone."""
         return replace(self, count=count, labels=None if self.labels is None else self.labels[:count])
@@ -108,7 +128,8 @@ class DatasetSplit:
             UserError: a sample cannot be read, or does not fit; in a worker, too, one line.
         """
         # A loader without a generator of its own would draw from the global stream, which is a stage's.
-        loader = DataLoader(_Batches(self), batch_size=None, sampler=requests, num_workers=self.workers,
+        indices = ((seed, index_B.tolist()) for seed, index_B in requests)
+        loader = DataLoader(_Batches(self), batch_size=None, sampler=indices, num_workers=self.workers,
                             generator=torch.Generator())
         for batch in loader:
             if isinstance(batch, UserError):
@@ -122,7 +143,7 @@ class _Batches(Dataset[Any]):
     def __init__(self, split: DatasetSplit):
         self.split = split
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, request: tuple[int, list[int]]) -> tuple[Tensor, Tensor] | UserError:
         seed, indices = request
         with fixed_randomness(seed):
             try:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from blpipe.engines.common import Feed
@@ -20,6 +20,18 @@ from blpipe.transport.queues import ReceiveQueue, SendQueue
 from blpipe.transport.world import World
 
 Schedule = Schedule1F1B | ScheduleGPipe
+
+
+class _Part(nn.Module):
+    """A stage's blocks, run in its precision."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.blocks, self._run = stage.blocks, stage.precision.run
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[microbatch, …] to the stage's output."""
+        return self._run(self.blocks, x)
 
 
 class Backprop:
@@ -75,7 +87,7 @@ class Backprop:
 
     def _new_schedule(self, size: int, count: int) -> Schedule:
         rank, outputs = self.world.rank, self.plan.outputs[size]
-        part = PipelineStage(self.stage.blocks, rank, self.world.size, self.world.device,
+        part = PipelineStage(_Part(self.stage), rank, self.world.size, self.world.device,
                              input_args=self._example(self.plan.input(size) if self.first else outputs[rank - 1]),
                              output_args=self._example(outputs[rank]))
         kind = Schedule1F1B if count >= self.world.size else ScheduleGPipe

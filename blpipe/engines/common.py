@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blpipe.data import Data
+from blpipe.device import Precision, transfer, use_channels_last
 from blpipe.errors import PeerLostError, StageError, UserError
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
@@ -90,7 +91,7 @@ def train_microbatches(data: Data, plan: Plan, epoch: int, device: torch.device)
     train = plan.config.train
     batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last)
     for step, (x, targets) in zip(plan.train_steps(epoch), batches, strict=True):
-        x, targets = x.to(device), targets.to(device)
+        x, targets = transfer(x, device), transfer(targets, device)
         yield from zip(x.split(step.sizes), targets.split(step.sizes), strict=True)
 
 
@@ -98,7 +99,7 @@ def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[
     """The batches of one evaluation, in order, on `device`."""
     config = plan.config.train
     for x, targets in data.test_batches(config.eval_batch_size or config.batch_size):
-        yield x.to(device), targets.to(device)
+        yield transfer(x, device), transfer(targets, device)
 
 
 def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
@@ -108,21 +109,23 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
         ConfigError: a head, loss or optimizer that cannot be built.
     """
     config, last = plan.config, index == len(plan.stages) - 1
-    blocks = _on(device, plan.stages[index])
+    blocks = _on(device, plan.stages[index], config.train.channels_last)
     head: nn.Module | None = nn.Identity() if last else None
     if not last and config.method.name != "bp":
-        head = _on(device, plan.build_head(index))
-    loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity())
+        head = _on(device, plan.build_head(index), config.train.channels_last)
+    loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity(), config.train.channels_last)
     parameters = [p for part in (blocks, head, loss) if part is not None for p in part.parameters()]
     return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
                  optimizer=build_optimizer(config.optimizer, parameters),
-                 stream=RandomStream(derive_seed(config.seed, "stage", index), device))
+                 stream=RandomStream(derive_seed(config.seed, "stage", index), device),
+                 precision=Precision(config.train.precision, device))
 
 
-def _on(device: torch.device, module: Module) -> Module:
+def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
     """`module`, moved unless it is there already: fake tensors cannot be moved."""
     there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
-    return module if there else module.to(device)
+    module = module if there else module.to(device)
+    return use_channels_last(module) if channels_last else module
 
 
 def role(plan: Plan, index: int) -> Role:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import islice
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from blpipe.config import LossConfig, OptimizerConfig
+from blpipe.config import LossConfig, OptimizerConfig, TrainConfig
 from blpipe.data import Data
+from blpipe.device import Precision, use_channels_last
 from blpipe.errors import ConfigError
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.heads import build_head
@@ -118,14 +120,14 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
     targets = torch.zeros((size, *network.data.target_shape), dtype=torch.int64)
     first, feed = None, 0.0
     if data is not None:
-        first, targets, feed = _first_microbatch(network, data, size)
+        first, targets, feed = _first_microbatch(network, data.to(device), size, device)
     known: dict[Hashable, Cost] = {}
 
     def cost_of(module: nn.Module, alike: Hashable, given: TensorSpec, x: Tensor | None = None,
                 goal: Tensor | None = None) -> Cost:
         key = (alike, given, x is None)
         if key not in known:
-            trial = _Trial(module, given, x, goal)
+            trial = _Trial(module, given, x, goal, config.train)
             known[key] = trial.estimate(device)
             if data is not None:
                 known[key] = trial.measure(device, known[key], config.optimizer)
@@ -151,9 +153,9 @@ class _HeadAndLoss(nn.Module):
         # Of logits alone: the same wherever it is. A function's own name would not be.
         self.alike = likeness(head), repr(config) if _of_logits(loss) else likeness(loss)
 
-    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor, precision: Precision) -> Tensor:
         """The local loss."""
-        return self.loss(self.head(x), targets, x)
+        return self.loss(precision.run(self.head, x), targets, x)
 
 
 def _of_logits(loss: nn.Module) -> bool:
@@ -178,15 +180,14 @@ def _heads(network: Network) -> Iterator[_HeadAndLoss | None]:
             yield _HeadAndLoss(head, loss, loss_config)
 
 
-def _first_microbatch(network: Network, data: Data, size: int) -> tuple[Tensor, Tensor, float]:
+def _first_microbatch(network: Network, data: Data, size: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
     """The first microbatch, and the seconds that one takes to be read."""
     train = network.config.train
     batches = data.train_batches(network.config.seed, 0, train.batch_size, train.drop_last)
     x, targets = next(batches)
-    started, count = perf_counter(), 0
-    for _ in zip(range(3), batches, strict=False):
-        count += 1
-    seconds = (perf_counter() - started) / count if count else 0.0
+    clock = Clock(device)
+    count = len(clock.time(lambda: list(islice(batches, 3))))
+    seconds = clock.seconds[0] / count if count else 0.0
     return x[:size], targets[:size], seconds / train.microbatches
 
 
@@ -210,10 +211,12 @@ class _Trial:
         given: its input.
         x: a real input; random numbers without.
         targets: which a head with its loss takes too; None for a block.
+        train: its precision and its layout.
     """
 
-    def __init__(self, module: nn.Module, given: TensorSpec, x: Tensor | None, targets: Tensor | None):
-        self._module, self._given, self._x, self._targets = module, given, x, targets
+    def __init__(self, module: nn.Module, given: TensorSpec, x: Tensor | None, targets: Tensor | None,
+                 train: TrainConfig):
+        self._module, self._given, self._x, self._targets, self._train = module, given, x, targets, train
 
     def estimate(self, device: torch.device) -> Cost:
         """Counted on fake tensors; seconds at nominal speeds."""
@@ -229,7 +232,7 @@ class _Trial:
             return returned
 
         with FakeTensorMode(allow_non_fake_inputs=True):
-            module = without_values(self._module, device).train()
+            module = self._laid_out(without_values(self._module, device))
             x = torch.empty(self._given.shape, dtype=self._given.dtype, device=device)
             targets = None if self._targets is None else torch.empty_like(self._targets, device=device)
             saved, out_bytes = self._held(module, x, targets)
@@ -251,7 +254,7 @@ class _Trial:
 
     def measure(self, device: torch.device, cost: Cost, optimizer_config: OptimizerConfig) -> Cost:
         """`cost`, its seconds replaced by medians of measured ones."""
-        module = copy.deepcopy(self._module).to(device).train()
+        module = self._laid_out(copy.deepcopy(self._module).to(device))
         optimizer = build_optimizer(optimizer_config, module.parameters())
         x = torch.randn(self._given.shape) if self._x is None else self._x
         x, targets = x.to(device), None if self._targets is None else self._targets.to(device)
@@ -285,7 +288,11 @@ class _Trial:
         observe(lambda: backward([*parameters]))
 
     def _forward(self, module: nn.Module, x: Tensor, targets: Tensor | None) -> Tensor:
-        return module(x) if targets is None else module(x, targets)
+        precision = Precision(self._train.precision, x.device)
+        return precision.run(module, x) if targets is None else module(x, targets, precision)
+
+    def _laid_out(self, module: nn.Module) -> nn.Module:
+        return (use_channels_last(module) if self._train.channels_last else module).train()
 
 
 class Clock:

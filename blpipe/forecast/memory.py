@@ -53,8 +53,8 @@ class Rehearsal:
         inner = [i for i in (start, end) if 0 < i < len(names)]
         cuts = tuple(names[i] for i in inner)
         partition = config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts})
-        stages = [self._network.stage_of_block[i - 1] for i in (*inner, len(names))]
-        method, index = for_any_stage(config.method.with_parts_of(stages)), 1 if start else 0
+        own = [self._network.stage_of_block[i - 1] for i in (*inner, len(names))]
+        method, index = for_any_stage(config.method.with_parts_of(own)), 1 if start else 0
         unlinked = method if method.name == "bp" else method.model_copy(update={"name": "greedy", "local_weight": 1.0})
         plan = make_plan(config.model_copy(update={"partition": partition, "method": unlinked}), self._network.data,
                          self._network)
@@ -115,9 +115,10 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     if config.method.name == "backlink":
         tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
-        hops = len(blocks) - end if link.reach == "all" else np.minimum(link.reach, len(blocks) - end)
+        after = len(blocks) - end
+        hops = after if link.reach == "all" else np.minimum(link.reach, after)
         late = link.delay * hops * (params[end] - params[tail])
-        received = errors_ahead(link.delay, train.microbatches, hops) * passing[end]
+        received = hops * errors_ahead(link.delay, train.microbatches, 1) * passing[end]
         linked = late + link.delay * hops * train.microbatches * kept + received
         needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
     return needs

@@ -9,6 +9,7 @@ import torch
 
 from blpipe.config import Config
 from blpipe.data import open_data
+from blpipe.device import use_precision
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast.costs import NOMINAL, profile
 from blpipe.forecast.forecast import Forecaster, MethodForecast, StageForecast, methods
@@ -55,6 +56,7 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     """
     device, _ = choose_device(config.runtime.device)
     torch.set_num_threads(config.runtime.threads or 1)
+    use_precision(config.train.precision)
     wire = _wire(device, latency, bandwidth)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)

@@ -22,7 +22,8 @@ class MemoryQueue:
 
     def put(self, *tensors: Tensor) -> None:
         """Append a message: contiguous, as after a transfer, so that kernels take the same path in every engine."""
-        self._messages.append(tuple(tensor.contiguous() for tensor in tensors))
+        # Through one dimension, for the strides of axes of length 1 too: they say what layout a map has.
+        self._messages.append(tuple(tensor.contiguous().view(-1).view(tensor.shape) for tensor in tensors))
 
     def get(self) -> tuple[Tensor, ...]:
         """The oldest message."""

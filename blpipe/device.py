@@ -1,0 +1,59 @@
+"""How tensors get to a device without waiting for it, and in which formats and layouts it computes."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def transfer(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; to a GPU through pinned memory, so that the host does not wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def use_precision(precision: str) -> None:
+    """Whether float32 operations of this process may run as TF32, where a GPU has that: `tf32` alone allows it.
+
+    torch's own default has TF32 off in matrix products, but on in cuDNN's convolutions.
+    """
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+class Precision:
+    """How a part of the model is run: in the types of its weights, or as bf16, under torch's autocast.
+
+    Wherever the graph is cut (between stages, before a tail, before a loss), tensors are float32 again. So what
+    crosses a boundary has the same type whatever the precision, and losses are computed in float32.
+
+    Args:
+        name: `train.precision`; "float32" and "tf32" change nothing here, see `use_precision`.
+        device: where the part runs.
+    """
+
+    def __init__(self, name: str = "float32", device: torch.device | None = None):
+        self._bf16 = name == "bf16"
+        self._context: AbstractContextManager[object] = nullcontext()
+        if self._bf16:
+            self._context = torch.autocast((device or torch.device("cpu")).type, torch.bfloat16)
+
+    def run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`part(x)`, in float32 where autocast made it bfloat16."""
+        with self._context:
+            out = part(x)
+        return out.float() if self._bf16 and out.dtype == torch.bfloat16 else out
+
+
+def use_channels_last(module: Module) -> Module:
+    """`module` itself, its tensors of four dimensions laid out channels last, which convolutions then go on with."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module

@@ -1,0 +1,192 @@
+"""Precision, layout and where the data are: what changes, and what must not."""
+
+import pytest
+import torch
+from conftest import metrics_of, small_config, state_of, train_locally
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from blpipe.config import DataConfig, parse_config
+from blpipe.data import open_data
+from blpipe.device import Precision, transfer, use_channels_last, use_precision
+from blpipe.errors import ConfigError, UserError
+from blpipe.forecast import costs
+from blpipe.forecast.memory import Rehearsal
+from blpipe.plan import make_network, make_plan
+from blpipe.runs import export_run, train_run
+from blpipe.transport.memory import MemoryQueue
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+IMAGES = {"name": "synthetic", "args": {"shape": [3, 8, 6], "classes": 4, "samples": 50},
+          "augment": {"crop": 2, "flip": True}, "normalize": {"mean": [0.1, 0.2, 0.3], "std": [0.7, 0.8, 0.9]}}
+FAST = {"train__precision": "bf16", "train__channels_last": True}
+
+
+def opened(**section):
+    return open_data(DataConfig.model_validate({**IMAGES, **section}), 0)
+
+
+def batches(data):
+    return [*data.train_batches(1, 2, 16, False), *data.test_batches(8)]
+
+
+# ---- data on the device
+
+
+def test_batches_are_the_same_wherever_they_are_prepared():
+    host, placed = opened(place="host").to(CPU), opened(place="device").to(CPU)
+    for (x, y), (u, v) in zip(batches(host), batches(placed), strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_a_gpu_prepares_batches_without_the_hosts_tensors(monkeypatch):
+    """On tensors without values of a GPU that need not be there: an operation on mixed devices raises."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
+    gpu = torch.device("cuda", 0)
+    data = opened()
+    host = batches(data)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        prepared = batches(data.to(gpu))
+    for (x, y), (u, v) in zip(prepared, host, strict=True):
+        assert x.device == y.device == gpu
+        assert (x.shape, x.dtype, y.shape, y.dtype) == (u.shape, u.dtype, v.shape, v.dtype)
+
+
+def test_auto_leaves_data_on_the_host_without_a_gpu_or_room_on_it(monkeypatch):
+    data = opened()
+    assert data.to(CPU) is data and data.to(META) is data
+    assert opened(place="device").to(META)._source.train.x.device == META
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    assert data.to(torch.device("cuda", 0)) is data
+    with pytest.raises(UserError, match=r"place: device, but the samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
+        opened(place="device").to(torch.device("cuda", 0))
+
+
+def test_data_read_sample_by_sample_have_no_place_on_a_device(tmp_path):
+    from PIL import Image
+    for folder in ("train/a", "test/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "0.png")
+    section = {"name": "imagefolder", "root": str(tmp_path)}
+    data = open_data(DataConfig.model_validate(section), 0)
+    assert data.to(META) is data
+    with pytest.raises(ConfigError, match=r"data\.place: device is for data in memory"):
+        open_data(DataConfig.model_validate({**section, "place": "device"}), 0)
+
+
+def test_a_transfer_to_where_a_tensor_is_copies_nothing():
+    x = torch.zeros(3)
+    assert transfer(x, CPU) is x
+
+
+# ---- precision
+
+
+def test_float32_means_float32_and_tf32_allows_it_everywhere():
+    try:
+        use_precision("tf32")
+        assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+        for name in ("bf16", "float32"):
+            use_precision(name)
+            assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+    finally:
+        use_precision("float32")
+
+
+def test_bf16_computes_in_bfloat16_and_gives_float32():
+    seen = []
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    x = torch.randn(2, 4)
+    assert Precision("bf16").run(layer, x).dtype == torch.float32
+    assert Precision().run(layer, x).dtype == torch.float32
+    assert seen == [torch.bfloat16, torch.float32]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("method", ["backlink", "bp"])
+def test_bf16_trains_otherwise_than_float32_and_nearly_as_well(method, tmp_path):
+    full = train_locally(small_config("full", method=method), tmp_path)
+    less = train_locally(small_config("less", method=method, train__precision="bf16"), tmp_path)
+    assert metrics_of(less) != metrics_of(full)
+    losses = [[row[5] for row in metrics_of(run) if row[5] is not None] for run in (full, less)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_bf16_refuses_a_model_that_is_not_in_float32():
+    tree = small_config("double", model={"target": "test_device:doubles"}, partition__stages=2, method="bp",
+                        train__precision="bf16")
+    config = parse_config(tree)
+    with pytest.raises(ConfigError, match=r"train\.precision: bf16 is for .* float32, and block a gives float64"):
+        make_plan(config, open_data(config.data, 0).spec)
+
+
+class _Double(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+class _Single(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
+def doubles():
+    return {"a": _Double(), "b": nn.Sequential(_Single(), nn.Flatten(), nn.Linear(128, 4))}
+
+
+# ---- layout
+
+
+def test_channels_last_is_for_tensors_of_four_dimensions_alone():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv3d(2, 4, 3), nn.Linear(3, 4))
+    values = [p.clone() for p in model.parameters()]
+    parameters = list(model.parameters())
+    use_channels_last(model)
+    assert all(p is q and torch.equal(p, value)
+               for p, q, value in zip(model.parameters(), parameters, values, strict=True))
+    assert [p.is_contiguous() for p in model.parameters()] == [False] + [True] * 5
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_message_has_the_strides_that_a_transfer_gives():
+    queue = MemoryQueue()
+    queue.put(torch.randn(2, 3, 1, 1).to(memory_format=torch.channels_last), torch.randn(2, 3, 4, 4).mT)
+    assert [tensor.stride() for tensor in queue.get()] == [(3, 1, 1, 1), (48, 16, 4, 1)]
+
+
+def test_checkpoints_resume_and_exports_are_plain(tmp_path):
+    tree = small_config("whole", train__epochs=3, checkpoint__every_epochs=1, **FAST)
+    whole = train_locally(tree, tmp_path)
+    tree["name"] = "parts"
+    parts = train_locally({**tree, "train": {**tree["train"], "epochs": 2}}, tmp_path)
+    config = parse_config({**tree, "runtime": {**tree["runtime"], "runs": str(parts.parent)}})
+    train_run(config, resume=True)
+    left, right = state_of(whole), state_of(parts)
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    export_run(whole, tmp_path / "model.pt")
+    exported = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(tensor.is_contiguous() for tensor in exported.values())
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32, torch.int64}
+
+
+# ---- forecasts
+
+
+def three():
+    return {"a": nn.Conv2d(2, 8, 3), "b": nn.Conv2d(8, 8, 3),
+            "c": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))}
+
+
+def test_forecasts_compute_as_the_run_will(monkeypatch):
+    monkeypatch.setattr(costs, "_MEASURE_SECONDS", 0.0)
+    plain, fast = (parse_config(small_config("forecast", model={"target": "test_device:three"}, **changes))
+                   for changes in ({}, FAST))
+    data = open_data(plain.data, 0)
+    networks = [make_network(config, data.spec) for config in (plain, fast)]
+    saved = [sum(block.saved_bytes for block in costs.profile(network, CPU).blocks) for network in networks]
+    assert saved[1] != saved[0]
+    peaks = [Rehearsal(network, CPU).peak_bytes(1, 2) for network in networks]
+    assert peaks[1] != peaks[0]
+    assert all(block.forward > 0 for block in costs.profile(networks[1], CPU, data).blocks)
