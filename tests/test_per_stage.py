@@ -189,12 +189,12 @@ NET = {"name": "mlp", "args": {"hidden": [8, 8, 8], "batch_norm": False}}
 
 def test_a_block_is_followed_by_the_head_and_the_loss_of_its_stage():
     network = network_of(model=NET, method=LISTS | {"head": ["linear", HEADS[1]]},
-                         partition={"cuts": ["layer2", "classifier"]})
-    assert network.stage_of_block == [0, 1, 1, 2]
+                         partition={"cuts": ["layer2", "layer3"]})
+    assert network.stage_of_block == [0, 1, 2, 2]
     linear, mlp_sr = 8 * 4 + 4, (8 * 8 + 8) + 2 * 8 + (8 * 4 + 4)
     supcon, pred_sim = (8 * 8 + 8) + (8 * 128 + 128), 8 * 8
     assert [head.params for head in profile(network, CPU).heads] == [
-        linear + supcon, mlp_sr + pred_sim, mlp_sr + pred_sim, 0]
+        linear + supcon, mlp_sr + pred_sim, mlp_sr, 0]
 
 
 def test_a_stage_is_rehearsed_with_its_own_head_and_loss():
