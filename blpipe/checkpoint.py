@@ -221,8 +221,8 @@ def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tenso
     loaded["state"] = {number: values for number, values in loaded["state"].items() if values}
     stage.optimizer.load_state_dict(loaded)
     for parameter, values in stage.optimizer.state.items():  # laid out as the weights are, as it was when saved
-        values |= {key: torch.empty_like(parameter, dtype=value.dtype).copy_(value) for key, value in values.items()
-                   if isinstance(value, Tensor) and value.shape == parameter.shape}
+        values |= {key: torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+                   for key, value in values.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
 def _optimized(plan: Plan, index: int, stage: Stage) -> Iterable[tuple[torch.nn.Parameter, str]]:

@@ -15,6 +15,7 @@ from pydantic import (
     Tag,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
@@ -23,9 +24,20 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 T = TypeVar("T")
+
+
+def _some(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("give at least one")
+    return values
+
+
+Some = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_some)]
+"""A list with something in it."""
+
 ONE, EACH = "<one>", "<each>"  # which pydantic puts into the path of what it finds wrong
 Each = Annotated[
-    Annotated[T, Tag(ONE)] | Annotated[tuple[T, ...], Field(strict=False, min_length=1), Tag(EACH)],
+    Annotated[T, Tag(ONE)] | Annotated[Some[T], Tag(EACH)],
     Discriminator(lambda value: EACH if isinstance(value, list | tuple) else ONE)]
 """One value for all stages, or a list with one for each."""
 
@@ -163,16 +175,10 @@ class ScheduleConfig(ByName):
     start: Fraction = 0.04
 
 
-def _link_length(value: Any) -> Any:
+def _count_or_all(value: Any, info: ValidationInfo) -> Any:
     if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
-    raise ValueError("must be a number of blocks ≥ 0, or all")
-
-
-def _link_reach(value: Any) -> Any:
-    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-        return value
-    raise ValueError("must be a number of stages ≥ 0, or all")
+    raise ValueError(f"must be a number of {'blocks' if info.field_name == 'length' else 'stages'} ≥ 0, or all")
 
 
 class LinkConfig(Section):
@@ -183,11 +189,11 @@ class LinkConfig(Section):
     alone. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
     """
 
-    length: Annotated[Any, AfterValidator(_link_length)] = 1
+    length: Annotated[Any, AfterValidator(_count_or_all)] = 1
     delay: NotNegative = 1
     weight: Each[float] = 1.0
     schedule: ScheduleConfig = ScheduleConfig()
-    reach: Annotated[Any, AfterValidator(_link_reach)] = 1
+    reach: Annotated[Any, AfterValidator(_count_or_all)] = 1
     take: Literal["every", "farthest"] = "every"
     normalize: bool = False
     wire: Literal["full", "bf16"] = "full"

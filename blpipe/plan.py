@@ -19,7 +19,6 @@ from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import partition
 from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
-from blpipe.stage import Links
 from blpipe.text import blocks_text
 
 
@@ -29,6 +28,25 @@ class Step:
 
     index: int
     sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Links:
+    """What goes back through one stage.
+
+    Args:
+        hops_in: how many errors come back for each microbatch; hop j is that of the loss j stages on.
+        hops_out: how many the stage before wants; hop 1 is of this stage's own loss.
+        tail: how many of the last blocks the errors run through; 0 where none comes, all where one is passed on.
+        weight: λ.
+        local_weight: α.
+    """
+
+    hops_in: int = 0
+    hops_out: int = 0
+    tail: int = 0
+    weight: float = 1.0
+    local_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -225,10 +243,10 @@ def hops(method: MethodConfig, stages: int) -> list[int]:
     return [*found[1:], 0]
 
 
-def for_any_stage(method: MethodConfig) -> MethodConfig:
-    """The method with one link weight for all stages, the largest: for numbers of stages other than the config's."""
+def fitting(method: MethodConfig, stages: int | None = None) -> MethodConfig:
+    """The method for so many stages, or for any number: a list of link weights for others becomes its largest."""
     weight = method.link.weight
-    if not isinstance(weight, tuple):
+    if not isinstance(weight, tuple) or len(weight) + 1 == stages:
         return method
     return method.model_copy(update={"link": method.link.model_copy(update={"weight": max(weight, key=abs)})})
 

@@ -26,6 +26,7 @@ from torch.func import functional_call
 from blpipe.config import LinkConfig
 from blpipe.device import Precision
 from blpipe.losses import Tally
+from blpipe.plan import Links
 from blpipe.seeds import RandomStream
 
 
@@ -49,25 +50,6 @@ class InFlight:
     h: Tensor    # output of the body
     out: Tensor  # x_k, the output of the tail; the same as h without a tail
     tail_run: TailRun | None
-
-
-@dataclass(frozen=True)
-class Links:
-    """What goes back through one stage.
-
-    Args:
-        hops_in: how many errors come back for each microbatch; hop j is that of the loss j stages on.
-        hops_out: how many the stage before wants; hop 1 is of this stage's own loss.
-        tail: how many of the last blocks the errors run through; 0 where none comes, all where one is passed on.
-        weight: λ.
-        local_weight: α.
-    """
-
-    hops_in: int = 0
-    hops_out: int = 0
-    tail: int = 0
-    weight: float = 1.0
-    local_weight: float = 1.0
 
 
 class Stage:
@@ -239,8 +221,9 @@ class Stage:
 
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
+        buffers = {name: buffer.clone() for name, buffer in run.buffers.items()}  # a forward may write to them
         with self.stream.rewound_to(run.random_state):
-            return self._tail_with({**run.parameters, **run.buffers}, h)
+            return self._tail_with({**run.parameters, **buffers}, h)
 
     def _sent(self, error: Tensor | None, x: Tensor) -> Tensor | None:
         """An error as it goes to the stage before; None if that wants none."""
@@ -262,10 +245,17 @@ def _gradients(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, erro
 
 def _add(live: Iterable[Tensor], gradients: Iterable[Tensor | None], weight: float | Tensor) -> None:
     """Add weight · gradient to each parameter's own."""
+    given: set[int] = set()
     for parameter, gradient in zip(live, gradients, strict=True):
-        if gradient is not None:
-            gradient = gradient if isinstance(weight, float) and weight == 1.0 else weight * gradient
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if gradient is None:
+            continue
+        gradient = gradient if isinstance(weight, float) and weight == 1.0 else weight * gradient
+        total = gradient if parameter.grad is None else parameter.grad + gradient
+        # Fused optimizers read a gradient in its parameter's layout, and some write to it: two must not share one.
+        if total.stride() != parameter.stride() or id(total) in given:
+            total = torch.empty_like(parameter).copy_(total)
+        given.add(id(total))
+        parameter.grad = total
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:

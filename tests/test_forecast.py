@@ -22,7 +22,7 @@ from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import WIRES
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
-from blpipe.plan import Step, make_network, make_plan
+from blpipe.plan import Links, Step, make_network, make_plan
 from blpipe.program import Factors, Ports, execute, train_program
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_a_stage_costs_its_blocks_its_head_and_its_link():
 
 
 def test_errors_that_reach_further_cost_a_backward_through_the_stage_for_each_hop_but_the_last():
-    network, _ = network_of(partition__stages=2)
+    network, _ = network_of(partition__stages=4)
     costs = profile(network, CPU)
     stage, count = costs.blocks[1:3], len(costs.blocks)
     one, three, far = (stage_cost(costs, 1, 3, linked(length="all", **link))
@@ -97,6 +97,13 @@ def test_errors_that_reach_further_cost_a_backward_through_the_stage_for_each_ho
     assert three.link_backward == pytest.approx(one.link_backward + 2 * sum(b.backward for b in stage))
     assert far.link_backward == pytest.approx(one.link_backward + 2 * sum(b.input_backward for b in stage))
     assert stage_cost(costs, 1, count - 1, linked(length="all", reach=3)).hops == 1
+    trains_and_passes, passes = (sum(getattr(b, field) for b in stage) for field in ("backward", "input_backward"))
+    for links, take, expected in ((Links(1, 2, 2), "every", trains_and_passes),
+                                  (Links(1, 1, 2), "every", one.link_backward),
+                                  (Links(1, 2, 2, weight=0.0), "every", passes),
+                                  (Links(2, 3, 2), "farthest", passes + trains_and_passes)):
+        known = stage_cost(costs, 1, 3, linked(length="all", reach=3, take=take), links)
+        assert known.link_backward == pytest.approx(expected)
     alone = stage_cost(costs, 1, 3, MethodConfig(local_weight=0.0))
     assert alone.local_backward == pytest.approx(one.local_backward - sum(b.backward - b.input_backward for b in stage))
 
@@ -250,3 +257,19 @@ def test_the_best_partition_for_each_method_is_no_slower_than_an_even_one():
     by_name = {row.method: row for row in best}
     assert by_name["backlink d=1"].efficiency > 0.97
     assert by_name["1F1B"].efficiency < by_name["zero-bubble"].efficiency < 1
+
+
+def test_a_forecast_knows_which_errors_come_to_each_stage():
+    def forecast(**link):
+        config = parse_config(small_config("far", partition__stages=4, method__link={"length": "all", **link}))
+        network = make_network(config, open_data(config.data, 0).spec)
+        plan = make_plan(config, network.data, network)
+        forecaster = Forecaster(profile(network, CPU), config, WIRES["cpu"])
+        assert all(0 < row.efficiency <= 1.0 for row in forecaster.compare(plan.starts, 4))
+        return [stage.seconds for stage in forecaster.stages(plan)]
+
+    assert forecast(reach="all") == forecast(reach=3)
+    every, last = forecast(weight=[1.0, 1.0, 1.0]), forecast(weight=[0.0, 0.0, 1.0])
+    assert last[0] < every[0]
+    assert last[1] < every[1]
+    assert last[2:] == every[2:]

@@ -8,8 +8,9 @@ from torch import nn
 
 from blpipe.config import LinkConfig
 from blpipe.losses import cross_entropy
+from blpipe.plan import Links
 from blpipe.seeds import RandomStream
-from blpipe.stage import Links, Stage
+from blpipe.stage import Stage
 
 CPU = torch.device("cpu")
 
@@ -157,3 +158,55 @@ def test_a_stage_that_ignores_its_input_sends_a_zero_error():
     x, targets = microbatch(0)
     stage.forward(x)
     assert torch.equal(stage.local_backward(targets, 1.0), torch.zeros(8, 5))
+
+
+class Transposed(nn.Module):
+    """Its parameters' gradients come in another layout than theirs, and two of them as one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+        self.one, self.other = (nn.Parameter(torch.zeros(5)) for _ in range(2))
+
+    def forward(self, x):
+        return torch.tanh(x[:, :, None] * self.weight.T).sum(1) + (self.one + self.other)
+
+
+@pytest.mark.parametrize("tail", [0, 1])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_fused_optimizers_see_every_gradient_in_its_parameters_layout(optimizer, tail):
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        blocks, head = nn.Sequential(Transposed()), nn.Linear(5, 3)
+        kwargs = {"momentum": 0.9, "nesterov": True} if optimizer is torch.optim.SGD else {}
+        stage = Stage(blocks, head, cross_entropy(), links=Links(tail, 1, tail), link=LinkConfig(delay=0),
+                      optimizer=optimizer([*blocks.parameters(), *head.parameters()], lr=0.1, fused=fused, **kwargs),
+                      stream=RandomStream(1, CPU))
+        for seed in range(3):
+            x, targets = microbatch(seed)
+            stage.forward(x)
+            stage.local_backward(targets, 1.0)
+            if tail:
+                stage.link_backward(torch.ones(8, 5))
+            assert blocks[0].one.grad is not blocks[0].other.grad
+            stage.step(1.0)
+        weights.append(blocks[0].weight.detach().clone())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tail_that_is_recomputed_for_every_hop_is_the_same_each_time():
+    """Spectral normalisation writes to the buffers that it reads."""
+    gradients = []
+    for keep in ("graph", "recompute"):
+        torch.manual_seed(0)
+        blocks = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(5, 5)))
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links(2, 2, 1),
+                      link=LinkConfig(delay=1, keep=keep, reach=2), optimizer=None, stream=RandomStream(1, CPU))
+        x, targets = microbatch(0)
+        stage.forward(x)
+        stage.local_backward(targets, 1.0)
+        passed = stage.link_backward(torch.ones(8, 5), hop=1)
+        stage.link_backward(torch.ones(8, 5), hop=2)
+        gradients.append([passed, *(p.grad for p in blocks.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

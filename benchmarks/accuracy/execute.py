@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -51,10 +51,13 @@ class Job:
 
 
 def read_results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of results.jsonl by engine and id; a last line that an interruption cut short is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return {(row["engine"], row["id"]): row for row in rows}
+    """The rows of results.jsonl by engine and id; a line that an interruption cut short is left out."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["engine"], row["id"]] = row
+    return rows
 
 
 def check_machine(runs: Iterable[Run]) -> str:
@@ -240,8 +243,10 @@ def _commit() -> str:
 def _record(combination: Combination, run: Run, options: Options, device: str, say: Callable[[str], None]) -> None:
     row = _row(combination, run, options, device)
     options.results.parent.mkdir(parents=True, exist_ok=True)
+    before = options.results.read_text() if options.results.exists() else ""
+    cut_short = bool(before) and not before.endswith("\n")
     with options.results.open("a") as file:  # in one write, so that two sweeps' rows do not mix
-        file.write(json.dumps(row) + "\n")
+        file.write("\n" * cut_short + json.dumps(row) + "\n")
     say(f"{_title(combination, run)}: {row['val_accuracy']:.2%}, {row['seconds_per_epoch']:.3g} s an epoch")
 
 

@@ -7,11 +7,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AfterValidator, Field
-
-from blpipe.config import Config, NotNegative, Section
+from blpipe.config import Config, NotNegative, Section, Some
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
 from blpipe.errors import ConfigError
 
@@ -21,16 +19,6 @@ SHORT = {"partition.stages": "K", "method.link.length": "length", "method.link.d
 _NOT_IDENTITY = {"name", "runtime", "checkpoint"}  # what changes nothing of what a run learns
 
 T = TypeVar("T")
-
-
-def _some(values: tuple[T, ...]) -> tuple[T, ...]:
-    if not values:
-        raise ValueError("give at least one")
-    return values
-
-
-Some = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_some)]
-"""A list with something in it."""
 
 
 class GroupConfig(Section):

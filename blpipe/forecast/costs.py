@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from blpipe.config import LossConfig, OptimizerConfig, TrainConfig
@@ -128,7 +128,7 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
         key = (alike, given, x is None)
         if key not in known:
             trial = _Trial(module, given, x, goal, config.train)
-            known[key] = trial.estimate(device)
+            known[key] = _estimate(trial, device)
             if data is not None:
                 known[key] = trial.measure(device, known[key], config.optimizer)
         return known[key]
@@ -142,6 +142,14 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
     return Profile(network, [cost.without(step_call) for cost in blocks],
                    [cost.without(step_call) if cost else None for cost in heads], feed, step_call, device,
                    measured=data is not None)
+
+
+def _estimate(trial: "_Trial", device: torch.device) -> Cost:
+    try:
+        return trial.estimate(device)
+    except DataDependentOutputException as error:  # blocks and heads were run on meta tensors before
+        raise ConfigError(f"method.loss: it reads values of its tensors ({error}); plan and partition.strategy "
+                          "balanced run it without values; compute it without, or give partition.cuts") from error
 
 
 class _HeadAndLoss(nn.Module):

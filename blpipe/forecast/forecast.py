@@ -1,6 +1,6 @@
 """The forecast of a run: what each stage costs, and what each method would make of the same devices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -14,7 +14,7 @@ from blpipe.forecast.memory import Rehearsal, estimated_bytes, rehearsed_steps
 from blpipe.forecast.simulate import Timeline, Wire, simulate
 from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
 from blpipe.partition import even_starts
-from blpipe.plan import Plan, Step, for_any_stage, hops
+from blpipe.plan import Links, Plan, Step, fitting, hops, stage_links
 from blpipe.program import Kind, Op, Role, train_program
 
 # Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few.
@@ -60,6 +60,7 @@ class Method:
         kind: as `method.name`, for the stages' costs.
         program: (stage from 0, stages, steps) to operations.
         seconds: of each kind of operation in a stage.
+        links: what goes back through stages with so many blocks.
         delay: of its errors, in batches.
     """
 
@@ -67,22 +68,26 @@ class Method:
     kind: str
     program: Callable[[int, int, int], Iterator[Op]]
     seconds: Callable[[StageCost], dict[Enum, float]]
+    links: Callable[[Sequence[int]], list[Links]]
     delay: int = 0
 
 
 def methods(config: Config) -> list[Method]:
     """What `plan` compares: the config's own method first, then BackLink, GPipe, 1F1B and zero-bubble."""
-    micro, method = config.train.microbatches, for_any_stage(config.method)
+    micro, method = config.train.microbatches, config.method
     own = _schedule("1F1B", micro) if method.name == "bp" else _local(method, method.link.delay, micro)
     backlink = method.model_copy(update={"name": "backlink"})
-    others = [*(_local(backlink, delay, micro) for delay in (0, 1)),
+    others = [*(_local(backlink, delay, micro) for delay in (0, 1) if not method.link.off),
               *(_schedule(schedule, micro) for schedule in SCHEDULES)]
-    return [own, *(method for method in others if method.name != own.name)]
+    return [own, *(other for other in others if other.name != own.name)]
 
 
 def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
+    def links(sizes: Sequence[int]) -> list[Links]:
+        return stage_links(fitting(method, len(sizes)), sizes)
+
     def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
-        hops_in = hops(method, stages)
+        hops_in = hops(fitting(method, stages), stages)
         role = Role(stage < stages - 1, hops_in[stage - 1] if stage else 0, hops_in[stage])
         return train_program([Step(i, (1,) * microbatches) for i in range(steps)], role, delay)
 
@@ -92,7 +97,8 @@ def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
 
     linked = method.name == "backlink" and not method.link.off
     reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
-    return Method(f"{method.name} d={delay}{reach}" if linked else method.name, method.name, program, seconds, delay)
+    return Method(f"{method.name} d={delay}{reach}" if linked else method.name, method.name, program, seconds, links,
+                  delay)
 
 
 def _schedule(name: str, microbatches: int) -> Method:
@@ -103,7 +109,7 @@ def _schedule(name: str, microbatches: int) -> Method:
         return {Kind.FORWARD: cost.forward, Backward.FULL: cost.backward, Backward.INPUT: cost.input_backward,
                 Backward.WEIGHT: cost.weight_backward, Kind.STEP: cost.step}
 
-    return Method(name, "bp", program, seconds)
+    return Method(name, "bp", program, seconds, lambda sizes: [Links() for _ in sizes])
 
 
 class Forecaster:
@@ -125,17 +131,17 @@ class Forecaster:
             rows.append(StageForecast(
                 plan.block_names(k), sum(block.params for block in blocks),
                 micro * (sum(block.flops for block in blocks) + (head.flops if head is not None else 0)),
-                float(stage_cost(self.costs, start, end, method).batch_seconds(method.name, micro))
+                float(stage_cost(self.costs, start, end, method, plan.links[k]).batch_seconds(method.name, micro))
                 / self._speed(k),
                 0 if last else micro * self._forward_bytes(end), micro * back * self._error_bytes(start),
-                rehearsal.peak_bytes(start, end, plan.links[k]) if self._can_rehearse(end - start)
+                rehearsal.peak_bytes(start, end, plan.links[k]) if self._can_rehearse(end - start, plan.links[k])
                 else int(estimates[start, end])))
         return rows
 
-    def _can_rehearse(self, blocks: int) -> bool:
+    def _can_rehearse(self, blocks: int, links: Links) -> bool:
         """Whether a stage's own program can be run for its memory, in seconds; else an estimate has to do."""
         method, train = self.config.method, self.config.train
-        runs = blocks * train.microbatches * rehearsed_steps(method)
+        runs = blocks * train.microbatches * rehearsed_steps(method, links.hops_in)
         return method.name != "bp" and runs <= _MOST_BLOCK_RUNS
 
     def compare(self, starts: list[int] | None, stages: int) -> list[MethodForecast]:
@@ -150,12 +156,10 @@ class Forecaster:
     def timeline(self, method: Method, starts: list[int], steps: int) -> Timeline:
         """The simulation of so many steps."""
         ends, count = [*starts[1:], len(self.costs.blocks)], len(starts)
-        seconds = []
-        for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            cost = method.seconds(stage_cost(self.costs, start, end, self.config.method))
-            seconds.append({kind: float(value) / self._speed(k) for kind, value in cost.items()})
-        reach = self.config.method.link.reach
-        most_hops = count if reach == "all" else min(reach, count)
+        costs = self._stage_costs(method, starts)
+        seconds = [{kind: float(value) / self._speed(k) for kind, value in method.seconds(cost).items()}
+                   for k, cost in enumerate(costs)]
+        most_hops = max(int(cost.hops) for cost in costs)
         ahead = ACTIVATIONS_AHEAD, errors_ahead(method.delay, self.config.train.microbatches, most_hops)
         return simulate([method.program(k, count, steps) for k in range(count)], seconds,
                         [self._forward_bytes(end) for end in ends[:-1]],
@@ -171,11 +175,16 @@ class Forecaster:
     def _forecast(self, method: Method, timeline: Timeline, starts: list[int]) -> MethodForecast:
         train = self.config.train
         seconds = timeline.seconds_per_step()
-        slowest = max(float(stage_cost(self.costs, start, end, self.config.method)
-                            .batch_seconds(method.kind, train.microbatches)) / self._speed(k)
-                      for k, (start, end) in enumerate(pairwise([*starts, len(self.costs.blocks)])))
+        slowest = max(float(cost.batch_seconds(method.kind, train.microbatches)) / self._speed(k)
+                      for k, cost in enumerate(self._stage_costs(method, starts)))
         return MethodForecast(method.name, len(starts), seconds, train.batch_size / seconds, slowest / seconds,
                               self.one_device().seconds_per_step / seconds)
+
+    def _stage_costs(self, method: Method, starts: list[int]) -> list[StageCost]:
+        bounds = list(pairwise([*starts, len(self.costs.blocks)]))
+        links = method.links([end - start for start, end in bounds])
+        return [stage_cost(self.costs, start, end, self.config.method, links[k])
+                for k, (start, end) in enumerate(bounds)]
 
     def _starts_for(self, kind: str, stages: int) -> list[int]:
         partition = self.config.partition

@@ -18,10 +18,9 @@ from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
-from blpipe.plan import Network, Step, for_any_stage, make_plan, stage_links
+from blpipe.plan import Links, Network, Step, fitting, make_plan, stage_links
 from blpipe.program import Factors, Ports, execute, train_program
 from blpipe.shapes import TensorSpec
-from blpipe.stage import Links
 from blpipe.transport.queues import SendQueue
 
 
@@ -54,11 +53,11 @@ class Rehearsal:
         cuts = tuple(names[i] for i in inner)
         partition = config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts})
         own = [self._network.stage_of_block[i - 1] for i in (*inner, len(names))]
-        method, index = for_any_stage(config.method.with_parts_of(own)), 1 if start else 0
+        method, index = fitting(config.method.with_parts_of(own)), 1 if start else 0
         unlinked = method if method.name == "bp" else method.model_copy(update={"name": "greedy", "local_weight": 1.0})
         plan = make_plan(config.model_copy(update={"partition": partition, "method": unlinked}), self._network.data,
                          self._network)
-        links = links or _most_links(method, start, end - start, len(names) - end)
+        links = links or most_links(method, start, end - start, len(names) - end)
         plan = replace(plan, links=[links if k == index else other for k, other in enumerate(plan.links)])
         stage, ledger = build_stage(plan, index, self._device), Ledger()
         for part in (stage.blocks, stage.loss, *([stage.head] if stage.head is not None else [])):
@@ -84,7 +83,7 @@ def rehearsed_steps(method: MethodConfig, hops: int = 1) -> int:
     return method.link.delay * max(1, hops) + 2
 
 
-def _most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
+def most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
     """Of a stage of so many blocks, where each block before and after it may be a stage."""
     links = stage_links(method, [*[1] * before, blocks, *[1] * after])
     return links[before]
@@ -115,7 +114,7 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     if config.method.name == "backlink":
         tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
-        after = len(blocks) - end
+        after = np.minimum(len(blocks) - end, config.partition.stage_count - 1)
         hops = after if link.reach == "all" else np.minimum(link.reach, after)
         late = link.delay * hops * (params[end] - params[tail])
         received = hops * errors_ahead(link.delay, train.microbatches, 1) * passing[end]

@@ -10,8 +10,8 @@ from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, l
 from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import Rehearsal, estimated_bytes, tail_start
-from blpipe.plan import Network
+from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_links, tail_start
+from blpipe.plan import Links, Network
 from blpipe.text import human_bytes
 
 _OPTIMISM = 0.9  # on estimates of memory: no partition that fits is missed, and exact values follow
@@ -23,7 +23,7 @@ class StageCost:
 
     backward, input_backward, weight_backward: of its blocks in end-to-end backpropagation, with the loss in the
     last stage. local_backward: of its own head, loss and blocks. link_backward: of all `hops` errors that come back
-    for a microbatch, as many as there are blocks to come from: a few more than there are stages at the end.
+    for a microbatch.
     """
 
     forward: Any
@@ -43,11 +43,12 @@ class StageCost:
         return microbatches * each + self.step
 
 
-def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig) -> StageCost:
+def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links: Links | None = None) -> StageCost:
     """The cost of the blocks start … end−1 as one stage.
 
     Args:
         start, end: numbers, or arrays [...] that broadcast to each other.
+        links: what goes back through it; without, the most that can, where it is not known which stages follow.
     """
     def total(field: str) -> Any:
         return costs.sums[field][end] - costs.sums[field][start]
@@ -65,30 +66,33 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig) -> St
         # With α = 0 the blocks of a stage before the last pass the error on, and learn nothing from it.
         local_backward=np.where(last, backward, backward if method.local_weight else for_input)
         + costs.head_seconds[end],
-        link_backward=_link_seconds(costs, start, end, method.link),
-        hops=_hops(costs, end, method.link),
+        link_backward=_link_seconds(costs, start, end, method.link, links),
+        hops=links.hops_in if links else _most_hops(costs, end, method.link),
         step=costs.step_call + total("step") + np.where(last, 0.0, costs.head_step[end]))
 
 
-def _hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
-    after = len(costs.blocks) - end
-    if link.off:
-        return np.zeros_like(after)
-    return after if link.reach == "all" else np.minimum(link.reach, after)
+def _most_hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
+    after = np.minimum(len(costs.blocks) - end, costs.network.config.partition.stage_count - 1)
+    return np.zeros_like(after) if link.off else after if link.reach == "all" else np.minimum(link.reach, after)
 
 
-def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig) -> Any:
-    """All link backwards of a microbatch; the last one stops in the tail, the others go through to the input."""
-    tail, hops = tail_start(link, start, end), _hops(costs, end, link)
+def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links: Links | None) -> Any:
+    """All link backwards of a microbatch: those that train stop in the tail, unless they are passed on."""
+    hops = links.hops_in if links else _most_hops(costs, end, link)
+    passed = min(links.hops_in, max(0, links.hops_out - 1)) if links else np.maximum(hops - 1, 0)
+    trains = links is None or links.weight != 0.0
+    taken = hops if link.take == "every" else np.minimum(hops, 1)  # the farthest is the last to come
+    both = (passed if link.take == "every" else np.where(passed == hops, taken, 0)) if trains else 0
+    only_trains = taken - both if trains else 0
+    tail = tail_start(link, start, end)
     backward, inputs, weights, forward = (
         costs.sums[field] for field in ("backward", "input_backward", "weight_backward", "forward"))
     # Where start ≥ end there is no stage, and the result is not used.
     after = np.minimum(tail + 1, len(costs.blocks))
     again = forward[end] - forward[tail] if link.keep == "recompute" else 0.0
-    through = backward if link.take == "every" else inputs
     stops = backward[end] - backward[after] + weights[after] - weights[tail]
-    passes = np.maximum(hops - 1, 0) * (through[end] - through[start])
-    return np.where(hops > 0, hops * again + passes + stops, 0.0)
+    return both * (backward[end] - backward[start]) + only_trains * stops \
+        + (passed - both) * (inputs[end] - inputs[start]) + (both + only_trains + passed - both) * again
 
 
 def seconds_table(costs: Profile, kind: str) -> Table:
@@ -139,7 +143,8 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
         if method == "bp":
             return memory[start, end] / _OPTIMISM
         # Stages of alike blocks at alike boundaries need the same.
-        alike = (start == 0 or costs.blocks[start - 1].output_bytes, *costs.blocks[start:end], costs.heads[end - 1])
+        alike = (start == 0 or costs.blocks[start - 1].output_bytes, *costs.blocks[start:end], costs.heads[end - 1],
+                 most_links(costs.network.config.method, start, end - start, len(costs.blocks) - end))
         if alike not in known:
             known[alike] = rehearsal.peak_bytes(start, end)
         return known[alike]
