@@ -16,6 +16,13 @@ from blpipe.config_file import parse_config
 from blpipe.runs import train_run
 
 REPOSITORY = Path(__file__).parent.parent
+LONGEST_FIRST = ("test_zoo.py", "test_readme.py", "test_processes.py", "test_engines.py", "test_plan_command.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files, so that no worker is left alone with one at the end."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)
