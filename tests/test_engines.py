@@ -39,7 +39,7 @@ def grid(stages, lengths, delays, microbatches):
 
 JOBS = {
     2: [
-        *grid(2, [1, 2], [0, 1, 2], [1, 4]),
+        *grid(2, [1, 2], [0, 1], [1, 4]),
         small_config("greedy", partition__stages=2, method="greedy", optimizer=ADAMW),
         small_config("weighted", partition__stages=2, method={"link": {"weight": 0.5}, "head": "linear"}),
         small_config("unweighted", partition__stages=2, method__link__weight=0.0),
