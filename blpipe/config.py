@@ -164,7 +164,7 @@ class PartitionConfig(Section):
 
 
 class ScheduleConfig(ByName):
-    """The learning rate over training, as a factor on `optimizer.lr`."""
+    """A factor over training: on `optimizer.lr`, or on λ."""
 
     name: Literal["constant", "cosine", "multistep", "one-cycle"] = "constant"
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0

@@ -39,7 +39,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The factor on `optimizer.lr` for step 0 ≤ `step` < `steps_per_epoch` · `epochs`.
+    """The factor of a schedule (on `optimizer.lr`, or on λ) for step 0 ≤ `step` < `steps_per_epoch` · `epochs`.
 
     A linear warm-up over `warmup_epochs`, then:
     constant: 1; multistep: times `gamma` at each of `milestones` (epochs);

@@ -9,7 +9,6 @@ from torch.func import functional_call
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines.common import build_stage
-from blpipe.heads import build_head
 from blpipe.plan import make_plan
 from blpipe.seeds import derive_seed
 
@@ -31,15 +30,24 @@ def model_of(run):
     return {key.removeprefix("model/"): value for key, value in state_of(run).items() if key.startswith("model/")}
 
 
+def heads_and_optimizers(plan):
+    """A head for every stage, and an optimizer over blocks and head."""
+    heads = [plan.build_head(k) for k in range(len(plan.stages) - 1)] + [torch.nn.Identity()]
+    return heads, [torch.optim.SGD([*s.parameters(), *h.parameters()], lr=0.05, momentum=0.9)
+                   for s, h in zip(plan.stages, heads, strict=True)]
+
+
+def assert_close(trained, expected, rtol, atol):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("length", [1, 2, "all"])
 def test_exact_backlink_equals_a_hand_written_reference(length, tmp_path):
     tree = small_config("reference", model=NO_DROPOUT, method__link={"delay": 0, "length": length, "weight": 0.7})
     config, data, plan = prepared(tree)
     stages, last = plan.stages, len(plan.stages) - 1
-    heads = [build_head(config.method.stage_head(k), plan.boundaries[k], config.seed, plan.block_names(k)[-1])
-             for k in range(last)] + [torch.nn.Identity()]
-    optimizers = [torch.optim.SGD([*s.parameters(), *h.parameters()], lr=0.05, momentum=0.9)
-                  for s, h in zip(stages, heads, strict=True)]
+    heads, optimizers = heads_and_optimizers(plan)
     for x, y in batches(config, data):
         inputs, tails, losses = [], [], []
         for k, (stage, head) in enumerate(zip(stages, heads, strict=True)):
@@ -59,9 +67,7 @@ def test_exact_backlink_equals_a_hand_written_reference(length, tmp_path):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    trained = model_of(train_locally(tree, tmp_path))
-    for name, expected in plan.model.state_dict().items():
-        torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close(model_of(train_locally(tree, tmp_path)), plan.model.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 LINKS = [
@@ -82,10 +88,7 @@ def test_every_link_equals_a_hand_written_reference(link, alpha, tmp_path):
                         method__link={"length": "all", **link})
     config, data, plan = prepared(tree)
     given, last = config.method.link, len(plan.stages) - 1
-    heads = [build_head(config.method.head, plan.boundaries[k], config.seed, plan.block_names(k)[-1])
-             for k in range(last)] + [torch.nn.Identity()]
-    optimizers = [torch.optim.SGD([*s.parameters(), *h.parameters()], lr=0.05, momentum=0.9)
-                  for s, h in zip(plan.stages, heads, strict=True)]
+    heads, optimizers = heads_and_optimizers(plan)
     for epoch in range(config.train.epochs):
         batches = list(data.train_batches(config.seed, epoch, 16, False))
         factor = 0.3 if epoch == 1 and given.schedule.name == "multistep" else 1.0
@@ -112,9 +115,7 @@ def test_every_link_equals_a_hand_written_reference(link, alpha, tmp_path):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    trained = model_of(train_locally(tree, tmp_path))
-    for name, expected in plan.model.state_dict().items():
-        torch.testing.assert_close(trained[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close(model_of(train_locally(tree, tmp_path)), plan.model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 def norm(gradients):

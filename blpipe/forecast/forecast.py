@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from itertools import pairwise
 from math import prod
 
@@ -14,7 +15,7 @@ from blpipe.forecast.memory import Rehearsal, estimated_bytes, rehearsed_steps
 from blpipe.forecast.simulate import Timeline, Wire, simulate
 from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
 from blpipe.partition import even_starts
-from blpipe.plan import Links, Plan, Step, fitting, hops, stage_links
+from blpipe.plan import Links, Plan, Step, fitting, stage_links
 from blpipe.program import Kind, Op, Role, train_program
 
 # Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few.
@@ -86,10 +87,13 @@ def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
     def links(sizes: Sequence[int]) -> list[Links]:
         return stage_links(fitting(method, len(sizes)), sizes)
 
+    @cache
+    def roles(stages: int) -> list[Role]:
+        return [Role(k < stages - 1, of_stage.hops_out, of_stage.hops_in)
+                for k, of_stage in enumerate(links([1] * stages))]
+
     def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
-        hops_in = hops(fitting(method, stages), stages)
-        role = Role(stage < stages - 1, hops_in[stage - 1] if stage else 0, hops_in[stage])
-        return train_program([Step(i, (1,) * microbatches) for i in range(steps)], role, delay)
+        return train_program([Step(i, (1,) * microbatches) for i in range(steps)], roles(stages)[stage], delay)
 
     def seconds(cost: StageCost) -> dict[Enum, float]:
         return {Kind.FORWARD: cost.forward, Kind.LOCAL_BACKWARD: cost.local_backward,
