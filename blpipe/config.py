@@ -184,13 +184,15 @@ def _count_or_all(value: Any, info: ValidationInfo) -> Any:
 class LinkConfig(Section):
     """The backward link: how far, how late and how strongly errors go back.
 
-    weight: λ, one number or one for each stage but the last. schedule: a factor on it over training.
+    delay_unit: what the delay counts. weight: λ, one number or one for each stage but the last. schedule: a
+    factor on it over training.
     reach: how many stages back an error travels; take: whether each of them trains a stage, or the farthest
     alone. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
     """
 
     length: Annotated[Any, AfterValidator(_count_or_all)] = 1
     delay: NotNegative = 1
+    delay_unit: Literal["batch", "microbatch"] = "batch"
     weight: Each[float] = 1.0
     schedule: ScheduleConfig = ScheduleConfig()
     reach: Annotated[Any, AfterValidator(_count_or_all)] = 1
@@ -202,6 +204,10 @@ class LinkConfig(Section):
     def stage_weight(self, stage: int) -> float:
         """λ of the stage with this index, from 0."""
         return self.weight[stage] if isinstance(self.weight, tuple) else self.weight
+
+    def delay_in_microbatches(self, microbatches: int) -> int:
+        """How many microbatches late an error of the next stage is, with so many a batch."""
+        return self.delay * microbatches if self.delay_unit == "batch" else self.delay
 
     @property
     def off(self) -> bool:

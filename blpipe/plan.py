@@ -115,6 +115,11 @@ class Plan:
         """The first and the last block of every stage."""
         return [blocks_text(self.block_names(k)) for k in range(len(self.stages))]
 
+    @property
+    def delay(self) -> int:
+        """How many microbatches late an error of the next stage is."""
+        return self.config.method.link.delay_in_microbatches(self.config.train.microbatches)
+
     @cached_property
     def step_sizes(self) -> list[tuple[int, ...]]:
         """The microbatch sizes of every step of an epoch."""

@@ -1,23 +1,24 @@
 """The asynchrony: in which order a stage receives, computes, sends and updates.
 
 A stage's life is one program, a sequence of `Op`s that depends on nothing but the steps ahead, the stage's
-neighbours and the link's delay d. It never depends on timing, so a run is reproducible and every engine
-that executes the same programs computes the same numbers. For microbatch m of batch t:
+neighbours and the link's delay d, here in microbatches: a delay in batches is that of all their microbatches.
+It never depends on timing, so a run is reproducible and every engine that executes the same programs computes
+the same numbers. For microbatch n, counted through all batches:
 
-    receive (t, m) → forward → send → local backward → send error → receive error of (t−d, m) → link backward
+    receive n → forward → send → local backward → send error → receive error of n−d → link backward
 
-and after the last microbatch the optimizer step of batch t. With d = 0 the link of a microbatch comes
-after the local backward of the next one, so that all but one round trip of its wait is hidden. With
-d ≥ 1 nothing waits for the next stage. An error that reaches further is passed on as soon as its link
-backward is done, and is due one delay later there: hop j of a microbatch is due j · d batches (d = 0: j
-microbatches) after it. After the last step given, no link is left over: the pending ones go into that step
-(the flush), and the pipeline is drained.
+and after the last microbatch of a batch its optimizer step. With d ≥ 1 nothing waits for the next stage: it
+has had the time of a microbatch or more for the error. An error that reaches further is passed on as soon as
+its link backward is done, and is due one delay later there: hop j of a microbatch is due j · d after it. After
+the last step given, no link is left over: the pending ones go into that step (the flush), and the pipeline
+is drained. d = 0 is d = 1 with a flush in every step, so that all but one round trip of its wait is hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from heapq import heappop, heappush
+from itertools import count
 from math import inf
 from typing import NamedTuple, Protocol
 
@@ -65,17 +66,19 @@ class Role:
 class _Link(NamedTuple):
     """An error to come. Stages handle these in this order, so that each edge's messages are taken as sent."""
 
-    due: tuple[int, float]  # step and microbatch after whose local backward it is handled
+    due: int  # the microbatch, counted through all steps, after whose local backward it is handled
     hop: int
     step: int
     microbatch: int
 
 
 def train_program(steps: Sequence[Step], role: Role, delay: int) -> Iterator[Op]:
-    """The ops of one stage over `steps`, drained at the end."""
+    """The ops of one stage over `steps`, drained at the end; `delay` is in microbatches."""
     awaiting: list[_Link] = []  # a heap
+    counter = count()
     for step in steps:
         for micro in range(len(step.sizes)):
+            now = next(counter)
             yield Op(Kind.RECEIVE, step.index, micro)
             yield Op(Kind.FORWARD, step.index, micro)
             if role.sends:
@@ -84,10 +87,10 @@ def train_program(steps: Sequence[Step], role: Role, delay: int) -> Iterator[Op]
             if role.hops_out:
                 yield Op(Kind.SEND_ERROR, step.index, micro, 1)
             for hop in range(1, role.hops_in + 1):
-                due = (step.index + hop * delay, micro) if delay else (step.index, micro + hop)
-                heappush(awaiting, _Link(due, hop, step.index, micro))
-            yield from _links(awaiting, (step.index, micro), role)
-        yield from _links(awaiting, (inf if step is steps[-1] else step.index, inf), role)
+                heappush(awaiting, _Link(now + hop * max(delay, 1), hop, step.index, micro))
+            yield from _links(awaiting, now, role)
+        if delay == 0 or step is steps[-1]:
+            yield from _links(awaiting, inf, role)
         yield Op(Kind.STEP, step.index)
 
 
@@ -100,7 +103,7 @@ def evaluation_program(batches: int, role: Role) -> Iterator[Op]:
             yield Op(Kind.SEND, index, 0)
 
 
-def _links(awaiting: list[_Link], until: tuple[float, float], role: Role) -> Iterator[Op]:
+def _links(awaiting: list[_Link], until: float, role: Role) -> Iterator[Op]:
     """Handle the errors that are due by then, and pass on those that reach further."""
     while awaiting and awaiting[0].due <= until:
         _, hop, step, micro = heappop(awaiting)

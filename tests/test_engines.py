@@ -40,6 +40,8 @@ def grid(stages, lengths, delays, microbatches):
 JOBS = {
     2: [
         *grid(2, [1, 2], [0, 1], [1, 4]),
+        small_config("microbatch", partition__stages=2, train__microbatches=4,
+                     method__link={"delay": 3, "delay_unit": "microbatch", "keep": "recompute"}),
         small_config("greedy", partition__stages=2, method="greedy", optimizer=ADAMW),
         small_config("weighted", partition__stages=2, method={"link": {"weight": 0.5}, "head": "linear"}),
         small_config("unweighted", partition__stages=2, method__link__weight=0.0),
@@ -56,6 +58,7 @@ JOBS = {
         far("farthest", 1, 2, 0.0, reach="all", take="farthest", wire="bf16"),
         far("normalized", 2, 4, 0.5, reach=3, normalize=True, keep="recompute"),
         far("late", 4, 1, 1.0, schedule="cosine", wire="bf16"),
+        far("a_microbatch_late", 1, 4, 0.0, reach="all", delay_unit="microbatch"),
         small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"}),
         mixed(4),
     ],

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blpipe.config import LinkConfig, MethodConfig
+from blpipe.engines.pipeline import errors_ahead
 from blpipe.plan import Step, hops
 from blpipe.program import Kind, Op, Role, evaluation_program, train_program
 
@@ -14,10 +15,13 @@ LINKED = Role(sends=True, hops_out=1, hops_in=1)
 PROPERTY = settings(deadline=None, max_examples=120)
 
 roles = st.builds(Role, st.booleans(), st.integers(0, 3), st.integers(0, 3))
-delays = st.integers(0, 4)
+delays = st.integers(0, 9)
 steps_of_any_size = st.builds(
     lambda first, counts: [Step(first + i, (2,) * count) for i, count in enumerate(counts)],
     st.integers(0, 5), st.lists(st.integers(1, 4), min_size=1, max_size=6))
+batched_steps = st.builds(  # of one epoch: the last batch may be smaller
+    lambda count, full, rest: [Step(i, (2,) * n) for i, n in enumerate([count] * full + [min(count, rest)])],
+    st.integers(1, 4), st.integers(0, 5), st.integers(1, 4))
 
 
 def program(steps, role, delay) -> list[Op]:
@@ -36,6 +40,16 @@ def by_step(ops) -> list[list[Op]]:
         if op.kind is Kind.STEP:
             parts.append([])
     assert parts.pop() == []
+    return parts
+
+
+def by_microbatch(ops) -> list[list[Op]]:
+    """Cut before each forward."""
+    parts: list[list[Op]] = []
+    for op in ops:
+        if op.kind is Kind.RECEIVE:
+            parts.append([])
+        parts[-1].append(op)
     return parts
 
 
@@ -91,12 +105,23 @@ def test_an_error_is_received_right_before_its_link_backward_and_passed_on_right
 @PROPERTY
 @given(steps=steps_of_any_size, role=roles, delay=delays)
 def test_an_error_of_each_hop_goes_into_the_step_that_its_delay_names_or_into_the_flush(steps, role, delay):
-    last = steps[-1].index
+    microbatches = [(step.index, micro) for step in steps for micro in range(len(step.sizes))]
     parts = by_step(program(steps, role, delay))
     for step, part in zip(steps, parts, strict=True):
         for hop in range(1, 4):
+            for link in of_kind(part, Kind.LINK_BACKWARD, hop):
+                due = microbatches.index(link) + hop * delay
+                assert step.index == microbatches[min(due, len(microbatches) - 1)][0]
+
+
+@PROPERTY
+@given(steps=batched_steps, role=roles, delay=st.integers(1, 4))
+def test_a_delay_in_batches_brings_each_link_so_many_steps_later(steps, role, delay):
+    late = LinkConfig(delay=delay).delay_in_microbatches(len(steps[0].sizes))
+    for step, part in zip(steps, by_step(program(steps, role, late)), strict=True):
+        for hop in range(1, 4):
             for linked, _ in of_kind(part, Kind.LINK_BACKWARD, hop):
-                assert step.index == min(linked + hop * delay, last)
+                assert step.index == min(linked + hop * delay, steps[-1].index)
 
 
 @PROPERTY
@@ -123,7 +148,7 @@ def test_without_a_delay_the_next_local_backward_hides_the_wait(steps):
 @given(count=st.integers(1, 4), delay=st.integers(1, 3), epochs=st.integers(1, 6))
 def test_with_a_delay_every_link_has_its_own_microbatch_of_a_later_step(count, delay, epochs):
     steps = [Step(i, (2,) * count) for i in range(epochs)]
-    ops = program(steps, LINKED, delay)
+    ops = program(steps, LINKED, delay * count)
     for step in steps[:-1]:
         for micro in range(count):
             if step.index >= delay:
@@ -147,8 +172,10 @@ def drawn(ops) -> str:
     (0, (2, 1), "F0a B0a F0b B0b L0a L0b S0  F1a B1a L1a S1"),
     (1, (1,), "F0a B0a L0a S0"),
     (1, (1, 1, 1), "F0a B0a S0  F1a B1a L0a S1  F2a B2a L1a L2a S2"),
-    (1, (2, 2), "F0a B0a F0b B0b S0  F1a B1a L0a F1b B1b L0b L1a L1b S1"),
-    (1, (2, 1, 2), "F0a B0a F0b B0b S0  F1a B1a L0a L0b S1  F2a B2a L1a F2b B2b L2a L2b S2"),
+    (1, (2, 2), "F0a B0a F0b B0b L0a S0  F1a B1a L0b F1b B1b L1a L1b S1"),
+    (2, (2, 2), "F0a B0a F0b B0b S0  F1a B1a L0a F1b B1b L0b L1a L1b S1"),
+    (2, (2, 2, 1), "F0a B0a F0b B0b S0  F1a B1a L0a F1b B1b L0b S1  F2a B2a L1a L1b L2a S2"),
+    (3, (2, 2, 1), "F0a B0a F0b B0b S0  F1a B1a F1b B1b L0a S1  F2a B2a L0b L1a L1b L2a S2"),
     (2, (1, 1, 1, 1), "F0a B0a S0  F1a B1a S1  F2a B2a L0a S2  F3a B3a L1a L2a L3a S3"),
     (5, (1, 1), "F0a B0a S0  F1a B1a L0a L1a S1"),
 ])
@@ -256,15 +283,27 @@ def test_every_stage_gets_the_errors_within_its_reach_and_no_more_than_are_neede
 
 
 @PROPERTY
-@given(steps=steps_of_any_size, delay=st.integers(1, 4), reach=st.integers(1, 4))
+@given(steps=steps_of_any_size, delay=st.integers(1, 9), reach=st.integers(1, 4))
 def test_with_a_delay_nothing_waits_for_the_next_stage_before_the_flush(steps, delay, reach):
-    """A stage that is a step ahead of the next one never has to wait for it: all that it takes has been sent."""
+    """A stage a microbatch ahead of the next one never has to wait for it: all that it takes has been sent."""
     roles = roles_of_a_pipeline([1.0] * 4, reach)
     for here, following in zip(roles, roles[1:], strict=False):
-        sent = {(op.step, op.microbatch, op.hop): when for when, part in enumerate(by_step(program(
+        sent = {(op.step, op.microbatch, op.hop): when for when, part in enumerate(by_microbatch(program(
             steps, following, delay))) for op in part if op.kind is Kind.SEND_ERROR}
-        for when, part in enumerate(by_step(program(steps, here, delay))[:-1]):
+        for when, part in enumerate(by_microbatch(program(steps, here, delay))[:-1]):
             assert all(sent[op.step, op.microbatch, op.hop] < when for op in part if op.kind is Kind.RECEIVE_ERROR)
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=st.integers(1, 9), reach=st.integers(1, 4))
+def test_no_more_errors_are_under_way_before_the_flush_than_there_are_receives_for(steps, delay, reach):
+    """Where the next stage has done all that it was sent."""
+    roles = roles_of_a_pipeline([1.0] * 4, reach)
+    for here, following in zip(roles, roles[1:], strict=False):
+        sent, taken = ([sum(op.kind is kind for op in part) for part in by_microbatch(program(steps, role, delay))]
+                       for role, kind in ((following, Kind.SEND_ERROR), (here, Kind.RECEIVE_ERROR)))
+        for n in range(len(sent) - 1):
+            assert sum(sent[:n + 1]) - sum(taken[:n]) <= errors_ahead(delay, here.hops_in)
 
 
 @PROPERTY

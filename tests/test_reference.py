@@ -71,34 +71,40 @@ def test_exact_backlink_equals_a_hand_written_reference(length, tmp_path):
 
 
 LINKS = [
-    (0.0, {"reach": 2, "delay": 0}),
-    (0.4, {"reach": 2, "delay": 1, "weight": [0.5, 0.0, 2.0]}),
-    (0.0, {"reach": "all", "delay": 1, "take": "farthest"}),
-    (1.0, {"reach": 3, "delay": 2, "take": "farthest", "keep": "recompute"}),
-    (0.4, {"reach": 1, "delay": 4, "schedule": {"name": "multistep", "milestones": [1], "gamma": 0.3}}),
-    (0.0, {"reach": 2, "delay": 1, "normalize": True}),
-    (0.4, {"reach": 0}),
+    (0.0, 1, {"reach": 2, "delay": 0}),
+    (0.4, 1, {"reach": 2, "delay": 1, "weight": [0.5, 0.0, 2.0]}),
+    (0.0, 1, {"reach": "all", "delay": 1, "take": "farthest"}),
+    (1.0, 2, {"reach": 3, "delay": 2, "take": "farthest", "keep": "recompute"}),
+    (0.4, 1, {"reach": 1, "delay": 4, "schedule": {"name": "multistep", "milestones": [1], "gamma": 0.3}}),
+    (0.0, 4, {"reach": 2, "delay": 1, "normalize": True}),
+    (1.0, 4, {"reach": 1, "delay": 1, "delay_unit": "microbatch"}),
+    (0.4, 2, {"reach": "all", "delay": 1, "delay_unit": "microbatch", "keep": "recompute"}),
+    (0.0, 4, {"reach": 2, "delay": 3, "delay_unit": "microbatch", "take": "farthest"}),
+    (0.4, 1, {"reach": 0}),
 ]
 
 
-@pytest.mark.parametrize(("alpha", "link"), LINKS)
-def test_every_link_equals_a_hand_written_reference(link, alpha, tmp_path):
+@pytest.mark.parametrize(("alpha", "microbatches", "link"), LINKS)
+def test_every_link_equals_a_hand_written_reference(link, microbatches, alpha, tmp_path):
     """All losses backpropagated end to end through copies of the weights, and their parts added when they are due."""
     tree = small_config("reference", model=NO_DROPOUT, partition__stages=4, method__local_weight=alpha,
-                        method__link={"length": "all", **link})
+                        train__microbatches=microbatches, method__link={"length": "all", **link})
     config, data, plan = prepared(tree)
     given, last = config.method.link, len(plan.stages) - 1
     heads, optimizers = heads_and_optimizers(plan)
     for epoch in range(config.train.epochs):
-        batches = list(data.train_batches(config.seed, epoch, 16, False))
+        parts = [(t, len(y) / len(targets), out, y)
+                 for t, (x, targets) in enumerate(data.train_batches(config.seed, epoch, 16, False))
+                 for out, y in zip(x.split(16 // microbatches), targets.split(16 // microbatches), strict=True)]
         factor = 0.3 if epoch == 1 and given.schedule.name == "multistep" else 1.0
+        late = given.delay * (1 if given.delay_unit == "microbatch" else microbatches)
         due = []  # (step, stage, weight, gradients)
-        for t, (out, y) in enumerate(batches):
+        for n, (t, share, out, y) in enumerate(parts):
             copies = [{n: p.detach().clone().requires_grad_() for n, p in s.named_parameters()} for s in plan.stages]
             losses = []
             for stage, copy, head in zip(plan.stages, copies, heads, strict=True):
                 out = functional_call(stage, copy, (out,))
-                losses.append(F.cross_entropy(head(out), y))
+                losses.append(share * F.cross_entropy(head(out), y))
             for k, head in enumerate(heads):
                 own = torch.autograd.grad(losses[k], copies[k].values(), retain_graph=True)
                 due.append((t, k, alpha if k < last else 1.0, own))
@@ -106,9 +112,13 @@ def test_every_link_equals_a_hand_written_reference(link, alpha, tmp_path):
                 for j in range(1 if given.take == "every" else max(1, farthest), farthest + 1):
                     gradients = torch.autograd.grad(losses[k + j], copies[k].values(), retain_graph=True)
                     weight = given.stage_weight(k) * factor * (norm(own) / norm(gradients) if given.normalize else 1.0)
-                    due.append((min(t + j * given.delay, len(batches) - 1), k, weight, gradients))
+                    when = parts[min(n + j * late, len(parts) - 1)][0] if late else t
+                    due.append((when, k, weight, gradients))
                 for p in head.parameters():
-                    p.grad, = torch.autograd.grad(losses[k], p, retain_graph=True)
+                    gradient, = torch.autograd.grad(losses[k], p, retain_graph=True)
+                    p.grad = gradient if p.grad is None else p.grad + gradient
+            if n + 1 < len(parts) and parts[n + 1][0] == t:
+                continue
             for _, k, weight, gradients in (part for part in due if part[0] == t and part[2]):
                 for p, g in zip(plan.stages[k].parameters(), gradients, strict=True):
                     p.grad = weight * g if p.grad is None else p.grad + weight * g

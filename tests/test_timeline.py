@@ -25,7 +25,7 @@ def draw(stages: int, steps: int, microbatches: int, delay: int) -> str:
     return "\n".join(f"stage {k + 1}  " + "".join(row).rstrip() for k, row in enumerate(rows))
 
 
-@pytest.mark.parametrize(("steps", "microbatches", "delay"), [(3, 1, 0), (1, 4, 0), (4, 1, 1)])
+@pytest.mark.parametrize(("steps", "microbatches", "delay"), [(3, 1, 0), (1, 4, 0), (2, 4, 1), (4, 1, 1)])
 def test_the_readme_draws_what_the_programs_do(steps, microbatches, delay):
     drawn = draw(3, steps, microbatches, delay)
     assert drawn in (REPOSITORY / "README.md").read_text(), f"\n{drawn}"

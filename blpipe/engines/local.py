@@ -56,9 +56,8 @@ class LocalEngine:
             self._backpropagate(epoch, on_step)
         else:
             steps = self.plan.train_steps(epoch)
-            delay = self.plan.config.method.link.delay
             feed = Feed(train_microbatches(self.data, self.plan, epoch, self.device))
-            programs = [train_program(steps, role(self.plan, k), delay) for k in self.stages]
+            programs = [train_program(steps, role(self.plan, k), self.plan.delay) for k in self.stages]
             self._busy = self._run(programs, feed, steps, on_step)
         self._train_seconds = seconds_since(started, self.device)
 

@@ -149,16 +149,14 @@ class PipelineEngine:
             self._activations_in.expect([self._activation_layout(size) for size in sizes], ACTIVATIONS_AHEAD)
 
     def _program(self, steps: Sequence[Step]) -> Iterator[Op]:
-        return train_program(steps, self.role, self.plan.config.method.link.delay)
+        return train_program(steps, self.role, self.plan.delay)
 
     def _expect_errors(self, steps: Sequence[Step]) -> None:
         if self._errors_in is not None:
             sizes = {step.index: step.sizes for step in steps}
             layouts = [(self.plan.error(sizes[op.step][op.microbatch], self.index),)
                        for op in self._program(steps) if op.kind is Kind.RECEIVE_ERROR]
-            config = self.plan.config
-            self._errors_in.expect(layouts, errors_ahead(config.method.link.delay, config.train.microbatches,
-                                                         self.role.hops_in))
+            self._errors_in.expect(layouts, errors_ahead(self.plan.delay, self.role.hops_in))
 
     def _activation_layout(self, size: int) -> Layout:
         return self.plan.outputs[size][self.index - 1], self.plan.targets(size)
@@ -168,9 +166,13 @@ class PipelineEngine:
         return sum(queue.wait_seconds for queue in queues if queue is not None)
 
 
-def errors_ahead(delay: int, microbatches: int, hops: int) -> int:
-    """Receives of errors posted ahead: one for every error that can be under way, so that no sender ever waits."""
-    return hops * (delay + 1) * microbatches + 1
+def errors_ahead(delay: int, hops: int) -> int:
+    """Receives of errors posted ahead: one for every error that can be under way before the flush.
+
+    Args:
+        delay: in microbatches.
+    """
+    return hops * (max(delay, 1) + 1) + 1
 
 
 def contract(plan: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from math import prod
@@ -62,7 +63,7 @@ class Method:
         program: (stage from 0, stages, steps) to operations.
         seconds: of each kind of operation in a stage.
         links: what goes back through stages with so many blocks.
-        delay: of its errors, in batches.
+        delay: of its errors, in microbatches.
     """
 
     name: str
@@ -74,11 +75,15 @@ class Method:
 
 
 def methods(config: Config) -> list[Method]:
-    """What `plan` compares: the config's own method first, then BackLink, GPipe, 1F1B and zero-bubble."""
+    """What `plan` compares: the config's own method first, then BackLink, GPipe, 1F1B and zero-bubble.
+
+    BackLink is there without a delay, one microbatch late and one batch late.
+    """
     micro, method = config.train.microbatches, config.method
-    own = _schedule("1F1B", micro) if method.name == "bp" else _local(method, method.link.delay, micro)
+    delay = method.link.delay_in_microbatches(micro)
+    own = _schedule("1F1B", micro) if method.name == "bp" else _local(method, delay, micro)
     backlink = method.model_copy(update={"name": "backlink"})
-    others = [*(_local(backlink, delay, micro) for delay in (0, 1) if not method.link.off),
+    others = [*(_local(backlink, delay, micro) for delay in sorted({0, 1, micro}) if not method.link.off),
               *(_schedule(schedule, micro) for schedule in SCHEDULES)]
     return [own, *(other for other in others if other.name != own.name)]
 
@@ -101,8 +106,8 @@ def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
 
     linked = method.name == "backlink" and not method.link.off
     reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
-    return Method(f"{method.name} d={delay}{reach}" if linked else method.name, method.name, program, seconds, links,
-                  delay)
+    name = f"{method.name} d={Fraction(delay, microbatches)}{reach}" if linked else method.name
+    return Method(name, method.name, program, seconds, links, delay)
 
 
 def _schedule(name: str, microbatches: int) -> Method:
@@ -145,7 +150,7 @@ class Forecaster:
     def _can_rehearse(self, blocks: int, links: Links) -> bool:
         """Whether a stage's own program can be run for its memory, in seconds; else an estimate has to do."""
         method, train = self.config.method, self.config.train
-        runs = blocks * train.microbatches * rehearsed_steps(method, links.hops_in)
+        runs = blocks * train.microbatches * rehearsed_steps(self.config, links.hops_in)
         return method.name != "bp" and runs <= _MOST_BLOCK_RUNS
 
     def compare(self, starts: list[int] | None, stages: int) -> list[MethodForecast]:
@@ -164,7 +169,7 @@ class Forecaster:
         seconds = [{kind: float(value) / self._speed(k) for kind, value in method.seconds(cost).items()}
                    for k, cost in enumerate(costs)]
         most_hops = max(int(cost.hops) for cost in costs)
-        ahead = ACTIVATIONS_AHEAD, errors_ahead(method.delay, self.config.train.microbatches, most_hops)
+        ahead = ACTIVATIONS_AHEAD, errors_ahead(method.delay, most_hops)
         return simulate([method.program(k, count, steps) for k in range(count)], seconds,
                         [self._forward_bytes(end) for end in ends[:-1]],
                         [self._error_bytes(end) for end in ends[:-1]], self.wire, ahead)

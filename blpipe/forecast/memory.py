@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blpipe.balance import Table
-from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig
+from blpipe.config import Config, LinkConfig, MethodConfig, OptimizerConfig
 from blpipe.engines.common import build_stage, role
 from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
@@ -63,14 +64,13 @@ class Rehearsal:
         for part in (stage.blocks, stage.loss, *([stage.head] if stage.head is not None else [])):
             for tensor in (*part.parameters(), *part.buffers()):
                 ledger.count(tensor)
-        train, delay = config.train, method.link.delay
-        size = train.microbatch_size
+        train = config.train
+        size, delay = train.microbatch_size, plan.delay
         given = plan.outputs[size][index - 1] if index else plan.input(size)
-        steps = [Step(i, (size,) * train.microbatches) for i in range(rehearsed_steps(method, links.hops_in))]
+        steps = [Step(i, (size,) * train.microbatches) for i in range(rehearsed_steps(config, links.hops_in))]
         with ledger:
             inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, self._device)
-            errors_in = _Inbox([plan.error(size, index)], errors_ahead(delay, train.microbatches, links.hops_in),
-                               self._device)
+            errors_in = _Inbox([plan.error(size, index)], errors_ahead(delay, links.hops_in), self._device)
             ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
             for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps,
                              lambda step: Factors(), lambda op: None):
@@ -78,9 +78,10 @@ class Rehearsal:
         return ledger.peak
 
 
-def rehearsed_steps(method: MethodConfig, hops: int = 1) -> int:
+def rehearsed_steps(config: Config, hops: int = 1) -> int:
     """How many steps it takes to have every link under way."""
-    return method.link.delay * max(1, hops) + 2
+    micro = config.train.microbatches
+    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, hops) / micro) + 2
 
 
 def most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
@@ -116,9 +117,10 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
         after = np.minimum(len(blocks) - end, config.partition.stage_count - 1)
         hops = after if link.reach == "all" else np.minimum(link.reach, after)
-        late = link.delay * hops * (params[end] - params[tail])
-        received = hops * errors_ahead(link.delay, train.microbatches, 1) * passing[end]
-        linked = late + link.delay * hops * train.microbatches * kept + received
+        delay = link.delay_in_microbatches(train.microbatches)
+        snapshots = np.ceil(delay * hops / train.microbatches) * (params[end] - params[tail])
+        received = hops * errors_ahead(delay, 1) * passing[end]
+        linked = snapshots + delay * hops * kept + received
         needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
     return needs
 
