@@ -21,6 +21,7 @@ from pydantic import (
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+WirePrecision = Literal["full", "bf16"]  # the precision of what stages send each other
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 T = TypeVar("T")
@@ -198,7 +199,7 @@ class LinkConfig(Section):
     reach: Annotated[Any, AfterValidator(_count_or_all)] = 1
     take: Literal["every", "farthest"] = "every"
     normalize: bool = False
-    wire: Literal["full", "bf16"] = "full"
+    wire: WirePrecision = "full"
     keep: Literal["graph", "recompute"] = "graph"
 
     def stage_weight(self, stage: int) -> float:
@@ -279,7 +280,7 @@ class OptimizerConfig(ByName):
 
 
 class TrainConfig(Section):
-    """Epochs and batches, and how they are computed."""
+    """Epochs and batches, and how they are computed. wire: the precision of activations under way."""
 
     epochs: Positive = 10
     batch_size: Positive = 64
@@ -289,6 +290,7 @@ class TrainConfig(Section):
     eval_every_epochs: NotNegative = 1
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     channels_last: bool = False
+    wire: WirePrecision = "full"
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":

@@ -155,6 +155,11 @@ class Plan:
         """What the first stage reads, for `size` samples."""
         return TensorSpec((size, *self.data.shape), getattr(torch, self.data.dtype))
 
+    def activation(self, size: int, stage: int) -> TensorSpec:
+        """An activation on its way, in training, from the stage with this index, from 0, for `size` samples."""
+        spec = self.outputs[size][stage]
+        return spec._replace(dtype=torch.bfloat16) if self.config.train.wire == "bf16" else spec
+
     def error(self, size: int, stage: int) -> TensorSpec:
         """An error on its way to the stage with this index, from 0, for `size` samples."""
         spec = self.outputs[size][stage]
@@ -285,15 +290,20 @@ def notices(plan: Plan) -> list[str]:
 
 
 def _check_boundaries(plan: Plan) -> None:
+    train = plan.config.train
+    if train.wire == "bf16" and plan.config.method.name == "bp":
+        raise ConfigError("train.wire: bf16, but the activations of bp are carried by torch's schedules, as they are; "
+                          "leave train.wire out")
+    needs_float32 = next((f"train.{key}" for key in ("precision", "wire") if getattr(train, key) == "bf16"), None)
     for specs in plan.outputs.values():
         for k, spec in enumerate(specs):
             if not spec.dtype.is_floating_point:
                 raise ConfigError(f"partition: stage {k + 1} ends with block {plan.block_names(k)[-1]}, which gives "
                                   f"{str(spec.dtype).removeprefix('torch.')}; cut where floating-point numbers pass")
-            if plan.config.train.precision == "bf16" and spec.dtype != torch.float32:
-                raise ConfigError(f"train.precision: bf16 is for models in float32, and block "
+            if needs_float32 and spec.dtype != torch.float32:
+                raise ConfigError(f"{needs_float32}: bf16 is for models in float32, and block "
                                   f"{plan.block_names(k)[-1]} gives {str(spec.dtype).removeprefix('torch.')}; "
-                                  "leave train.precision out")
+                                  f"leave {needs_float32} out")
 
 
 def _check_links(plan: Plan) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blpipe.config import LinkConfig
+from blpipe.config import LinkConfig, WirePrecision
 from blpipe.device import Precision
 from blpipe.losses import Tally
 from blpipe.plan import Links
@@ -70,15 +70,16 @@ class Stage:
         optimizer: over the parameters of blocks, head and loss; None if they have none.
         stream: this stage's random numbers.
         precision: how blocks and head are run.
+        wire: the precision of activations under way, in training.
     """
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
                  link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
-                 precision: Precision | None = None):
+                 precision: Precision | None = None, wire: WirePrecision = "full"):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
-        self.links, self.link = links, link
+        self.links, self.link, self.wire = links, link, wire
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
@@ -89,9 +90,10 @@ class Stage:
         self.tally = Tally()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks on one microbatch; returns x_k, detached, for the next stage."""
+        """Run the blocks on one microbatch; returns x_k, detached, as it goes to the next stage."""
         assert self._flight is None, "a forward before the local backward of the last one"
-        x = x.detach().requires_grad_(self.links.hops_out > 0)
+        x = (x.float() if self.wire == "bf16" and x.dtype == torch.bfloat16 else x.detach()) \
+            .requires_grad_(self.links.hops_out > 0)
         with self.stream:
             h = out = self.precision.run(self.body, x)
             run = None
@@ -100,7 +102,7 @@ class Stage:
                 assert run.out is not None
                 out = run.out
         self._flight = InFlight(x, h, out, run)
-        return out.detach()
+        return _narrowed(out.detach(), self.wire)
 
     def local_backward(self, targets: Tensor, share: float) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
@@ -230,7 +232,12 @@ class Stage:
         if not self.links.hops_out:
             return None
         error = torch.zeros_like(x) if error is None else error
-        return error.to(torch.bfloat16) if self.link.wire == "bf16" else error
+        return _narrowed(error, self.link.wire)
+
+
+def _narrowed(x: Tensor, wire: WirePrecision) -> Tensor:
+    """A tensor as it goes under way."""
+    return x.to(torch.bfloat16) if wire == "bf16" else x
 
 
 def _gradients(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,

@@ -48,7 +48,7 @@ JOBS = {
         small_config("drop_last", partition__stages=2, train__drop_last=True, schedule="cosine"),
         mixed(2),
         small_config("bf16_channels_last", partition__stages=2, train__precision="bf16", train__channels_last=True,
-                     train__microbatches=2, method__link={"length": 2, "keep": "recompute"}),
+                     train__microbatches=2, method__link={"length": 2, "keep": "recompute"}, train__wire="bf16"),
     ],
     4: [
         *grid(4, [1, "all"], [0, 1, 3], [1, 2]),
@@ -59,7 +59,8 @@ JOBS = {
         far("normalized", 2, 4, 0.5, reach=3, normalize=True, keep="recompute"),
         far("late", 4, 1, 1.0, schedule="cosine", wire="bf16"),
         far("a_microbatch_late", 1, 4, 0.0, reach="all", delay_unit="microbatch"),
-        small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"}),
+        small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"},
+                     train__wire="bf16"),
         mixed(4),
     ],
     8: [

@@ -141,7 +141,8 @@ def test_no_cut_between_blocks_that_share_a_parameter():
 @pytest.mark.parametrize("changes", [
     {}, {"train__microbatches": 4}, {"method__link": {"length": "all", "delay": 2}},
     {"method__link": {"length": "all", "keep": "recompute"}}, {"method": "greedy", "optimizer": "adamw"},
-    {"method": {"link": {"reach": 2, "length": "all", "wire": "bf16"}, "local_weight": 0.0}, "partition__stages": 3}])
+    {"method": {"link": {"reach": 2, "length": "all", "wire": "bf16"}, "local_weight": 0.0},
+     "train__wire": "bf16", "partition__stages": 3}])
 def test_predicted_peak_memory_is_within_15_percent_of_what_torch_allocates(changes):
     network, data = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, **{
         "partition__stages": 2, "data__args": {"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes})
@@ -179,7 +180,7 @@ def allocated_bytes(plan, index):
         def put(self, *tensors):
             self.waiting = [*self.waiting, tuple(tensor.clone() for tensor in tensors)][-2:]
 
-    given = plan.outputs[size][index - 1] if index else plan.input(size)
+    given = plan.activation(size, index - 1) if index else plan.input(size)
     with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         errors = plan.links[index].hops_in * (max(plan.delay, 1) + 1) + 1
         ports = Ports(Queue([given, plan.targets(size)], 2 if index else 0), Queue([], 0),

@@ -340,11 +340,20 @@ def test_links_that_cannot_be_are_refused(method, message):
         plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]})
 
 
-def test_an_error_in_bf16_takes_half_of_the_bytes():
-    made = plan(SIX, method={"link": {"wire": "bf16"}}, partition={"stages": 3})
-    size = made.step_sizes[0][0]
-    assert made.error(size, 0) == TensorSpec(made.outputs[size][0].shape, torch.bfloat16)
-    assert plan(SIX, partition={"stages": 3}).error(size, 0) == made.outputs[size][0]
+def test_what_travels_in_bf16_takes_half_of_the_bytes():
+    full, errors, activations = (plan(SIX, partition={"stages": 3}, **changes) for changes in (
+        {}, {"method": {"link": {"wire": "bf16"}}}, {"train": {"batch_size": 8, "wire": "bf16"}}))
+    size = full.step_sizes[0][0]
+    half = TensorSpec(full.outputs[size][0].shape, torch.bfloat16)
+    assert full.error(size, 0) == full.activation(size, 0) == full.outputs[size][0]
+    assert (errors.error(size, 0), errors.activation(size, 0)) == (half, full.outputs[size][0])
+    assert (activations.error(size, 0), activations.activation(size, 0)) == (full.outputs[size][0], half)
+
+
+def test_activations_of_bp_cannot_travel_in_bf16():
+    with pytest.raises(ConfigError, match=r"^train\.wire: bf16, but .* bp .*; leave train\.wire out$"):
+        plan(SIX, partition={"stages": 3}, method={"name": "bp"},
+             train={"batch_size": 8, "wire": "bf16"})
 
 
 def test_a_link_longer_than_a_stage_is_noticed():

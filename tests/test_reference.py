@@ -140,9 +140,12 @@ def test_links_that_reach_all_of_the_way_are_backpropagation(tmp_path):
         torch.testing.assert_close(model_of(linked)[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_errors_in_bf16_change_no_more_than_their_rounding(tmp_path):
-    full, half = (model_of(train_locally(small_config("run", model=NO_DROPOUT, method__link={"wire": wire},
-                                                      train__epochs=1), tmp_path / wire)) for wire in ("full", "bf16"))
+@pytest.mark.parametrize("key", ["method__link", "train"])
+def test_what_travels_in_bf16_changes_no_more_than_its_rounding(key, tmp_path):
+    size = {"epochs": 1, "batch_size": 16} if key == "train" else {}
+    full, half = (model_of(train_locally(small_config("run", model=NO_DROPOUT, train__epochs=1,
+                                                      **{key: {**size, "wire": wire}}), tmp_path / wire))
+                  for wire in ("full", "bf16"))
     assert not torch.equal(full["0.0.weight"], half["0.0.weight"])
     for name, tensor in full.items():
         torch.testing.assert_close(half[name], tensor, rtol=2e-2, atol=2e-3)

@@ -1,6 +1,6 @@
 """One process per stage: the same programs as in the local engine, over queues between processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -21,10 +21,9 @@ from blpipe.engines.common import (
     train_microbatches,
 )
 from blpipe.losses import Tally
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan, Step, TensorSpec
 from blpipe.program import Inbox, Kind, Op, Ports, evaluation_program, execute, train_program
 from blpipe.trace import Span, SpanLog
-from blpipe.transport.queues import Layout
 from blpipe.transport.world import World
 
 ACTIVATIONS_AHEAD = 2  # receives of activations posted before they are asked for
@@ -68,7 +67,7 @@ class PipelineEngine:
         if self._backprop is not None:
             self._train_by_backprop(self._backprop, steps, feed, on_step)
         else:
-            self._expect_activations([size for step in steps for size in step.sizes])
+            self._expect_activations([size for step in steps for size in step.sizes], self.plan.activation)
             self._expect_errors(steps)
             self._run(self._program(steps), feed, steps, on_step)
         self._wait_seconds = self._waited() - waited
@@ -79,7 +78,7 @@ class PipelineEngine:
         self.stage.train(False)
         self._val_tally = self.stage.tally
         sizes = self.plan.evaluation_sizes()
-        self._expect_activations(sizes)
+        self._expect_activations(sizes, lambda size, stage: self.plan.outputs[size][stage])
         feed = None
         if self.data is not None:
             feed = Feed(test_microbatches(self.data, self.plan, self.world.device))
@@ -144,9 +143,10 @@ class PipelineEngine:
         except Exception as error:
             raise blame(self.plan, self.index, where, error) from error
 
-    def _expect_activations(self, sizes: Sequence[int]) -> None:
+    def _expect_activations(self, sizes: Sequence[int], spec: Callable[[int, int], TensorSpec]) -> None:
         if self._activations_in is not None:
-            self._activations_in.expect([self._activation_layout(size) for size in sizes], ACTIVATIONS_AHEAD)
+            layouts = [(spec(size, self.index - 1), self.plan.targets(size)) for size in sizes]
+            self._activations_in.expect(layouts, ACTIVATIONS_AHEAD)
 
     def _program(self, steps: Sequence[Step]) -> Iterator[Op]:
         return train_program(steps, self.role, self.plan.delay)
@@ -157,9 +157,6 @@ class PipelineEngine:
             layouts = [(self.plan.error(sizes[op.step][op.microbatch], self.index),)
                        for op in self._program(steps) if op.kind is Kind.RECEIVE_ERROR]
             self._errors_in.expect(layouts, errors_ahead(self.plan.delay, self.role.hops_in))
-
-    def _activation_layout(self, size: int) -> Layout:
-        return self.plan.outputs[size][self.index - 1], self.plan.targets(size)
 
     def _waited(self) -> float:
         queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out]

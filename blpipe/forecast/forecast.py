@@ -8,7 +8,7 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 
-from blpipe.config import Config, MethodConfig, PartitionConfig
+from blpipe.config import Config, MethodConfig, PartitionConfig, WirePrecision
 from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
@@ -205,10 +205,13 @@ class Forecaster:
     def _forward_bytes(self, end: int) -> int:
         network, train = self.costs.network, self.config.train
         target_bytes = 8 * prod(network.data.target_shape) * train.microbatch_size
-        return self.costs.blocks[end - 1].output_bytes + target_bytes
+        return self._sent_bytes(end, train.wire) + target_bytes
 
     def _error_bytes(self, start: int) -> int:
-        return self.costs.blocks[start - 1].output_bytes // (2 if self.config.method.link.wire == "bf16" else 1)
+        return self._sent_bytes(start, self.config.method.link.wire)
+
+    def _sent_bytes(self, boundary: int, wire: WirePrecision) -> int:
+        return self.costs.blocks[boundary - 1].output_bytes // (2 if wire == "bf16" else 1)
 
     def _speed(self, stage: int) -> float:
         speeds = self.config.partition.speeds

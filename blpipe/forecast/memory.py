@@ -66,7 +66,7 @@ class Rehearsal:
                 ledger.count(tensor)
         train = config.train
         size, delay = train.microbatch_size, plan.delay
-        given = plan.outputs[size][index - 1] if index else plan.input(size)
+        given = plan.activation(size, index - 1) if index else plan.input(size)
         steps = [Step(i, (size,) * train.microbatches) for i in range(rehearsed_steps(config, links.hops_in))]
         with ledger:
             inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, self._device)

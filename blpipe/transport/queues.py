@@ -66,7 +66,11 @@ class _End:
     def __init__(self, group: dist.ProcessGroup, peer: int, name: str, device: torch.device, wire: torch.device):
         self._group, self._peer, self._name = group, peer, name
         self._device, self._wire = device, wire
+        self._pin = device.type == "cuda" and wire.type == "cpu"  # page-locked memory is copied to a GPU at full speed
         self.wait_seconds = 0.0
+
+    def _buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self._wire, pin_memory=self._pin)
 
     def _wait(self, work: dist.Work) -> None:
         started = perf_counter()
@@ -76,13 +80,17 @@ class _End:
 
 
 class SendQueue(_End):
-    """The sending end. A buffer is kept until its send is complete, and few are under way at a time."""
+    """The sending end. Few messages are under way at a time, from as many buffers in turn.
+
+    A buffer is written again once its send is complete.
+    """
 
     IN_FLIGHT = 2
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self._free = [self._buffer(0) for _ in range(self.IN_FLIGHT)]
 
     def has_room(self) -> bool:
         """Always: `put` waits where there is none."""
@@ -90,25 +98,36 @@ class SendQueue(_End):
 
     def put(self, *tensors: Tensor) -> None:
         """Send a message; waits for an earlier one where too many are under way."""
-        while len(self._sends) >= self.IN_FLIGHT:
-            self._wait(self._sends.popleft()[0])
+        if not self._free:
+            self._complete_one()
         layout = tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-        buffer = torch.empty(message_bytes(layout), dtype=torch.uint8, device=self._wire)
+        size, buffer = message_bytes(layout), self._free.pop()
+        if len(buffer) < size:
+            buffer = self._buffer(size)
         for view, tensor in zip(views(buffer, layout), tensors, strict=True):
             view.copy_(tensor)
         with lost_peer(self._name):
-            work = dist.isend(buffer, self._peer, self._group)
+            work = dist.isend(buffer[:size], self._peer, self._group)
         assert work is not None
         self._sends.append((work, buffer))
 
     def drain(self) -> None:
         """Wait until everything sent has arrived."""
         while self._sends:
-            self._wait(self._sends.popleft()[0])
+            self._complete_one()
+
+    def _complete_one(self) -> None:
+        work, buffer = self._sends.popleft()
+        self._wait(work)
+        self._free.append(buffer)
 
 
 class ReceiveQueue(_End):
-    """The receiving end, for the messages that `expect` announced. Receives are posted ahead."""
+    """The receiving end, for the messages that `expect` announced. Receives are posted ahead.
+
+    A message's tensors are views of the buffer that it came in, which lives as long as they do: nothing is copied.
+    torch's allocators, of a GPU's memory and of pinned memory, then give it to a later receive.
+    """
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -132,10 +151,10 @@ class ReceiveQueue(_End):
         self._wait(work)
         for following in islice(self._layouts, 1):
             self._post(following)
-        return tuple(tensor.to(self._device) for tensor in views(buffer, layout))
+        return tuple(tensor.to(self._device, non_blocking=self._pin) for tensor in views(buffer, layout))
 
     def _post(self, layout: Layout) -> None:
-        buffer = torch.empty(message_bytes(layout), dtype=torch.uint8, device=self._wire)
+        buffer = self._buffer(message_bytes(layout))
         with lost_peer(self._name):
             work = dist.irecv(buffer, self._peer, self._group)
         assert work is not None
