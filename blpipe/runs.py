@@ -1,6 +1,7 @@
 """Run folders: what each subcommand does with one."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
 from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
+from blpipe.progress import Progress
 from blpipe.trace import write_trace
 from blpipe.trainer import choose_engine, is_due, open_local, open_pipeline, set_up, train
 from blpipe.transport.world import Meeting, choose_device, meet
@@ -33,7 +35,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
     set_up(config)
     if choose_engine(config) == "local":
         plan, data, run = _prepare(config, overwrite, resume)
-        _train(open_local(plan, data), plan, run, resume)
+        _train(open_local(plan, data), plan, run, resume, None, _has_terminal(config))
         return
     _train_in_pipeline(config, meet(config.runtime.timeout_seconds), overwrite, resume)
 
@@ -134,7 +136,8 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
             meeting.is_reporter()  # before another rank can be
             meeting.announce(config.name, {"failed": True})
             raise
-        meeting.announce(config.name, {"data": data.spec.to_json(), "run": str(run),
+        shown = _has_terminal(config)
+        meeting.announce(config.name, {"data": data.spec.to_json(), "run": str(run), "shown": shown,
                                        "partition": plan.config.partition.model_dump()})
     else:
         told = meeting.listen(config.name)
@@ -142,22 +145,26 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
             raise UserError("rank 0 could not begin")
         config = config.model_copy(update={"partition": PartitionConfig(**told["partition"])})
         plan, run = make_plan(config, DataSpec.from_json(told["data"])), Path(told["run"])
+        shown = told["shown"]
     engine = open_pipeline(plan, data, meeting)
-    _train(engine, plan, run, resume)
+    _train(engine, plan, run, resume, meeting, shown)
     engine.close()
 
 
-def _train(engine: Engine, plan: Plan, run: Path, resume: bool) -> None:
+def _has_terminal(config: Config) -> bool:
+    """Whether progress is to be shown, and can be."""
+    return config.runtime.progress and sys.stderr.isatty()
+
+
+def _train(engine: Engine, plan: Plan, run: Path, resume: bool, meeting: Meeting | None, shown: bool) -> None:
     first_epoch = _resume_from(run, plan, engine) if resume else 0
     recorder = Recorder(run, plan, engine.name, first_epoch) if launch.rank() == 0 else None
     if recorder is not None:
         for line in notices(plan):
             print(f"note: {line}")
-    config, steps = plan.config, len(plan.step_sizes)
-    hide_bar = None if recorder is not None and config.runtime.progress else True  # None: where there is no terminal
-    with tqdm(total=steps * config.train.epochs, initial=steps * first_epoch, unit="step", dynamic_ncols=True,
-              disable=hide_bar) as bar:
-        for epoch in train(engine, plan, first_epoch, bar.update):
+    config, steps_done = plan.config, first_epoch * len(plan.step_sizes)
+    with Progress(engine, plan, steps_done, meeting, shown) as progress:
+        for epoch in train(engine, plan, first_epoch, progress.tick):
             if recorder is not None:
                 recorder.add(epoch)
                 tqdm.write(epoch_line(epoch, config.train.epochs, plan.samples_per_epoch))

@@ -48,6 +48,17 @@ class StageReport:
     gpu_memory_bytes: int | None
 
 
+@dataclass(frozen=True)
+class StageProgress:
+    """One stage in the middle of an epoch: loss and seconds so far, and its device's readings, as in `StageReport`."""
+
+    loss: float | None
+    busy_seconds: float | None
+    wait_seconds: float | None
+    gpu_utilization: float | None
+    gpu_memory_bytes: int | None
+
+
 class Engine(Protocol):
     """Runs all stages of a plan, or this process's share of them."""
 
@@ -60,6 +71,9 @@ class Engine(Protocol):
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
+
+    def progress(self) -> list[StageProgress]:
+        """Of this process's stages, at any time; waits for the device."""
 
     def reports(self) -> list[StageReport] | None:
         """One report a stage on the leading process; None on the others."""

@@ -14,10 +14,12 @@ from blpipe.engines.common import (
     TRACED_STEPS,
     Feed,
     OnStep,
+    StageProgress,
     StageReport,
     blame,
     build_stage,
     factors,
+    gpu_readings,
     report,
     role,
     seconds_since,
@@ -43,7 +45,7 @@ class LocalEngine:
         self.plan, self.data, self.device = plan, data, device
         self.stages = {index: build_stage(plan, index, device) for index in range(len(plan.stages))}
         self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
-        self._busy = [0.0] * len(self.stages)
+        self._busy = [0.0] * len(self.stages)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
 
@@ -58,7 +60,8 @@ class LocalEngine:
             steps = self.plan.train_steps(epoch)
             feed = Feed(train_microbatches(self.data, self.plan, epoch, self.device))
             programs = [train_program(steps, role(self.plan, k), self.plan.delay) for k in self.stages]
-            self._busy = self._run(programs, feed, steps, on_step)
+            self._busy = [0.0] * len(self.stages)
+            self._run(programs, feed, steps, on_step, self._busy)
         self._train_seconds = seconds_since(started, self.device)
 
     def evaluate(self) -> None:
@@ -66,14 +69,25 @@ class LocalEngine:
         self._set_mode(training=False)
         batches = len(self.plan.evaluation_sizes())
         feed = Feed(test_microbatches(self.data, self.plan, self.device))
-        self._run([evaluation_program(batches, role(self.plan, k)) for k in self.stages], feed, [], lambda: None)
+        self._run([evaluation_program(batches, role(self.plan, k)) for k in self.stages], feed, [], lambda: None,
+                  [0.0] * len(self.stages))
+
+    def progress(self) -> list[StageProgress]:
+        """See `Engine`."""
+        readings = gpu_readings(self.device)
+        return [StageProgress(tally.loss, busy, wait, *readings)
+                for tally, (busy, wait) in zip(self._tallies[True], self._seconds(), strict=True)]
 
     def reports(self) -> list[StageReport]:
         """One report a stage; no stage waits for another process."""
-        measured = self.plan.config.method.name != "bp"  # autograd runs all stages' backwards as one
-        return [report(train, val, busy if measured else None, 0.0 if measured else None, self._train_seconds,
-                       self.device)
-                for train, val, busy in zip(self._tallies[True], self._tallies[False], self._busy, strict=True)]
+        return [report(train, val, busy, wait, self._train_seconds, self.device) for train, val, (busy, wait)
+                in zip(self._tallies[True], self._tallies[False], self._seconds(), strict=True)]
+
+    def _seconds(self) -> list[tuple[float | None, float | None]]:
+        """Each stage's busy and waiting seconds."""
+        if self.plan.config.method.name == "bp":  # autograd runs all stages' backwards as one
+            return [(None, None)] * len(self.stages)
+        return [(busy, 0.0) for busy in self._busy]
 
     def spans(self) -> list[Span]:
         """The traced operations of all stages."""
@@ -91,13 +105,12 @@ class LocalEngine:
         self._tallies[training] = self._tallies_now()
 
     def _run(self, programs: Sequence[Iterator[Op]], feed: Feed, steps: Sequence[Step],
-             on_step: OnStep) -> list[float]:
+             on_step: OnStep, busy: list[float]) -> None:
         """Advance every stage's program as far as it goes, in turn, until all are through.
 
-        Returns:
-            The seconds that each stage took.
+        Args:
+            busy: where the seconds that each stage takes are added.
         """
-        busy = [0.0] * len(self.stages)
         edges = range(len(self.stages) - 1)
         forward = [MemoryQueue(capacity=1) for _ in edges]
         errors = [MemoryQueue() for _ in edges]
@@ -132,7 +145,6 @@ class LocalEngine:
                 if log is not None:
                     log.end(k)
             assert not running or now != before, "the stages' programs wait for each other"
-        return busy
 
     def _backpropagate(self, epoch: int, on_step: OnStep) -> None:
         """Plain end-to-end backpropagation of the last stage's loss."""

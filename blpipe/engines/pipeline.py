@@ -10,10 +10,12 @@ from blpipe.engines.common import (
     TRACED_STEPS,
     Feed,
     OnStep,
+    StageProgress,
     StageReport,
     blame,
     build_stage,
     factors,
+    gpu_readings,
     report,
     role,
     seconds_since,
@@ -53,6 +55,7 @@ class PipelineEngine:
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
         self._train_tally = self._val_tally = self.stage.tally
         self._train_seconds = self._wait_seconds = 0.0
+        self._started = self._waited_before = 0.0  # of the epoch
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
 
     def train_epoch(self, epoch: int, on_step: OnStep) -> None:
@@ -63,15 +66,15 @@ class PipelineEngine:
         feed = None
         if self.data is not None:
             feed = Feed(train_microbatches(self.data, self.plan, epoch, self.world.device))
-        waited, started = self._waited(), perf_counter()
+        self._waited_before, self._started = self._waited(), perf_counter()
         if self._backprop is not None:
             self._train_by_backprop(self._backprop, steps, feed, on_step)
         else:
             self._expect_activations([size for step in steps for size in step.sizes], self.plan.activation)
             self._expect_errors(steps)
             self._run(self._program(steps), feed, steps, on_step)
-        self._wait_seconds = self._waited() - waited
-        self._train_seconds = seconds_since(started, self.world.device)
+        self._wait_seconds = self._waited() - self._waited_before
+        self._train_seconds = seconds_since(self._started, self.world.device)
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
@@ -84,14 +87,20 @@ class PipelineEngine:
             feed = Feed(test_microbatches(self.data, self.plan, self.world.device))
         self._run(evaluation_program(len(sizes), self.role), feed, [], lambda: None)
 
+    def progress(self) -> list[StageProgress]:
+        """See `Engine`."""
+        seconds = self._seconds(perf_counter() - self._started, self._waited() - self._waited_before)
+        return [StageProgress(self._train_tally.loss, *seconds, *gpu_readings(self.world.device))]
+
     def reports(self) -> list[StageReport] | None:
         """One report a stage, on rank 0."""
-        train, val = self._train_tally, self._val_tally
-        # torch's schedules do not tell computing from waiting.
-        measured = self._backprop is None
         return self.world.gather(report(
-            train, val, self._train_seconds - self._wait_seconds if measured else None,
-            self._wait_seconds if measured else None, self._train_seconds, self.world.device))
+            self._train_tally, self._val_tally, *self._seconds(self._train_seconds, self._wait_seconds),
+            self._train_seconds, self.world.device))
+
+    def _seconds(self, total: float, waited: float) -> tuple[float | None, float | None]:
+        """Busy and waiting; torch's schedules do not tell one from the other."""
+        return (total - waited, waited) if self._backprop is None else (None, None)
 
     def spans(self) -> list[Span] | None:
         """The traced operations of all stages, on rank 0."""

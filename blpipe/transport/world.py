@@ -36,6 +36,17 @@ class Meeting:
         except RuntimeError as error:
             raise PeerLostError(f"rank {self.rank} waiting for rank 0: that process ended") from error
 
+    def note(self, run: str, message: dict[str, Any]) -> None:
+        """Leave a message to whoever looks, in place of this rank's last one."""
+        with lost_peer(f"rank {self.rank} telling of its progress"):
+            self.store.set(f"{run}/notes/{self.rank}", json.dumps(message))
+
+    def notes(self, run: str) -> dict[int, dict[str, Any]]:
+        """The last message of every rank that has left one."""
+        with lost_peer(f"rank {self.rank} looking for the others' progress"):
+            keys = {rank: f"{run}/notes/{rank}" for rank in range(self.size)}
+            return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
+
     def is_reporter(self) -> bool:
         """Whether this process is to report the failure: the first one that asks is."""
         return self.store.compare_set("reporter", "", str(self.rank)) == str(self.rank).encode()
