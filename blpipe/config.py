@@ -321,6 +321,7 @@ class RuntimeConfig(Section):
     runs: str = "runs"
     progress: bool = True
     trace: bool = False
+    tensorboard: bool = False
     timeout_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 600.0
 
 

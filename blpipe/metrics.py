@@ -3,6 +3,7 @@
 import json
 import platform
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,24 @@ import numpy as np
 import torch
 
 import blpipe
+from blpipe.config import Config
 from blpipe.engines.common import factors
-from blpipe.errors import UserError
+from blpipe.errors import ConfigError, UserError
 from blpipe.plan import Plan
 from blpipe.text import blocks_text, percent, table
 from blpipe.trainer import Epoch
 
 
+def check_tensorboard(config: Config) -> None:
+    """Raises a ConfigError where the config asks for TensorBoard and the package is missing."""
+    if config.runtime.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("runtime.tensorboard: the package is missing; run `pip install tensorboard`, or leave it out")
+
+
 class Recorder:
     """Writes `metrics.jsonl` and `result.json` of one run folder; the leading process has one.
+
+    With `runtime.tensorboard` also all numbers of the rows as scalars, over the steps done.
 
     Args:
         run: the run folder.
@@ -36,6 +46,12 @@ class Recorder:
             raise UserError(f"{self._rows_path}: holds {len(self._rows)} rows of the {epochs_done * len(plan.stages)} "
                             "that belong to the checkpoint; restore it, or train anew with --overwrite")
         self._rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._board: Any = None
+        if plan.config.runtime.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an interrupted run left of later steps is dropped.
+            self._board = SummaryWriter(run / "tensorboard", purge_step=epochs_done * len(plan.step_sizes) + 1)
 
     def add(self, epoch: Epoch) -> None:
         """Append a row for every stage."""
@@ -48,6 +64,12 @@ class Recorder:
         with self._rows_path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         self._rows += rows
+        if self._board is not None:
+            for row in rows:
+                for key, value in row.items():
+                    if value is not None and key not in ("epoch", "stage"):
+                        self._board.add_scalar(f"{key}/stage {row['stage']}", value, last_step + 1)
+            self._board.flush()
 
     def finish(self) -> dict[str, Any]:
         """Write and return the result."""
@@ -71,6 +93,8 @@ class Recorder:
                          "python": platform.python_version()},
         }
         self._result_path.write_text(json.dumps(result, indent=2) + "\n")
+        if self._board is not None:
+            self._board.close()
         return result
 
     def _total(self, stage: int, key: str) -> float | None:

@@ -15,14 +15,14 @@ from blpipe.engines.common import Engine
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
-from blpipe.metrics import Recorder, epoch_line, stage_rows, stage_table
+from blpipe.metrics import Recorder, check_tensorboard, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.progress import Progress
 from blpipe.trace import write_trace
 from blpipe.trainer import choose_engine, is_due, open_local, open_pipeline, set_up, train
 from blpipe.transport.world import Meeting, choose_device, meet
 
-_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "checkpoints")
+_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "tensorboard", "checkpoints")
 
 
 def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -97,6 +97,7 @@ def resume_config(run: Path) -> Config:
 
 def _prepare(config: Config, overwrite: bool, resume: bool) -> tuple[Plan, Data, Path]:
     """Check everything that can be checked, then make the run folder."""
+    check_tensorboard(config)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
     if config.partition.unsettled:

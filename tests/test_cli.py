@@ -13,9 +13,10 @@ import torch
 import yaml
 from conftest import REPOSITORY, assert_same_run, small_config
 
-from blpipe import checkpoint, cli, models
+from blpipe import checkpoint, cli, metrics, models
 from blpipe.config_file import load_config
 from blpipe.data import open_data
+from blpipe.metrics import read_rows
 from blpipe.plan import make_plan
 from blpipe.seeds import RandomStream
 
@@ -64,6 +65,25 @@ def test_a_run_folder_says_what_was_run_and_how_it_went(folder, capsys):
     rows = [json.loads(line) for line in (folder / "runs/small/metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["stage"]) for row in rows] == [(e, s) for e in (1, 2) for s in (1, 2, 3)]
     assert all(row["samples_per_second"] > 0 and row["train_loss"] > 0 and row["lr"] == 0.05 for row in rows)
+
+
+def test_tensorboard_gets_the_numbers_of_every_stage_and_epoch(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("train", "small.yaml", "train.epochs=2", "runtime.tensorboard=true") == 0
+    events = EventAccumulator(str(folder / "runs/small/tensorboard")).Reload()
+    for row in read_rows(folder / "runs/small"):
+        curve = {event.step: event.value for event in events.Scalars(f"val_accuracy/stage {row['stage']}")}
+        assert curve[6 * row["epoch"]] == pytest.approx(row["val_accuracy"])
+    assert not any("gpu" in tag for tag in events.Tags()["scalars"])  # nothing measured, nothing drawn
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_anything_is_written(folder, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    assert run("train", "small.yaml", "runtime.tensorboard=true") == 2
+    assert capsys.readouterr().err == ("blpipe: runtime.tensorboard: the package is missing; run `pip install "
+                                       "tensorboard`, or leave it out\n")
+    assert not (folder / "runs").exists()
 
 
 def test_the_resolved_config_repeats_the_run(folder):
