@@ -60,14 +60,15 @@ def train_locally(tree: dict, folder: Path) -> Path:
     return folder / "local" / tree["name"]
 
 
-def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: float = 110) -> list[Path]:
-    """Train each config in `stages` processes; returns the run folders."""
+def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: float = 110,
+                       **environment: str) -> list[Path]:
+    """Train each config in `stages` processes; returns the run folders. See ranks.py for the environment."""
     jobs = folder / f"jobs{stages}.json"
     jobs.write_text(json.dumps([{**tree, "runtime": {**tree["runtime"], "runs": str(folder / "pipeline")}}
                                 for tree in trees]))
     ranks = subprocess.Popen([sys.executable, str(REPOSITORY / "tests" / "ranks.py"), str(stages), str(jobs)],
-                             env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             start_new_session=True)
+                             env=child_environment() | environment, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         output, _ = ranks.communicate(timeout=timeout)
     finally:

@@ -23,6 +23,11 @@ from blpipe.transport.world import meet
 def rank(index: int, trees: list[dict]) -> None:
     """One stage of every run."""
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(index)
+    if "NCCL_ON_ONE_GPU" in os.environ:
+        # As on machines of one GPU each. NCCL refuses two ranks on a GPU of what it takes for one host.
+        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", NCCL_HOSTID=f"host{index}")
+    if "DETERMINISTIC" in os.environ:
+        torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     store = meet(timeout_seconds=60)  # keeps rank 0's server up from the first run to the last
     for tree in trees:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import metrics_of, small_config, train_in_processes, train_locally
+from conftest import assert_same_run, metrics_of, small_config, train_in_processes, train_locally
 
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
@@ -44,6 +44,28 @@ def test_the_pipeline_learns_as_the_local_engine_in_bf16_and_channels_last(tmp_p
     tree = {**ON_GPU, "train": {**ON_GPU["train"], "precision": "bf16", "channels_last": True}}
     run, = train_in_processes([tree], 3, tmp_path)
     assert learned(run) == pytest.approx(learned(train_locally(tree, tmp_path)), rel=0.05, abs=0.05)
+
+
+FAR = small_config("far", partition__stages=3, method__local_weight=0.5, train__microbatches=4, model=NO_DROPOUT,
+                   method__link={"length": "all", "reach": 2, "delay_unit": "microbatch"}, runtime__device="cuda")
+IN_BF16 = small_config("wire", partition__stages=3, method__link={"delay": 2, "wire": "bf16", "keep": "recompute"},
+                       train__wire="bf16", model=NO_DROPOUT, runtime__device="cuda")
+
+
+@pytest.mark.parametrize("environment", [{}, {"NCCL_ON_ONE_GPU": "1"}], ids=["through host memory", "nccl"])
+def test_the_pipeline_equals_the_local_engine_bit_for_bit(environment, tmp_path, monkeypatch):
+    """With deterministic algorithms. Three ranks share a GPU; NCCL then goes over sockets."""
+    if not environment and torch.cuda.device_count() >= 3:
+        pytest.skip("three GPUs or more: stages do not share one")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    trees = [ON_GPU, FAR, IN_BF16]
+    runs = train_in_processes(trees, 3, tmp_path, DETERMINISTIC="1", **environment)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for tree, run in zip(trees, runs, strict=True):
+            assert_same_run(run, train_locally(tree, tmp_path))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("normalize", [None, {"mean": [0.1, 0.2], "std": [0.7, 0.8]}])
