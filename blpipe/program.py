@@ -173,11 +173,13 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 while not ports.outbox.has_room():
                     yield
                 ports.outbox.put(x, targets)
+                del x  # what is sent is not held here until the next batch, nor are errors below
             case Kind.LOCAL_BACKWARD:
                 error = stage.local_backward(targets, len(targets) / batch_sizes[op.step])
             case Kind.SEND_ERROR:
                 assert ports.errors_out is not None and error is not None
                 ports.errors_out.put(error)
+                del error
             case Kind.RECEIVE_ERROR:
                 assert ports.errors_in is not None
                 while not ports.errors_in.has_message():
@@ -185,5 +187,6 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 link_error, = ports.errors_in.get()
             case Kind.LINK_BACKWARD:
                 error = stage.link_backward(link_error, op.hop, factors(op.step).link)
+                del link_error
             case Kind.STEP:
                 stage.step(factors(op.step).lr)

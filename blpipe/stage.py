@@ -116,15 +116,7 @@ class Stage:
         """
         assert self._flight is not None and self.head is not None
         flight, self._flight = self._flight, None
-        cut = flight.out.detach().requires_grad_(flight.out.requires_grad)
-        with self.stream:
-            logits = self.precision.run(self.head, cut)
-            loss = self.loss(logits, targets, cut)
-        self.tally.add(loss, logits, targets)
-        if loss.requires_grad:
-            (loss * share).backward()
-        # A head may ignore its input.
-        error: Tensor | None = cut.grad if cut.grad is not None else torch.zeros_like(cut)
+        error: Tensor | None = self._head_backward(flight.out, targets, share)
         if flight.tail_run is not None:
             error = self._local_backward_of_tail(flight.tail_run, error)
             self._awaiting[1].append(flight.tail_run)
@@ -191,6 +183,18 @@ class Stage:
         if self.head is not None:
             self.head.train(mode)
         self.tally = Tally()
+
+    def _head_backward(self, out: Tensor, targets: Tensor, share: float) -> Tensor:
+        """Returns ∂L_k/∂x_k; nothing else of the head's graph is held while the blocks' backward runs."""
+        assert self.head is not None
+        cut = out.detach().requires_grad_(out.requires_grad)
+        with self.stream:
+            logits = self.precision.run(self.head, cut)
+            loss = self.loss(logits, targets, cut)
+        self.tally.add(loss, logits, targets)
+        if loss.requires_grad:
+            (loss * share).backward()
+        return cut.grad if cut.grad is not None else torch.zeros_like(cut)  # a head may ignore its input
 
     def _run_tail(self, h: Tensor) -> TailRun:
         if self.link.delay == 0:

@@ -1,13 +1,15 @@
 """Every stage in one process on one device, their programs advanced in turn.
 
-At most one microbatch waits between two stages, and a stage goes through forward and local backward
-before another one runs: one body graph is alive at a time.
+A microbatch enters once the one before has passed all stages, and a stage goes through forward and local
+backward before another one runs: one body graph is alive at a time. An error is taken back as soon as it is
+there: with a delay of 0 and one microbatch, two tails at most wait for theirs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from blpipe.data import Data
 from blpipe.engines.common import (
@@ -33,6 +35,21 @@ from blpipe.trace import Span, SpanLog
 from blpipe.transport.memory import MemoryQueue
 
 _ENDED = object()
+
+
+class _Entry:
+    """The first stage's inbox: a microbatch enters when no other one waits between two stages."""
+
+    def __init__(self, feed: Feed, between: Sequence[MemoryQueue]):
+        self._feed, self._between = feed, between
+
+    def has_message(self) -> bool:
+        """Whether the last one is through."""
+        return not any(queue.has_message() for queue in self._between)
+
+    def get(self) -> tuple[Tensor, ...]:
+        """The next microbatch."""
+        return self._feed.get()
 
 
 class LocalEngine:
@@ -108,11 +125,13 @@ class LocalEngine:
              on_step: OnStep, busy: list[float]) -> None:
         """Advance every stage's program as far as it goes, in turn, until all are through.
 
+        What a stage sent back is handled before the next stage runs: that ends the graph of an earlier stage's tail.
+
         Args:
             busy: where the seconds that each stage takes are added.
         """
         edges = range(len(self.stages) - 1)
-        forward = [MemoryQueue(capacity=1) for _ in edges]
+        forward = [MemoryQueue() for _ in edges]
         errors = [MemoryQueue() for _ in edges]
         now: dict[int, Op] = {}
         log = self._log if steps else None
@@ -128,22 +147,31 @@ class LocalEngine:
 
         running = {}
         for k, program in enumerate(programs):
-            ports = Ports(feed if k == 0 else forward[k - 1], forward[k] if k < len(edges) else None,
+            ports = Ports(_Entry(feed, forward) if k == 0 else forward[k - 1], forward[k] if k < len(edges) else None,
                           errors[k] if k < len(edges) else None, errors[k - 1] if k > 0 else None)
             running[k] = execute(program, self.stages[k], ports, steps, lambda s: factors(self.plan, s),
                                  watch(k))
+
+        def advance(k: int) -> bool:
+            """Whether the stage got any further."""
+            if k not in running:
+                return False
+            before, started = now.get(k), perf_counter()
+            try:
+                if next(running[k], _ENDED) is _ENDED:
+                    del running[k]
+            except Exception as error:
+                raise blame(self.plan, k, f"step {now[k].step}", error) from error
+            busy[k] += perf_counter() - started
+            if log is not None:
+                log.end(k)
+            return now[k] != before
+
         while running:
             before = dict(now)
-            for k in list(running):
-                started = perf_counter()
-                try:
-                    if next(running[k], _ENDED) is _ENDED:
-                        del running[k]
-                except Exception as error:
-                    raise blame(self.plan, k, f"step {now[k].step}", error) from error
-                busy[k] += perf_counter() - started
-                if log is not None:
-                    log.end(k)
+            for k in range(len(programs)):
+                while k >= 0 and advance(k):
+                    k -= 1
             assert not running or now != before, "the stages' programs wait for each other"
 
     def _backpropagate(self, epoch: int, on_step: OnStep) -> None:

@@ -19,7 +19,7 @@ from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
-from blpipe.plan import Links, Network, Step, fitting, make_plan, stage_links
+from blpipe.plan import Links, Network, Plan, Step, fitting, make_plan, stage_links
 from blpipe.program import Factors, Ports, execute, train_program
 from blpipe.shapes import TensorSpec
 from blpipe.transport.queues import SendQueue
@@ -60,22 +60,31 @@ class Rehearsal:
                          self._network)
         links = links or most_links(method, start, end - start, len(names) - end)
         plan = replace(plan, links=[links if k == index else other for k, other in enumerate(plan.links)])
-        stage, ledger = build_stage(plan, index, self._device), Ledger()
-        for part in (stage.blocks, stage.loss, *([stage.head] if stage.head is not None else [])):
-            for tensor in (*part.parameters(), *part.buffers()):
-                ledger.count(tensor)
-        train = config.train
-        size, delay = train.microbatch_size, plan.delay
-        given = plan.activation(size, index - 1) if index else plan.input(size)
-        steps = [Step(i, (size,) * train.microbatches) for i in range(rehearsed_steps(config, links.hops_in))]
+        ledger = Ledger()
+        for tensor in (*plan.stages[index].parameters(), *plan.stages[index].buffers()):
+            ledger.count(tensor)
         with ledger:
-            inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, self._device)
-            errors_in = _Inbox([plan.error(size, index)], errors_ahead(delay, links.hops_in), self._device)
-            ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
-            for _ in execute(train_program(steps, role(plan, index), delay), stage, ports, steps,
-                             lambda step: Factors(), lambda op: None):
-                pass
+            train_alone(plan, index, self._device)
         return ledger.peak
+
+
+def train_alone(plan: Plan, index: int, device: torch.device) -> None:
+    """Build the stage with this index, from 0, and train it as in a process of its own, without neighbours.
+
+    Its program runs for as many steps as it takes to have every link under way. Its queues give and take at once,
+    and hold as many buffers as those between processes.
+    """
+    stage, train = build_stage(plan, index, device), plan.config.train
+    stage.train(True)
+    size, hops_in = train.microbatch_size, plan.links[index].hops_in
+    given = plan.activation(size, index - 1) if index else plan.input(size)
+    steps = [Step(i, (size,) * train.microbatches) for i in range(rehearsed_steps(plan.config, hops_in))]
+    inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, device)
+    errors_in = _Inbox([plan.error(size, index)], errors_ahead(plan.delay, hops_in), device)
+    ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
+    for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
+                     lambda step: Factors(), lambda op: None):
+        pass
 
 
 def rehearsed_steps(config: Config, hops: int = 1) -> int:
@@ -163,12 +172,14 @@ class _Outbox:
     """Keeps the buffers of the last few messages, as `SendQueue` does."""
 
     def __init__(self) -> None:
-        self._sent: deque[list[Tensor]] = deque(maxlen=SendQueue.IN_FLIGHT)
+        self._sent: deque[list[Tensor]] = deque()
 
     def has_room(self) -> bool:
         """Always."""
         return True
 
     def put(self, *tensors: Tensor) -> None:
-        """Send a message."""
+        """Send a message, once the oldest has made room."""
+        if len(self._sent) >= SendQueue.IN_FLIGHT:
+            self._sent.popleft()
         self._sent.append([torch.empty_like(tensor) for tensor in tensors])
