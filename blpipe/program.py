@@ -126,9 +126,6 @@ class Inbox(Protocol):
 class Outbox(Protocol):
     """Where tensors go, in order."""
 
-    def has_room(self) -> bool:
-        """False if there is no room for a message until this process has run other stages."""
-
     def put(self, *tensors: Tensor) -> None:
         """Send a message; may wait for room."""
 
@@ -170,8 +167,6 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 x = stage.evaluate(x, targets)
             case Kind.SEND:
                 assert ports.outbox is not None
-                while not ports.outbox.has_room():
-                    yield
                 ports.outbox.put(x, targets)
                 del x  # what is sent is not held here until the next batch, nor are errors below
             case Kind.LOCAL_BACKWARD:

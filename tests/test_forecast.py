@@ -171,8 +171,6 @@ def allocated_bytes(plan, index):
         def has_message(self):
             return True
 
-        has_room = has_message
-
         def get(self):
             self.waiting.append(self.new(self.specs))
             return self.waiting.pop(0)

@@ -34,13 +34,11 @@ def test_a_message_carries_its_tensors_apart(layout, seed):
         assert torch.equal(view, tensor)
 
 
-def test_a_queue_in_memory_keeps_order_and_says_when_it_is_full():
-    queue = MemoryQueue(capacity=2)
+def test_a_queue_in_memory_keeps_order():
+    queue = MemoryQueue()
     assert not queue.has_message()
     for value in (1.0, 2.0):
-        assert queue.has_room()
         queue.put(torch.full((2, 3), value).t())
-    assert not queue.has_room()
     first, = queue.get()
     assert first.is_contiguous()
     assert first[0, 0] == 1.0

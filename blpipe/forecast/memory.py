@@ -174,10 +174,6 @@ class _Outbox:
     def __init__(self) -> None:
         self._sent: deque[list[Tensor]] = deque()
 
-    def has_room(self) -> bool:
-        """Always."""
-        return True
-
     def put(self, *tensors: Tensor) -> None:
         """Send a message, once the oldest has made room."""
         if len(self._sent) >= SendQueue.IN_FLIGHT:

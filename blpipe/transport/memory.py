@@ -6,19 +6,14 @@ from torch import Tensor
 
 
 class MemoryQueue:
-    """Both ends of a queue; the producer is to pause while `capacity` messages wait (None: never)."""
+    """Both ends of a queue."""
 
-    def __init__(self, capacity: int | None = None):
+    def __init__(self) -> None:
         self._messages: deque[tuple[Tensor, ...]] = deque()
-        self._capacity = capacity
 
     def has_message(self) -> bool:
         """Whether `get` finds something."""
         return bool(self._messages)
-
-    def has_room(self) -> bool:
-        """Whether the producer may go on."""
-        return self._capacity is None or len(self._messages) < self._capacity
 
     def put(self, *tensors: Tensor) -> None:
         """Append a message: contiguous, as after a transfer, so that kernels take the same path in every engine."""

@@ -92,10 +92,6 @@ class SendQueue(_End):
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self._free = [self._buffer(0) for _ in range(self.IN_FLIGHT)]
 
-    def has_room(self) -> bool:
-        """Always: `put` waits where there is none."""
-        return True
-
     def put(self, *tensors: Tensor) -> None:
         """Send a message; waits for an earlier one where too many are under way."""
         if not self._free:
