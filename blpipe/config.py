@@ -280,7 +280,10 @@ class OptimizerConfig(ByName):
 
 
 class TrainConfig(Section):
-    """Epochs and batches, and how they are computed. wire: the precision of activations under way."""
+    """Epochs and batches, and how they are computed.
+
+    compile: whether blocks and heads are compiled. wire: the precision of activations under way.
+    """
 
     epochs: Positive = 10
     batch_size: Positive = 64
@@ -290,6 +293,7 @@ class TrainConfig(Section):
     eval_every_epochs: NotNegative = 1
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     channels_last: bool = False
+    compile: bool = False
     wire: WirePrecision = "full"
 
     @model_validator(mode="after")

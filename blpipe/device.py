@@ -27,6 +27,16 @@ def use_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
+def use_compiler() -> None:
+    """Make what torch.compile compiles fit for the backward link.
+
+    It goes through a tail's graph a second time, whose buffers the first must then not give away.
+    """
+    from torch._functorch import config
+
+    config.donated_buffer = False
+
+
 class Precision:
     """How a part of the model is run: in the types of its weights, or as bf16, under torch's autocast.
 

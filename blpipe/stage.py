@@ -18,6 +18,7 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,19 +72,24 @@ class Stage:
         stream: this stage's random numbers.
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
+        compile: whether torch.compile compiles blocks and head, for training.
     """
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
                  link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
-                 precision: Precision | None = None, wire: WirePrecision = "full"):
+                 precision: Precision | None = None, wire: WirePrecision = "full", compile: bool = False):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
         self.links, self.link, self.wire = links, link, wire
+        compiled = partial(torch.compile, dynamic=False) if compile else (lambda part: part)
+        self._run_blocks, self._run_body, self._run_head = compiled(blocks), compiled(self.body), compiled(head)
+        self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,)))
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
         self._tail_live: dict[str, Tensor] = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
+        self._sums: set[Tensor] = set()  # parameters whose gradient is a sum, and held by nothing else
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting: dict[int, deque[TailRun]] = {hop + 1: deque() for hop in range(links.hops_in)}
@@ -95,7 +101,7 @@ class Stage:
         x = (x.float() if self.wire == "bf16" and x.dtype == torch.bfloat16 else x.detach()) \
             .requires_grad_(self.links.hops_out > 0)
         with self.stream:
-            h = out = self.precision.run(self.body, x)
+            h = out = self.precision.run(self._run_body, x)
             run = None
             if self.links.hops_in:
                 run = self._run_tail(h)
@@ -103,6 +109,10 @@ class Stage:
                 out = run.out
         self._flight = InFlight(x, h, out, run)
         return _narrowed(out.detach(), self.wire)
+
+    def forward_with_graph(self, x: Tensor) -> Tensor:
+        """Run the blocks on one microbatch, for `bp`: the graph goes on through x and the output."""
+        return self.precision.run(self._run_blocks, x)
 
     def local_backward(self, targets: Tensor, share: float) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
@@ -123,7 +133,7 @@ class Stage:
         trained = self._body_live if self.links.local_weight else []
         if error is not None:
             gradients, error = _gradients(flight.h, trained, flight.x, error)
-            _add(trained, gradients, self.links.local_weight)
+            self._add(trained, gradients, self.links.local_weight)
         return self._sent(error, flight.x)
 
     def link_backward(self, error: Tensor, hop: int = 1, factor: float = 1.0) -> Tensor | None:
@@ -151,9 +161,9 @@ class Stage:
         gradients, error_before = _gradients(out, parameters, x if passes else None, error.to(out.dtype),
                                              keep=not again and hop < self.links.hops_in)
         if run.local_norm is not None and trains:
-            _add(self._tail_live.values(), gradients, weight * _ratio(run.local_norm, _norm(gradients)))
+            self._add(self._tail_live.values(), gradients, weight * _ratio(run.local_norm, _norm(gradients)))
         else:
-            _add(self._tail_live.values() if trains else (), gradients, weight)
+            self._add(self._tail_live.values() if trains else (), gradients, weight)
         return self._sent(error_before, x) if passes else None
 
     def step(self, lr_factor: float) -> None:
@@ -164,6 +174,7 @@ class Stage:
             group["lr"] = lr * lr_factor
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._sums.clear()
         self._snapshot = None
 
     @torch.no_grad()
@@ -189,7 +200,7 @@ class Stage:
         assert self.head is not None
         cut = out.detach().requires_grad_(out.requires_grad)
         with self.stream:
-            logits = self.precision.run(self.head, cut)
+            logits = self.precision.run(self._run_head, cut)
             loss = self.loss(logits, targets, cut)
         self.tally.add(loss, logits, targets)
         if loss.requires_grad:
@@ -210,7 +221,7 @@ class Stage:
         return TailRun(parameters, cut, self._tail_with(parameters, cut), random_state, buffers)
 
     def _tail_with(self, tensors: dict[str, Tensor], h: Tensor) -> Tensor:
-        return self.precision.run(lambda x: functional_call(self.tail, tensors, (x,)), h)
+        return self.precision.run(partial(self._run_tail_with, tensors), h)
 
     def _local_backward_of_tail(self, run: TailRun, error: Tensor | None) -> Tensor | None:
         """Returns ∂L_k/∂h, or None if the body wants none."""
@@ -222,7 +233,7 @@ class Stage:
             run.out = None
         if self.link.normalize:
             run.local_norm = _norm(gradients)
-        _add(self._tail_live.values() if alpha else (), gradients if alpha else (), alpha)
+        self._add(self._tail_live.values() if alpha else (), gradients if alpha else (), alpha)
         return error
 
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
@@ -230,6 +241,28 @@ class Stage:
         buffers = {name: buffer.clone() for name, buffer in run.buffers.items()}  # a forward may write to them
         with self.stream.rewound_to(run.random_state):
             return self._tail_with({**run.parameters, **buffers}, h)
+
+    def _add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None], weight: float | Tensor) -> None:
+        """Add weight · gradient to each parameter's own."""
+        given: set[int] = set()
+        for parameter, gradient in zip(live, gradients, strict=True):
+            if gradient is None:
+                continue
+            gradient = gradient if isinstance(weight, float) and weight == 1.0 else weight * gradient
+            if parameter in self._sums:
+                assert parameter.grad is not None
+                parameter.grad += gradient
+                continue
+            if parameter.grad is None:
+                total = gradient
+            else:  # autograd may share what it gave with others; a sum is ours
+                total = parameter.grad + gradient
+                self._sums.add(parameter)
+            # Fused optimizers read a gradient in its parameter's layout, and some write to it: two must not share one.
+            if total.stride() != parameter.stride() or id(total) in given:
+                total = torch.empty_like(parameter).copy_(total)
+            given.add(id(total))
+            parameter.grad = total
 
     def _sent(self, error: Tensor | None, x: Tensor) -> Tensor | None:
         """An error as it goes to the stage before; None if that wants none."""
@@ -252,21 +285,6 @@ def _gradients(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, erro
         return [None] * len(parameters), None
     found = torch.autograd.grad(out, inputs, error, retain_graph=keep, allow_unused=True)
     return found[:len(parameters)], found[-1] if len(found) > len(parameters) else None
-
-
-def _add(live: Iterable[Tensor], gradients: Iterable[Tensor | None], weight: float | Tensor) -> None:
-    """Add weight · gradient to each parameter's own."""
-    given: set[int] = set()
-    for parameter, gradient in zip(live, gradients, strict=True):
-        if gradient is None:
-            continue
-        gradient = gradient if isinstance(weight, float) and weight == 1.0 else weight * gradient
-        total = gradient if parameter.grad is None else parameter.grad + gradient
-        # Fused optimizers read a gradient in its parameter's layout, and some write to it: two must not share one.
-        if total.stride() != parameter.stride() or id(total) in given:
-            total = torch.empty_like(parameter).copy_(total)
-        given.add(id(total))
-        parameter.grad = total
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from blpipe.config import LinkConfig
+from blpipe.device import use_compiler
 from blpipe.losses import cross_entropy
 from blpipe.plan import Links
 from blpipe.seeds import RandomStream
@@ -15,7 +16,7 @@ from blpipe.stage import Stage
 CPU = torch.device("cpu")
 
 
-def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, **links):
+def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, compile=False, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
@@ -25,7 +26,8 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, **li
             "adamw": lambda: torch.optim.AdamW(parameters, lr=0.1),
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
     return Stage(blocks, head, cross_entropy(), links=Links(1, 1, tail, **links),
-                 link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU))
+                 link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU),
+                 compile=compile)
 
 
 def microbatch(seed):
@@ -210,3 +212,22 @@ def test_a_tail_that_is_recomputed_for_every_hop_is_the_same_each_time():
         stage.link_backward(torch.ones(8, 5), hop=2)
         gradients.append([passed, *(p.grad for p in blocks.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own
+def test_a_compiled_stage_computes_the_same_to_rounding():
+    """With a link that comes after the step, through the graph that the local backward has been through."""
+    use_compiler()
+    stages = [make_stage(delay=1, tail=1, compile=compile) for compile in (False, True)]
+    for seed in range(3):
+        x, targets = microbatch(seed)
+        error = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))
+        for stage in stages:
+            stage.forward(x)
+            stage.local_backward(targets, 1.0)
+            if seed:
+                stage.link_backward(error)
+            stage.step(1.0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # body, tail, head
+    for plain, compiled in zip(*(stage.blocks.parameters() for stage in stages), strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)

@@ -23,15 +23,15 @@ Schedule = Schedule1F1B | ScheduleGPipe
 
 
 class _Part(nn.Module):
-    """A stage's blocks, run in its precision."""
+    """A stage's blocks, run as it does."""
 
     def __init__(self, stage: Stage):
         super().__init__()
-        self.blocks, self._run = stage.blocks, stage.precision.run
+        self.blocks, self._run = stage.blocks, stage.forward_with_graph
 
     def forward(self, x: Tensor) -> Tensor:
         """[microbatch, …] to the stage's output, contiguous: torch's schedules send it as it is."""
-        return self._run(self.blocks, x).contiguous()
+        return self._run(x).contiguous()
 
 
 class Backprop:

@@ -132,7 +132,8 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
     return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
                  optimizer=build_optimizer(config.optimizer, parameters),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device),
-                 precision=Precision(config.train.precision, device), wire=config.train.wire)
+                 precision=Precision(config.train.precision, device), wire=config.train.wire,
+                 compile=config.train.compile)
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:

@@ -185,7 +185,7 @@ class LocalEngine:
                     x, targets = next(microbatches)
                     for stage in stages:
                         with stage.stream:
-                            x = stage.precision.run(stage.blocks, x)
+                            x = stage.forward_with_graph(x)
                     loss = stage.loss(x, targets, x)
                     stage.tally.add(loss, x, targets)
                     (loss * (size / sum(step.sizes))).backward()

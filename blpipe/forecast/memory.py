@@ -30,8 +30,10 @@ class Rehearsal:
 
     def __init__(self, network: Network, device: torch.device):
         self._mode, self._device = FakeTensorMode(allow_non_fake_inputs=True), device
+        train = network.config.train.model_copy(update={"compile": False})  # what cannot be known without compiling
         with self._mode:
-            self._network = replace(network, model=without_values(network.model, device))
+            self._network = replace(network, model=without_values(network.model, device),
+                                    config=network.config.model_copy(update={"train": train}))
 
     def peak_bytes(self, start: int, end: int, links: Links | None = None) -> int:
         """Peak of all tensors of a stage of the blocks start … end−1 while it trains in a process of its own.
