@@ -67,6 +67,7 @@ class _End:
         self._group, self._peer, self._name = group, peer, name
         self._device, self._wire = device, wire
         self.wait_seconds = 0.0
+        self.sent_bytes = 0
 
     def _wait(self, work: dist.Work) -> None:
         started = perf_counter()
@@ -100,6 +101,7 @@ class SendQueue(_End):
             work = dist.isend(buffer, self._peer, self._group)
         assert work is not None
         self._sends.append((work, buffer))
+        self.sent_bytes += buffer.nbytes
 
     def drain(self) -> None:
         """Wait until everything sent has arrived."""
