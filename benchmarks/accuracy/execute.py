@@ -74,7 +74,7 @@ def check_machine(runs: Iterable[Run]) -> str:
     for root in sorted({config.data.root for config in configs if config.data.name == "arrays" and config.data.root}):
         if not Path(root).exists():
             raise UserError(f"data.root: {root}: no such file")
-    return gpu or _cpu_name()
+    return gpu or cpu_name()
 
 
 def _gpu_name() -> str | None:
@@ -84,7 +84,8 @@ def _gpu_name() -> str | None:
     return done.stdout.strip() or None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as the system gives it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -226,10 +227,11 @@ def _note_commit(folder: Path, resumed: bool) -> None:
     folder.mkdir(exist_ok=True)
     path = folder / "commits.txt"
     before = path.read_text() if resumed and path.exists() else ""
-    path.write_text(f"{before}{_commit()}\n")
+    path.write_text(f"{before}{commit()}\n")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the code, "-dirty" where the package was changed since."""
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True)
         return done.stdout.strip()
