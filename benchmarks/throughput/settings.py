@@ -49,8 +49,8 @@ class ThroughputConfig(Section):
     base: dict[str, Any]
     stages: Positive = 2
     microbatches: Positive = 8
-    rounds: Positive = 7
-    steps: Positive = 10
+    rounds: Positive = 5
+    steps: Positive = 8
     warmup: Positive = 3
     cases: dict[str, CaseConfig]
 
