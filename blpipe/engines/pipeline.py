@@ -52,6 +52,8 @@ class PipelineEngine:
         self._activations_out = None if last else world.sender(k + 1)
         self._errors_in = None if last else world.receiver(k + 1)
         self._errors_out = None if first else world.sender(k - 1)
+        queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out]
+        self.queues = [queue for queue in queues if queue is not None]
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
         self._train_tally = self._val_tally = self.stage.tally
         self._train_seconds = self._wait_seconds = 0.0
@@ -168,8 +170,7 @@ class PipelineEngine:
             self._errors_in.expect(layouts, errors_ahead(self.plan.delay, self.role.hops_in))
 
     def _waited(self) -> float:
-        queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out]
-        return sum(queue.wait_seconds for queue in queues if queue is not None)
+        return sum(queue.wait_seconds for queue in self.queues)
 
 
 def errors_ahead(delay: int, hops: int) -> int:

@@ -68,6 +68,7 @@ class _End:
         self._device, self._wire = device, wire
         self._pin = device.type == "cuda" and wire.type == "cpu"  # page-locked memory is copied to a GPU at full speed
         self.wait_seconds = 0.0
+        self.sent_bytes = 0
 
     def _buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._wire, pin_memory=self._pin)
@@ -106,6 +107,7 @@ class SendQueue(_End):
             work = dist.isend(buffer[:size], self._peer, self._group)
         assert work is not None
         self._sends.append((work, buffer))
+        self.sent_bytes += buffer.nbytes
 
     def drain(self) -> None:
         """Wait until everything sent has arrived."""

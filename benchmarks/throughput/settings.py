@@ -1,0 +1,126 @@
+"""What is to be measured: the config, and for each case the model, its batches and its cuts."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+
+from blpipe.config import Config, MethodConfig, PartitionConfig, Positive, Section
+from blpipe.config_file import parse_as, parse_config, read_yaml
+from blpipe.data import open_data
+from blpipe.errors import ConfigError
+from blpipe.forecast.costs import profile
+from blpipe.forecast.stages import settle
+from blpipe.plan import make_network
+from blpipe.plugins import did_you_mean
+
+METHODS = ("BackLink d=1", "BackLink d=0", "greedy", "GPipe", "1F1B", "interleaved 1F1B", "zero-bubble", "DDP",
+           "one process")
+OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
+
+
+class AimConfig(Section):
+    """A ratio to reach: the samples/s of `method` over those of the method `over`, or over its own speed."""
+
+    method: str
+    over: str
+    at_least: Annotated[float, Field(gt=0.0)]
+
+
+class CaseConfig(Section):
+    """A model, and what is to be reached with it. `data` and `batch_size` stand over those of `base`."""
+
+    model: Any
+    data: Any = None
+    batch_size: Positive | None = None
+    aims: tuple[AimConfig, ...] = Field(default=(), strict=False)
+
+
+class ThroughputConfig(Section):
+    """The whole measurement.
+
+    base: an ordinary config without name, model, method and cuts; `samples` of its data follows from
+    the steps. microbatches: of BackLink d=0 and of torch's schedules. A window is `warmup` steps that are not
+    timed, then `steps` that are.
+    """
+
+    base: dict[str, Any]
+    stages: Positive = 2
+    microbatches: Positive = 8
+    rounds: Positive = 5
+    steps: Positive = 8
+    warmup: Positive = 3
+    cases: dict[str, CaseConfig]
+
+
+class Cuts(NamedTuple):
+    """The blocks that later stages begin with: of K stages, and of the 2K of schedules with two a process."""
+
+    stages: list[str]
+    virtual: list[str]
+
+
+def load_settings(path: Path, changes: dict[str, Any]) -> ThroughputConfig:
+    """Read the config at `path`, put `changes` over its keys, and check it.
+
+    Raises:
+        ConfigError: with the problems found, each on its own line with its key.
+    """
+    settings = parse_as(ThroughputConfig, read_yaml(path) | changes)
+    problems = [f"base.{key}: leave it out; {why}" for key, why in
+                (("name", "cases have names"), ("model", "cases have models"), ("method", "all of them are measured"))
+                if key in settings.base]
+    for name, case in settings.cases.items():
+        aims = [(f"cases.{name}.aims.{i}", aim) for i, aim in enumerate(case.aims)]
+        for key, value, known in [(f"{key}.method", aim.method, METHODS) for key, aim in aims] \
+                + [(f"{key}.over", aim.over, (*METHODS, OWN_SPEED)) for key, aim in aims]:
+            if value not in known:
+                problems.append(f"{key}: unknown {value!r}{did_you_mean(value, dict.fromkeys(known))}; "
+                                f"one of {', '.join(known)}")
+    if settings.stages < 2:
+        problems.append("stages: 1 leaves nothing to compare; use 2 or more")
+    if problems:
+        raise ConfigError(*problems)
+    return settings
+
+
+def case_tree(settings: ThroughputConfig, name: str, device: str) -> dict[str, Any]:
+    """The config of a case as `parse_config` takes it, cuts still to be found.
+
+    Raises:
+        ConfigError: a batch that does not divide among the microbatches and the processes, or a wrong key.
+    """
+    case, base = settings.cases[name], settings.base
+    train = base.get("train", {}) | ({"batch_size": case.batch_size} if case.batch_size else {})
+    data = case.data or base.get("data", {})
+    tree = {**base, "name": re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-."), "model": case.model,
+            "partition": {**base.get("partition", {}), "stages": settings.stages, "strategy": "balanced"},
+            "train": train, "runtime": {**base.get("runtime", {}), "device": device, "progress": False}}
+    batch, parts = parse_config(tree).train.batch_size, settings.stages * settings.microbatches
+    if batch % parts:
+        raise ConfigError(f"cases.{name}: a batch of {batch} does not divide among {settings.microbatches} "
+                          f"microbatches and {settings.stages} processes; use a multiple of {parts}")
+    samples = (settings.warmup + settings.steps) * batch
+    tree["data"] = {**data, "args": {**data.get("args", {}), "samples": samples}}
+    return tree
+
+
+def find_cuts(config: Config, device: torch.device) -> Cuts:
+    """The balanced cuts into K stages by the costs of the method, and into 2K by those of backpropagation.
+
+    Raises:
+        ConfigError: a model that does not fit the data, or has too few blocks.
+    """
+    data = open_data(config.data, config.seed)
+    network = make_network(config, data.spec)
+    costs = profile(network, device, data if config.partition.costs == "measured" else None)
+    stages = config.partition.stage_count
+    partition = PartitionConfig(stages=2 * stages, strategy="balanced")
+    if 2 * stages > len(network.block_names):
+        raise ConfigError(f"stages: {stages}: schedules with two stages a process need {2 * stages} blocks, and "
+                          f"{config.name} has {len(network.block_names)}; use fewer stages")
+    virtual = config.model_copy(update={"method": MethodConfig(name="bp"), "partition": partition})
+    found = [settle(each, network, costs).partition.cuts for each in (config, virtual)]
+    return Cuts(*(list(cuts or ()) for cuts in found))

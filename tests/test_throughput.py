@@ -1,0 +1,154 @@
+"""The benchmark of throughputs: a small case in two real processes, and the arithmetic of its tables."""
+
+import json
+from math import prod
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from benchmarks.throughput import __main__ as throughput
+from benchmarks.throughput import report
+from benchmarks.throughput.methods import make_configs
+from benchmarks.throughput.settings import METHODS, Cuts, case_tree, load_settings
+from blpipe.data import open_data
+from blpipe.plan import make_plan
+from blpipe.transport.queues import message_bytes
+
+QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
+FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"
+OURS = ("BackLink d=1", "BackLink d=0", "greedy")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The folder and the only case of a measurement in two processes under torchrun."""
+    folder = tmp_path_factory.mktemp("throughput")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "passive")  # threads that wait leave their core to other tests
+        assert throughput.main([str(QUICK), "--device", "cpu", "--out", str(folder)]) == 0
+    case, = json.loads((folder / "k2.json").read_text()).values()
+    return folder, case
+
+
+def plan_of(case, name):
+    """The plan of one method of a measured case."""
+    tree = case_tree(load_settings(QUICK, {}), "ResNet-8", "cpu")
+    config = make_configs(tree, Cuts(**case["cuts"]), case["microbatches"])[name]
+    return make_plan(config, open_data(config.data, config.seed).spec)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_measured_in_every_process(measured, method):
+    _, case = measured
+    found, = (rows[method] for rows in case["rounds"])
+    assert len(found["windows"]) == (1 if method == "one process" else 2)
+    for window in found["windows"]:
+        assert window["seconds"] > 0
+        assert 0 < window["busy"] <= 1
+        assert 0 <= window["waiting"] <= 1
+        if method not in OURS:
+            assert window["waiting"] == 1 - window["busy"]
+    row = report.summary(case)[method]
+    assert row["samples_per_second"] > 0
+    assert (row["efficiency"] is None) == (method in ("DDP", "one process"))
+    assert row["efficiency"] is None or min(row["efficiency"], row["efficiency_side_by_side"]) > 0
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_stages_send_what_their_layouts_say(measured, method):
+    _, case = measured
+    plan = plan_of(case, method)
+    train = plan.config.train
+    size = train.microbatch_size
+    activations = message_bytes((plan.outputs[size][0], plan.targets(size)))
+    errors = message_bytes((plan.error(size, 0),)) if plan.links[0].hops_in else 0
+    windows = case["rounds"][0][method]["windows"]
+    assert [window["sent_bytes"] for window in windows] == [train.microbatches * activations,
+                                                            train.microbatches * errors]
+
+
+@pytest.mark.parametrize(("method", "edges"), [
+    ("GPipe", [(0, 0, 1)]), ("1F1B", [(0, 0, 1)]),
+    ("interleaved 1F1B", [(0, 0, 1), (1, 1, 0), (2, 0, 1)]),  # (after stage, from rank, to rank)
+    ("zero-bubble", [(0, 0, 1), (2, 1, 0)])])
+def test_schedules_send_activations_and_their_gradients(measured, method, edges):
+    _, case = measured
+    plan = plan_of(case, method)
+    sent = [0, 0]
+    for stage, source, target in edges:
+        shape, dtype = plan.outputs[plan.config.train.microbatch_size][stage]
+        for rank in (source, target):
+            sent[rank] += plan.config.train.microbatches * prod(shape) * dtype.itemsize
+    assert [window["sent_bytes"] for window in case["rounds"][0][method]["windows"]] == sent
+
+
+def test_data_parallel_sends_its_gradients_around_a_ring(measured):
+    _, case = measured
+    gradients = sum(p.nbytes for p in plan_of(case, "DDP").model.parameters())
+    assert report.sent_bytes(case, "DDP") == 2 * gradients
+    assert report.sent_bytes(case, "one process") == 0
+
+
+def test_the_table_has_a_row_a_method_and_says_whether_aims_are_reached(measured, capfd):
+    folder, case = measured
+    table = (folder / "k2.md").read_text()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[4:13]] == list(METHODS)
+    assert table.splitlines()[-1].startswith("| ResNet-8 | BackLink d=1 / own speed | ≥ 0.97 | ")
+    assert table.splitlines()[-1].endswith((" yes |", " no |"))
+    assert {"device", "cores", "torch", "commit"} <= case["environment"].keys()
+    assert throughput.main([str(QUICK), "--device", "cpu", "--out", str(folder), "--table"]) == 0
+    assert capfd.readouterr().out.strip() == table.strip()
+
+
+def test_ratios_are_formed_within_a_round():
+    def window(seconds):
+        return {"windows": [{"seconds": seconds}, {"seconds": seconds / 2}]}
+
+    # The machine is slower from round to round; the method is always twice as fast.
+    slow = {"own_seconds": [0.5, 0.25], "side_by_side_seconds": [1.0, 0.5]}
+    case = {"batch": 8, "like": {"GPipe": "1F1B"}, "rounds": [
+        {"1F1B": window(2.0 * k) | slow, "GPipe": window(1.0 * k)} for k in (1, 2, 4)]}
+    assert report.ratio(case, "GPipe", "1F1B") == 2.0
+    assert report.samples_per_second(case, "GPipe") == 4.0
+    assert report.efficiency(case, "GPipe", "own_seconds") == 0.25
+    assert report.efficiency(case, "1F1B", "side_by_side_seconds") == 0.25
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--only", "ResNet"], "--only: no case is named 'ResNet'; there are ResNet-8"),
+    (["--stages", "1"], "stages: 1 leaves nothing to compare; use 2 or more"),
+    (["--stages", "3"], "cases.ResNet-8: a batch of 16 does not divide among 4 microbatches and 3 processes; use a "
+                        "multiple of 12"),
+    (["--stages", "4"], "stages: 4: schedules with two stages a process need 8 blocks, and ResNet-8 has 5; use fewer "
+                        "stages"),
+    (["--rounds", "0"], "rounds: "),
+    (["--table"], "--table: "),
+])
+def test_what_a_user_can_put_right_is_said_in_one_line(arguments, said, tmp_path, capsys):
+    assert throughput.main([str(QUICK), "--device", "cpu", "--out", str(tmp_path / "none"), *arguments]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"throughput: {said}")
+
+
+def test_all_that_is_wrong_with_a_config_is_said(tmp_path, capsys):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(QUICK.read_text().replace("method: BackLink d=1", "method: BackLink d=2")
+                    .replace("base:", "base:\n  method: greedy"))
+    assert throughput.main([str(path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "throughput: base.method: leave it out; all of them are measured"
+    assert second.startswith("throughput: cases.ResNet-8.aims.0.method: unknown 'BackLink d=2' (did you mean")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpus_that_are_not_there_are_said(capsys):
+    assert throughput.main([str(QUICK), "--device", "cuda"]) == 2
+    assert "2 stages need a GPU each, and torch sees 0 here" in capsys.readouterr().err
+
+
+def test_the_shipped_cases_are_sound():
+    for path in (QUICK, FULL):
+        settings = load_settings(path, {})
+        for name in settings.cases:
+            assert case_tree(settings, name, "cpu")["partition"]["stages"] == 2
