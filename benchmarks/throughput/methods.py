@@ -71,10 +71,6 @@ class Constant:
         """Always."""
         return True
 
-    def has_room(self) -> bool:
-        """Always."""
-        return True
-
     def get(self) -> tuple[Tensor, ...]:
         """The message."""
         return self._message
@@ -91,6 +87,7 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
 
     return {
         "BackLink d=1": variant({"name": "backlink", "link": {"delay": 1}}, 1),
+        "BackLink d=1/M": variant({"name": "backlink", "link": {"delay": 1, "delay_unit": "microbatch"}}),
         "BackLink d=0": variant({"name": "backlink", "link": {"delay": 0}}),
         "greedy": variant({"name": "greedy"}, 1),
         **{name: variant({"name": "bp"}, cuts=cuts.virtual if schedule.virtual else cuts.stages)
@@ -141,7 +138,7 @@ def _program_alone(engine: PipelineEngine, data: Batches, on_step: OnStep) -> No
         if op.kind is Kind.STEP:
             on_step()
 
-    for _ in execute(train_program(steps, engine.role, plan.config.method.link.delay), engine.stage, ports, steps,
+    for _ in execute(train_program(steps, engine.role, plan.delay), engine.stage, ports, steps,
                      lambda step: Factors(), watch):
         raise AssertionError("a constant queue never lets a stage wait")
 
@@ -154,6 +151,7 @@ def _data_parallel(plan: Plan, data: Batches, world: World) -> Method:
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False},
                                        device_ids=[world.device] if world.device.type == "cuda" else None)
     share = [(x.chunk(world.size)[world.rank], y.chunk(world.size)[world.rank]) for x, y in data.batches]
+    train = partial(_train, optimizer=build_optimizer(plan.config.optimizer, model.parameters()))
     gradient_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     steps = 0
 
@@ -164,7 +162,6 @@ def _data_parallel(plan: Plan, data: Batches, world: World) -> Method:
             on_step()
         train(parallel, share, count)
 
-    train = partial(_train, optimizer=build_optimizer(plan.config.optimizer, model.parameters()))
     # What a ring all-reduce sends; torch does not say what its own does.
     return Method("DDP", run, sent_bytes=lambda: steps * gradient_bytes * 2 * (world.size - 1) / world.size)
 
