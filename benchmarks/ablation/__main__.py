@@ -1,0 +1,131 @@
+"""`python -m benchmarks.ablation CONFIG`, from the repository root; see README.md."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.execute import commit, cpu_name
+from blpipe.config import Config, Positive, Section
+from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
+from blpipe.data import open_data
+from blpipe.engines.common import Engine
+from blpipe.errors import ConfigError, UserError
+from blpipe.plan import make_plan
+from blpipe.text import human_bytes
+from blpipe.trainer import open_local, set_up
+
+
+class AblationConfig(Section):
+    """What is measured.
+
+    base: an ordinary config without name, with `synthetic` data. rows: the keys that each row changes in it; the
+    first row is what the others are compared with. A round trains `steps` batches of every row.
+    """
+
+    base: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    rounds: Positive = 5
+    steps: Positive = 20
+
+
+@dataclass
+class Row:
+    """One row: its engine, and what each round found."""
+
+    config: Config
+    engine: Engine
+    seconds: list[float] = field(default_factory=list)  # of a step
+    peak_bytes: int = 0
+
+    def measure(self, epoch: int) -> None:
+        """Train an epoch; the first one is thrown away."""
+        set_up(self.config)
+        cuda = self.config.runtime.device == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.engine.train_epoch(epoch, lambda: None)
+        reports = self.engine.reports()
+        assert reports is not None
+        if epoch:
+            samples, batch = self.config.data.args["samples"], self.config.train.batch_size
+            self.seconds.append(reports[0].train_seconds * batch / samples)
+            # Less what the other rows hold at the same time is not known on a CPU.
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if cuda else 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all rows and write their table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation",
+                                     description="What each optimisation gives in the local engine, one a row.")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="such as benchmarks/ablation/gpu.yaml")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else results/, beside CONFIG")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = parse_as(AblationConfig, read_yaml(arguments.config))
+        rows = {name: _open(settings, name) for name in settings.rows}
+    except UserError as error:
+        print("\n".join(f"ablation: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    names = list(rows)
+    for number in range(settings.rounds + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            rows[name].measure(number)
+        print(f"round {number} of {settings.rounds}" if number else "warm-up", flush=True)
+    found = {"environment": _environment(), "rows": {
+        name: {"changes": settings.rows[name], "seconds": row.seconds, "peak_bytes": row.peak_bytes}
+        for name, row in rows.items()}}
+    path = (arguments.out or arguments.config.parent / "results") / f"{arguments.config.stem}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    table = as_markdown(found)
+    path.with_suffix(".md").write_text(table)
+    print(table)
+    return 0
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """The table: medians over rounds; ratios are formed within a round."""
+    rows = found["rows"]
+    first = next(iter(rows.values()))["seconds"]
+    lines = ["| | changes | ms a step | × as fast | peak memory |", "|---|---|---:|---:|---:|"]
+    for name, row in rows.items():
+        changes = ", ".join(f"`{key}: {value}`" for key, value in row["changes"].items()) or "–"
+        ratio = median(base / own for base, own in zip(first, row["seconds"], strict=True))
+        memory = human_bytes(row["peak_bytes"]) if row["peak_bytes"] else "–"
+        lines.append(f"| {name} | {changes} | {1000 * median(row['seconds']):.1f} | {ratio:.2f} | {memory} |")
+    environment = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
+    return "\n".join([*lines, "", f"{environment}.", ""])
+
+
+def _open(settings: AblationConfig, name: str) -> Row:
+    tree = {**deepcopy(settings.base), "name": "ablation"}
+    if "batch_size" not in tree.get("train", {}):
+        raise ConfigError("base.train.batch_size: missing; give one")
+    set_key(tree, "data.args.samples", settings.steps * tree["train"]["batch_size"])
+    for key, value in settings.rows[name].items():
+        set_key(tree, key, value)
+    config = parse_config(tree)
+    if config.runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("base.runtime.device: cuda, but torch sees no GPU here")
+    set_up(config)
+    data = open_data(config.data, config.seed)
+    return Row(config, open_local(make_plan(config, data.spec), data))
+
+
+def _environment() -> dict[str, str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    return {"device": device, "torch": torch.__version__, "Python": platform.python_version(), "commit": commit()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
