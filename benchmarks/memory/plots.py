@@ -10,6 +10,7 @@ from benchmarks.memory.report import TITLES
 NAME = "memory_by_k.png"
 _COLOURS = ["#4c78a8", "#f2a33c", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#bab0ac"]
 _MARKERS = "osD^vP*X<>"
+_GIB = [0.125, 0.25, 0.5, 1, 2, 4, 8]
 
 
 def draw(rows: Sequence[dict[str, Any]], size: Size, folder: Path) -> str:
@@ -22,7 +23,7 @@ def draw(rows: Sequence[dict[str, Any]], size: Size, folder: Path) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "no plot: it needs matplotlib; run `pip install matplotlib`"
-    figure = Figure(figsize=(6 * len(panels), 6.5), layout="constrained")
+    figure = Figure(figsize=(6 * len(panels), 6), layout="constrained")
     styles: dict[str, dict[str, Any]] = {}
     for axis, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for method, points in series.items():
@@ -33,8 +34,10 @@ def draw(rows: Sequence[dict[str, Any]], size: Size, folder: Path) -> str:
             axis.plot(points.keys(), [peak / 2**30 for peak in points.values()], label=method, **style)
         axis.set(title=title, xlabel="K, number of stages", ylabel="peak memory, GiB", xscale="log", yscale="log")
         axis.set_xticks(size.stages, map(str, size.stages))
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=7)
+        axis.minorticks_off()
+        axis.set_yticks(_GIB, map(str, _GIB))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / NAME, dpi=110)
     return f"{NAME}: drawn"

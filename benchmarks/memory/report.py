@@ -43,10 +43,16 @@ def bp_bytes(rows: Iterable[Row]) -> int | None:
 def _memory_table(rows: Sequence[Row], bp: int | None, size: Size) -> str:
     found = {(row["cut"], row["method"], row["stages"]): row for row in rows}
     table = [["method", "cut", *(f"K = {count}" for count in size.stages)]]
-    for cut, method in dict.fromkeys((row["cut"], row["method"]) for row in rows):
+    for cut, method in sorted({(row["cut"], row["method"]) for row in rows}, key=_place):
         cells = [_cell(found.get((cut, method, count)) or found.get((cut, method, 1)), bp) for count in size.stages]
         table.append([method, cut if _is_cut(method) or rows[0]["part"] != "local" else DASH, *cells])
     return _table(table, texts=2)
+
+
+def _place(cut_and_method: tuple[str, str]) -> tuple[Any, ...]:
+    """Even cuts first, then the others; bp, greedy, BackLink."""
+    cut, method = cut_and_method
+    return ["even", "least", "limit"].index(cut), not method.startswith("bp"), method != "greedy", method
 
 
 def _is_cut(method: str) -> bool:
