@@ -1,0 +1,147 @@
+"""`python -m benchmarks.memory`, from the repository root; see README.md."""
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.execute import commit, cpu_name
+from benchmarks.memory import cases, plots, report, timing
+from benchmarks.memory.measure import measure
+from benchmarks.memory.results import Results
+from blpipe.errors import ConfigError, UserError
+from blpipe.text import human_bytes
+from blpipe.transport.world import choose_device
+
+PARTS = ("local", "pipeline", "microbatches", "time")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what has no row yet, and write the table and the plot; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _main(arguments)
+    except UserError as error:
+        print("\n".join(f"memory: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("memory: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory",
+        description="Peak memory of bp, bp under activation checkpointing, greedy and BackLink, and what they take of "
+                    "time. Rows of memory that are there are kept; times are always taken anew.")
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="PART",
+                        help=f"one of {', '.join(PARTS)}; may be repeated")
+    parser.add_argument("--table", action="store_true", help="only write the table and the plot anew")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else results/<device>")
+    parser.add_argument("--depth", type=int, default=110, help="of the ResNet")
+    parser.add_argument("--batch", type=_count, default=1024)
+    parser.add_argument("--stages", type=_counts, default=(2, 4, 8, 16), metavar="K,…")
+    parser.add_argument("--lengths", type=_lengths, default=(1, 2, "all"), metavar="L,…", help="of the link")
+    parser.add_argument("--delays", type=_delays, default=(0, 1, 2), metavar="D,…", help="of the link")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="rows of memory at a time, on a CPU")
+    parser.add_argument("--time-batch", type=_count, metavar="B", help="32 on a CPU, --batch on a GPU")
+    parser.add_argument("--rounds", type=_count, default=5, help="in which all methods take turns")
+    parser.add_argument("--steps", type=_count, default=2, help="of each method in a round")
+    parser.add_argument("--threads", type=_count, default=1, help="of a CPU, for the times")
+    return parser
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
+def _delays(text: str) -> tuple[int, ...]:
+    return tuple(0 if part == "0" else _count(part) for part in text.split(","))
+
+
+def _lengths(text: str) -> tuple[int | str, ...]:
+    found: tuple[int | str, ...] = tuple("all" if part == "all" else _count(part) for part in text.split(","))
+    if 1 not in found:
+        raise argparse.ArgumentTypeError(f"{text!r} must hold 1, the length that all parts have")
+    return found
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    device, _ = choose_device(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(arguments.threads)
+    folder = arguments.out or Path(__file__).parent / "results" / ("gpu" if device.type == "cuda" else "cpu")
+    size = cases.Size(arguments.depth, arguments.batch, arguments.stages)
+    linked = cases.links(arguments.lengths, arguments.delays)
+    _check(size, linked)
+    results = Results(folder / "results.jsonl", _environment(device))
+    parts = [] if arguments.table else arguments.only or PARTS
+    pending = [task for part in PARTS[:3] if part in parts for task in cases.tasks(part, size, linked)
+               if task.key(size) not in results]
+    for row in _measured(cases.in_order(pending, size), size, device, arguments.jobs):
+        results.add(row)
+        print(f"{row['part']}: {row['method']}, K = {row['stages']}, {row['cut']}: "
+              f"{human_bytes(row['peak_bytes']) if row['peak_bytes'] else row['why']}", flush=True)
+    if "time" in parts:
+        cpu = device.type == "cpu"
+        timed = replace(size, batch=arguments.time_batch or (32 if cpu else size.batch))
+        effort = timing.Effort(arguments.rounds, arguments.steps, arguments.threads if cpu else None)
+        for row in timing.measure(timing.tasks(size, linked), size, timed, effort, device):
+            results.add(row)
+    table = report.as_markdown(results.rows, size)
+    (folder / "table.md").write_text(table)
+    print(table)
+    print(plots.draw(results.rows, size, folder))
+
+
+def _check(size: cases.Size, linked: list[cases.Case]) -> None:
+    """Refuse what no row could be measured with, before any is."""
+    try:
+        size.blocks()
+    except ValueError as error:
+        raise ConfigError(f"--depth: {error}") from error
+    if size.stages[-1] > size.blocks():
+        raise ConfigError(f"--stages: {size.stages[-1]} is more than the {size.blocks()} blocks; use fewer, or a "
+                          "larger --depth")
+    unfit = [count for count in size.stages if size.batch % count]
+    if unfit:
+        raise ConfigError(f"--batch: {size.batch} cannot be cut into {unfit[0]} microbatches; use a multiple of each K")
+
+
+def _measured(pending: list[cases.Task], size: cases.Size, device: torch.device, jobs: int) -> Iterator[dict[str, Any]]:
+    """The rows, as they are done."""
+    if device.type == "cuda" or jobs == 1:
+        yield from (measure(task, size, device) for task in pending)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        futures: list[Future[dict[str, Any]]] = [pool.submit(measure, task, size, device) for task in pending]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)  # what has not begun, where this is interrupted
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
+            "commit": commit()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
