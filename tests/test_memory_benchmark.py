@@ -24,7 +24,7 @@ def test_fake_peaks_of_one_process_are_within_15_percent_of_what_torch_allocates
     task = cases.Task("local", case, 4)
     config = SMALL.config(case, task.parts)
     counted = measure.local_peak(task, SMALL, config, CPU)
-    data = SMALL.data(rehearsed_steps(config.method))
+    data = SMALL.data(rehearsed_steps(config))
     plan = make_plan(config, data, make_network(config, data))
     held = sum(tensor.nbytes for tensor in (*plan.model.parameters(), *plan.model.buffers()))
     with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -111,6 +111,10 @@ CHECKPOINTED = [Case("bp, checkpoint every block", BP.method, "one"),
                 Case("bp, checkpoint K segments", BP.method, "stages")]
 
 
+MICROBATCH_LATE = Case("BackLink, length 1, d = 1/M",
+                       {"name": "backlink", "link": {"length": 1, "delay": 1, "delay_unit": "microbatch"}})
+
+
 def backlink(length: int | str, delay: int, keep: str = "graph") -> Case:
     """BackLink with such a link."""
     name = f"BackLink, length {length}, d = {delay}" + (", recompute" if keep == "recompute" else "")
@@ -127,7 +131,7 @@ def tasks(part: Part, size: Size, linked: list[Case]) -> list[Task]:
     short, most = [GREEDY, *filter(_is_short, linked)], size.stages[-1:]
     longer = [case for case in linked if not _is_short(case)]
     if part == "microbatches":
-        return _rows(part, [BP, CHECKPOINTED[0], *short], size.stages, "even")
+        return _rows(part, [BP, CHECKPOINTED[0], *short, MICROBATCH_LATE], size.stages, "even")
     rows = [*_rows(part, short, size.stages, "even"), *_rows(part, short, most, "least"),
             *_rows(part, longer, most, "even")]
     if part == "pipeline":

@@ -68,11 +68,10 @@ def checkpointed(blocks: nn.Sequential, segments: int) -> nn.Sequential:
 
 def local_engine(plan: Plan, case: Case, stages: int, device: torch.device) -> LocalEngine:
     """The engine of one process, on random images."""
-    engine = LocalEngine(plan, Batches(plan.data, device), device)  # type: ignore[arg-type]
     segments = case.segments(len(plan.model), stages)
     if segments is not None:
-        engine.stages[0].blocks = checkpointed(engine.stages[0].blocks, segments)
-    return engine
+        plan = replace(plan, stages=[checkpointed(stage, segments) for stage in plan.stages])
+    return LocalEngine(plan, Batches(plan.data, device), device)  # type: ignore[arg-type]
 
 
 def measure(task: Task, size: Size, device: torch.device) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def measure(task: Task, size: Size, device: torch.device) -> dict[str, Any]:
 
 def local_peak(task: Task, size: Size, config: Config, device: torch.device) -> int:
     """Peak of training in one process."""
-    data = size.data(rehearsed_steps(config.method))
+    data = size.data(rehearsed_steps(config))
     with _tensors(device):
         plan = make_plan(config, data, _copy(make_network(config, data), device))
         return peak_bytes(plan.model, device,
@@ -133,8 +132,9 @@ def peak_bytes(held: nn.Module, device: torch.device, train: Callable[[], None])
 
 def _train(case: Case, plan: Plan, index: int, device: torch.device) -> None:
     if case.method["name"] == "bp":
-        wrap = (lambda blocks: checkpointed(blocks, len(blocks))) if case.checkpoint == "one" else None
-        one_f_one_b.train_alone(plan, index, device, wrap)
+        if case.checkpoint == "one":
+            plan = replace(plan, stages=[checkpointed(stage, len(stage)) for stage in plan.stages])
+        one_f_one_b.train_alone(plan, index, device)
     else:
         train_alone(plan, index, device)
 

@@ -1,11 +1,10 @@
 """A stage of `bp` in the pipeline without its neighbours: torch's own schedule, over a group that sends nothing."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the backend "fake" known
 
 from blpipe.engines.backprop import Backprop
@@ -37,19 +36,12 @@ class _TargetsIn:
         return tuple(torch.zeros(spec.shape, dtype=spec.dtype, device=self._device) for spec in self._layouts[0])
 
 
-def train_alone(plan: Plan, index: int, device: torch.device,
-                wrap: Callable[[nn.Sequential], nn.Sequential] | None = None) -> None:
-    """Build the stage with this index, from 0, and train it by torch's schedule.
-
-    Args:
-        wrap: puts its blocks under activation checkpointing.
-    """
+def train_alone(plan: Plan, index: int, device: torch.device) -> None:
+    """Build the stage with this index, from 0, and train it by torch's schedule."""
     stages, train = len(plan.stages), plan.config.train
     dist.init_process_group("fake", rank=index, world_size=stages, store=FakeStore())
     try:
         stage = build_stage(plan, index, device)
-        if wrap is not None:
-            stage.blocks = wrap(stage.blocks)
         world = SimpleNamespace(rank=index, size=stages, device=device, control_sender=lambda rank: _TargetsOut(),
                                 control_receiver=lambda rank: _TargetsIn(device))
         backprop = Backprop(plan, stage, world)  # type: ignore[arg-type]

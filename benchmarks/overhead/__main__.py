@@ -1,0 +1,54 @@
+"""`python -m benchmarks.overhead`, from the repository root; see README.md."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.accuracy.execute import REPOSITORY, commit, cpu_name
+
+ROWS = {
+    "step": "a step of the pipeline, d = 1",
+    "messages": "the two messages of a step, sent there and back with nothing between",
+    "plain": "the larger stage's computing in a plain loop: no engine, no neighbour",
+}
+
+
+def main() -> int:
+    """Measure in two processes, write the table; returns the exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rounds.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                   "-m", "benchmarks.overhead.worker", str(out)]
+        if subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+            return 1
+        rounds = json.loads(out.read_text())
+    environment = {"device": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__,
+                   "Python": platform.python_version(), "commit": commit()}
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "cpu.json").write_text(json.dumps({"environment": environment, "rounds": rounds}, indent=1) + "\n")
+    table = as_markdown(rounds) + "\n" + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".\n"
+    (results / "cpu.md").write_text(table)
+    print(table)
+    return 0
+
+
+def as_markdown(rounds: list[dict[str, float]]) -> str:
+    """The table, in milliseconds; what is left is worked out within a round."""
+    engine = [row["step"] - row["messages"] - row["plain"] for row in rounds]
+    beyond = [row["step"] - row["messages"] for row in rounds]
+    rows = [*((what, [row[key] for row in rounds]) for key, what in ROWS.items()),
+            ("a step beyond its messages' own time", beyond), ("of which the engine's own", engine)]
+    lines = [f"| {what} | {1000 * median(found):.2f} |" for what, found in rows]
+    return "\n".join(["| | ms |", "|---|---:|", *lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
