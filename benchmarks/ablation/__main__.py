@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.execute import commit, cpu_name
+from benchmarks.environment import environment
 from blpipe.config import Config, Positive, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
 from blpipe.data import open_data
@@ -22,6 +21,7 @@ from blpipe.errors import ConfigError, UserError
 from blpipe.plan import make_plan
 from blpipe.text import human_bytes
 from blpipe.trainer import open_local, set_up
+from blpipe.transport.world import choose_device
 
 
 class AblationConfig(Section):
@@ -42,6 +42,7 @@ class Row:
     """One row: its engine, and what each round found."""
 
     config: Config
+    device: torch.device
     engine: Engine
     seconds: list[float] = field(default_factory=list)  # of a step
     peak_bytes: int = 0
@@ -49,7 +50,7 @@ class Row:
     def measure(self, epoch: int) -> None:
         """Train an epoch; the first one is thrown away."""
         set_up(self.config)
-        cuda = self.config.runtime.device == "cuda"
+        cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         self.engine.train_epoch(epoch, lambda: None)
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names[turn:] + names[:turn]:
             rows[name].measure(number)
         print(f"round {number} of {settings.rounds}" if number else "warm-up", flush=True)
-    found = {"environment": _environment(), "rows": {
+    found = {"environment": environment(rows[names[0]].device), "rows": {
         name: {"changes": settings.rows[name], "seconds": row.seconds, "peak_bytes": row.peak_bytes}
         for name, row in rows.items()}}
     path = (arguments.out or arguments.config.parent / "results") / f"{arguments.config.stem}.json"
@@ -115,16 +116,10 @@ def _open(settings: AblationConfig, name: str) -> Row:
     for key, value in settings.rows[name].items():
         set_key(tree, key, value)
     config = parse_config(tree)
-    if config.runtime.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("base.runtime.device: cuda, but torch sees no GPU here")
+    device, _ = choose_device(config.runtime.device)
     set_up(config)
     data = open_data(config.data, config.seed)
-    return Row(config, open_local(make_plan(config, data.spec), data))
-
-
-def _environment() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return {"device": device, "torch": torch.__version__, "Python": platform.python_version(), "commit": commit()}
+    return Row(config, device, open_local(make_plan(config, data.spec), data))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from typing import IO, Any
 import yaml
 
 from benchmarks.accuracy.sweep import Combination, Run
+from benchmarks.environment import commit, cpu_name
 from blpipe.config_file import dump_config
 from blpipe.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 _GRACE_SECONDS = 60.0  # for an interrupted run to end, which may be writing a checkpoint
 _POLL_SECONDS = 0.1
 
@@ -82,14 +81,6 @@ def _gpu_name() -> str | None:
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return done.stdout.strip() or None
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def execute(todo: Iterable[tuple[Combination, Run]], options: Options, device: str,
@@ -228,18 +219,6 @@ def _note_commit(folder: Path, resumed: bool) -> None:
     path = folder / "commits.txt"
     before = path.read_text() if resumed and path.exists() else ""
     path.write_text(f"{before}{commit()}\n")
-
-
-def commit() -> str:
-    """The commit of the code, "-dirty" where the package was changed since."""
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True)
-        return done.stdout.strip()
-    try:
-        head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", "blpipe")
-    except OSError:  # no git here
-        return "unknown"
-    return f"{head or 'unknown'}{'-dirty' if changed else ''}"
 
 
 def _record(combination: Combination, run: Run, options: Options, device: str, say: Callable[[str], None]) -> None:

@@ -1,8 +1,6 @@
 """`python -m benchmarks.memory`, from the repository root; see README.md."""
 
 import argparse
-import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.execute import commit, cpu_name
+from benchmarks.environment import environment
 from benchmarks.memory import cases, plots, report, timing
 from benchmarks.memory.measure import measure
 from benchmarks.memory.results import Results
@@ -90,7 +88,7 @@ def _main(arguments: argparse.Namespace) -> None:
     size = cases.Size(arguments.depth, arguments.batch, arguments.stages)
     linked = cases.links(arguments.lengths, arguments.delays)
     _check(size, linked)
-    results = Results(folder / "results.jsonl", _environment(device))
+    results = Results(folder / "results.jsonl", environment(device))
     parts = [] if arguments.table else arguments.only or PARTS
     pending = [task for part in PARTS[:3] if part in parts for task in cases.tasks(part, size, linked)
                if task.key(size) not in results]
@@ -135,12 +133,6 @@ def _measured(pending: list[cases.Task], size: cases.Size, device: torch.device,
             yield from (future.result() for future in as_completed(futures))
         finally:
             pool.shutdown(cancel_futures=True)  # what has not begun, where this is interrupted
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit()}
 
 
 if __name__ == "__main__":

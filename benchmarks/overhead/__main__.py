@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.accuracy.execute import REPOSITORY, commit, cpu_name
+from benchmarks.environment import REPOSITORY, environment
 
 ROWS = {
     "step": "a step of the pipeline, d = 1",
@@ -29,12 +28,11 @@ def main() -> int:
         if subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
             return 1
         rounds = json.loads(out.read_text())
-    environment = {"device": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__,
-                   "Python": platform.python_version(), "commit": commit()}
+    measured_on = environment(torch.device("cpu"))
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    (results / "cpu.json").write_text(json.dumps({"environment": environment, "rounds": rounds}, indent=1) + "\n")
-    table = as_markdown(rounds) + "\n" + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".\n"
+    (results / "cpu.json").write_text(json.dumps({"environment": measured_on, "rounds": rounds}, indent=1) + "\n")
+    table = as_markdown(rounds) + "\n" + ", ".join(f"{key} {value}" for key, value in measured_on.items()) + ".\n"
     (results / "cpu.md").write_text(table)
     print(table)
     return 0

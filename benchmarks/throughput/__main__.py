@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 import blpipe
-from benchmarks.accuracy.execute import REPOSITORY, commit, cpu_name
+from benchmarks.environment import REPOSITORY, device_name, environment
 from benchmarks.throughput.report import as_markdown
 from benchmarks.throughput.settings import ThroughputConfig, case_tree, find_cuts, load_settings
 from benchmarks.throughput.torch_schedules import SCHEDULES
@@ -104,17 +103,13 @@ def _device(wanted: str, stages: int) -> torch.device:
 
 
 def _folder_name(device: torch.device) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", f"{_device_name(device)} {os.cpu_count()} cores".lower()).strip("-")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    return re.sub(r"[^a-z0-9]+", "-", f"{device_name(device)} {os.cpu_count()} cores".lower()).strip("-")
 
 
 def _measure(settings: ThroughputConfig, name: str, device: torch.device) -> dict[str, Any] | None:
     """A case's settings, environment and rounds; None where its processes failed, who say why."""
     tree = case_tree(settings, name, device.type)
-    environment = _environment(device)
+    measured_on = environment(device) | {"load": os.getloadavg()[0], "blpipe": blpipe.__version__}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the stages will have
     cuts = find_cuts(parse_config(tree), device)
@@ -124,7 +119,7 @@ def _measure(settings: ThroughputConfig, name: str, device: torch.device) -> dic
         return None
     return {"stages": settings.stages, "batch": parse_config(tree).train.batch_size, **_lengths(settings),
             "cuts": cuts._asdict(), "stage_blocks": _blocks(tree, cuts.stages),
-            "virtual_blocks": _blocks(tree, cuts.virtual), "environment": environment,
+            "virtual_blocks": _blocks(tree, cuts.virtual), "environment": measured_on,
             "like": {each: schedule.like for each, schedule in SCHEDULES.items() if schedule.like},
             "aims": [aim.model_dump() for aim in settings.cases[name].aims], "rounds": rounds}
 
@@ -148,13 +143,6 @@ def _blocks(tree: dict[str, Any], cuts: list[str]) -> list[str]:
     """The first and the last block of every stage."""
     config = parse_config({**tree, "method": "bp", "partition": PartitionConfig(cuts=cuts).model_dump()})
     return make_plan(config, open_data(config.data, config.seed).spec).stage_names
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    """What the figures are measured on."""
-    return {"device": _device_name(device), "cores": os.cpu_count(), "load": os.getloadavg()[0],
-            "python": platform.python_version(), "torch": torch.__version__, "blpipe": blpipe.__version__,
-            "commit": commit()}
 
 
 if __name__ == "__main__":
