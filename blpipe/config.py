@@ -379,6 +379,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _sent_as_it_is(self) -> "Config":
+        if self.train.wire == "bf16" and self.method.name == "bp":
+            raise ValueError("train.wire: bf16, but torch's schedules send the activations of bp as they are; leave "
+                             "train.wire out")
+        return self
+
+    @model_validator(mode="after")
     def _traceable(self) -> "Config":
         if self.runtime.trace and self.method.name == "bp":
             raise ValueError("runtime.trace traces stage programs, and method bp runs none; set runtime.trace=false")

@@ -28,13 +28,16 @@ def use_precision(precision: str) -> None:
 
 
 def use_compiler() -> None:
-    """Make what torch.compile compiles fit for the backward link.
+    """Set torch.compile up for stages.
 
-    It goes through a tail's graph a second time, whose buffers the first must then not give away.
+    Links go through a tail's graph a second time, whose buffers the first must then not give away. All stages share
+    their code, so that the usual number of variants of it is too small; beyond it, nothing would be compiled.
     """
-    from torch._functorch import config
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
 
-    config.donated_buffer = False
+    functorch.donated_buffer = False
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 100_000
 
 
 class Precision:

@@ -35,15 +35,15 @@ class Links:
     """What goes back through one stage.
 
     Args:
-        hops_in: how many errors come back for each microbatch; hop j is that of the loss j stages on.
-        hops_out: how many the stage before wants; hop 1 is of this stage's own loss.
+        hops_in: the errors that come back for each microbatch, in order; hop j is that of the loss j stages on.
+        hops_out: those that the stage before wants; hop 1 is of this stage's own loss.
         tail: how many of the last blocks the errors run through; 0 where none comes, all where one is passed on.
         weight: λ.
         local_weight: α.
     """
 
-    hops_in: int = 0
-    hops_out: int = 0
+    hops_in: tuple[int, ...] = ()
+    hops_out: tuple[int, ...] = ()
     tail: int = 0
     weight: float = 1.0
     local_weight: float = 1.0
@@ -240,17 +240,18 @@ def evaluation_sizes(samples: int, config: Config) -> list[int]:
     return [size] * full + ([rest] if rest else [])
 
 
-def hops(method: MethodConfig, stages: int) -> list[int]:
-    """How many errors come back to each stage for a microbatch; hop j is that of the loss j stages on."""
-    link, found = method.link, [0]
+def hops(method: MethodConfig, stages: int) -> list[tuple[int, ...]]:
+    """The errors that come back to each stage for a microbatch, in order; hop j is that of the loss j stages on."""
+    link, found = method.link, [set[int]()]
     if method.name != "backlink" or link.off:
-        return [0] * stages
+        return [()] * stages
     for k in range(stages - 1):
         after = stages - 1 - k
-        own = after if link.reach == "all" else min(link.reach, after)
+        farthest = after if link.reach == "all" else min(link.reach, after)
+        own = range(1 if link.take == "every" else farthest, farthest + 1) if link.stage_weight(k) else ()
         # Even a stage of weight 0 passes on what the one before it wants.
-        found.append(max(own if link.stage_weight(k) else 0, found[-1] - 1))
-    return [*found[1:], 0]
+        found.append({*own, *(hop - 1 for hop in found[-1] if hop > 1)})
+    return [*(tuple(sorted(each)) for each in found[1:]), ()]
 
 
 def fitting(method: MethodConfig, stages: int | None = None) -> MethodConfig:
@@ -263,7 +264,7 @@ def fitting(method: MethodConfig, stages: int | None = None) -> MethodConfig:
 
 def stage_links(method: MethodConfig, sizes: Sequence[int]) -> list[Links]:
     """What goes back through each of the stages with these numbers of blocks."""
-    links, before = [], 0
+    links, before = [], tuple[int, ...]()
     for k, (size, hops_in) in enumerate(zip(sizes, hops(method, len(sizes)), strict=True)):
         last = k == len(sizes) - 1
         length = size if method.link.length == "all" else min(method.link.length, size)
@@ -291,9 +292,6 @@ def notices(plan: Plan) -> list[str]:
 
 def _check_boundaries(plan: Plan) -> None:
     train = plan.config.train
-    if train.wire == "bf16" and plan.config.method.name == "bp":
-        raise ConfigError("train.wire: bf16, but the activations of bp are carried by torch's schedules, as they are; "
-                          "leave train.wire out")
     needs_float32 = next((f"train.{key}" for key in ("precision", "wire") if getattr(train, key) == "bf16"), None)
     for specs in plan.outputs.values():
         for k, spec in enumerate(specs):
@@ -310,11 +308,11 @@ def _check_links(plan: Plan) -> None:
     method = plan.config.method
     for k, (links, stage) in enumerate(zip(plan.links, plan.stages, strict=True)):
         whole = links.tail == len(stage)
-        if links.hops_in and links.hops_out > 1 and not whole:
+        if any(hop + 1 in links.hops_out for hop in links.hops_in) and not whole:
             raise ConfigError(f"method.link.reach: {method.link.reach}: stage {k + 1} passes errors on through all of "
                               f"its {len(stage)} blocks, and method.link.length is {method.link.length}; set "
                               "method.link.length=all")
-        trained_by_link = links.hops_in > 0 and links.weight != 0.0
+        trained_by_link = bool(links.hops_in) and links.weight != 0.0
         if method.name != "bp" and links.local_weight == 0.0 and not (trained_by_link and whole):
             remedy = "set method.link.length=all" if trained_by_link else "give it a method.link.weight"
             raise ConfigError(f"method.local_weight: 0, and no link through all blocks of stage {k + 1} "

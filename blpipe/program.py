@@ -59,8 +59,8 @@ class Role:
     """What a stage exchanges with its neighbours."""
 
     sends: bool    # activations, to the next stage
-    hops_out: int  # errors of each microbatch for the stage before: hop 1 is its own, the others it passes on
-    hops_in: int   # errors of each microbatch from the next stage
+    hops_out: tuple[int, ...]  # errors of each microbatch for the stage before: 1 is its own, others it passes on
+    hops_in: tuple[int, ...]   # errors of each microbatch from the next stage
 
 
 class _Link(NamedTuple):
@@ -84,9 +84,9 @@ def train_program(steps: Sequence[Step], role: Role, delay: int) -> Iterator[Op]
             if role.sends:
                 yield Op(Kind.SEND, step.index, micro)
             yield Op(Kind.LOCAL_BACKWARD, step.index, micro)
-            if role.hops_out:
+            if 1 in role.hops_out:
                 yield Op(Kind.SEND_ERROR, step.index, micro, 1)
-            for hop in range(1, role.hops_in + 1):
+            for hop in role.hops_in:
                 heappush(awaiting, _Link(now + hop * max(delay, 1), hop, step.index, micro))
             yield from _links(awaiting, now, role)
         if delay == 0 or step is steps[-1]:
@@ -109,7 +109,7 @@ def _links(awaiting: list[_Link], until: float, role: Role) -> Iterator[Op]:
         _, hop, step, micro = heappop(awaiting)
         yield Op(Kind.RECEIVE_ERROR, step, micro, hop)
         yield Op(Kind.LINK_BACKWARD, step, micro, hop)
-        if hop < role.hops_out:
+        if hop + 1 in role.hops_out:
             yield Op(Kind.SEND_ERROR, step, micro, hop + 1)
 
 
@@ -171,6 +171,7 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 del x  # what is sent is not held here until the next batch, nor are errors below
             case Kind.LOCAL_BACKWARD:
                 error = stage.local_backward(targets, len(targets) / batch_sizes[op.step])
+                del targets  # they share their buffer with the input
             case Kind.SEND_ERROR:
                 assert ports.errors_out is not None and error is not None
                 ports.errors_out.put(error)

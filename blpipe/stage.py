@@ -16,9 +16,10 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,9 @@ class Stage:
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
         self.links, self.link, self.wire = links, link, wire
-        compiled = partial(torch.compile, dynamic=False) if compile else (lambda part: part)
-        self._run_blocks, self._run_body, self._run_head = compiled(blocks), compiled(self.body), compiled(head)
+        compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
+        self._run_blocks, self._run_body = compiled(blocks), compiled(self.body)
+        self._run_head: Any = compiled(head) if head is not None else None
         self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,)))
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
@@ -92,14 +94,13 @@ class Stage:
         self._sums: set[Tensor] = set()  # parameters whose gradient is a sum, and held by nothing else
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
-        self._awaiting: dict[int, deque[TailRun]] = {hop + 1: deque() for hop in range(links.hops_in)}
+        self._awaiting: dict[int, deque[TailRun]] = {hop: deque() for hop in links.hops_in}
         self.tally = Tally()
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch; returns x_k, detached, as it goes to the next stage."""
         assert self._flight is None, "a forward before the local backward of the last one"
-        x = (x.float() if self.wire == "bf16" and x.dtype == torch.bfloat16 else x.detach()) \
-            .requires_grad_(self.links.hops_out > 0)
+        x = _widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
         with self.stream:
             h = out = self.precision.run(self._run_body, x)
             run = None
@@ -126,15 +127,16 @@ class Stage:
         """
         assert self._flight is not None and self.head is not None
         flight, self._flight = self._flight, None
-        error: Tensor | None = self._head_backward(flight.out, targets, share)
+        trained, sends = self._body_live if self.links.local_weight else [], 1 in self.links.hops_out
+        wanted = sends or self.links.local_weight != 0.0 or self.link.normalize
+        error = self._head_backward(flight.out, targets, share, wanted)
         if flight.tail_run is not None:
-            error = self._local_backward_of_tail(flight.tail_run, error)
-            self._awaiting[1].append(flight.tail_run)
-        trained = self._body_live if self.links.local_weight else []
+            error = self._local_backward_of_tail(flight.tail_run, error, bool(trained) or sends)
+            self._awaiting[self.links.hops_in[0]].append(flight.tail_run)
         if error is not None:
-            gradients, error = _gradients(flight.h, trained, flight.x, error)
+            gradients, error = _gradients(flight.h, trained, flight.x if sends else None, error)
             self._add(trained, gradients, self.links.local_weight)
-        return self._sent(error, flight.x)
+        return self._sent(error, flight.x) if sends else None
 
     def link_backward(self, error: Tensor, hop: int = 1, factor: float = 1.0) -> Tensor | None:
         """Backpropagate the error of the loss `hop` stages on through the oldest microbatch that awaits it.
@@ -146,11 +148,12 @@ class Stage:
             The error for the stage before, e_{k-1}^{hop+1}; None if it wants none.
         """
         run = self._awaiting[hop].popleft()
-        if hop < self.links.hops_in:
-            self._awaiting[hop + 1].append(run)
+        later = [other for other in self.links.hops_in if other > hop]
+        if later:
+            self._awaiting[later[0]].append(run)
         weight = self.links.weight * factor
-        trains = weight != 0.0 and (self.link.take == "every" or hop == self.links.hops_in)
-        passes = hop < self.links.hops_out
+        trains = weight != 0.0 and (self.link.take == "every" or not later)
+        passes = hop + 1 in self.links.hops_out
         parameters = list(run.parameters.values()) if trains else []
         if not parameters and not passes:
             return None
@@ -159,7 +162,7 @@ class Stage:
         out = self._recompute(run, x) if again else run.out
         assert out is not None
         gradients, error_before = _gradients(out, parameters, x if passes else None, error.to(out.dtype),
-                                             keep=not again and hop < self.links.hops_in)
+                                             keep=not again and bool(later))
         if run.local_norm is not None and trains:
             self._add(self._tail_live.values(), gradients, weight * _ratio(run.local_norm, _norm(gradients)))
         else:
@@ -195,16 +198,18 @@ class Stage:
             self.head.train(mode)
         self.tally = Tally()
 
-    def _head_backward(self, out: Tensor, targets: Tensor, share: float) -> Tensor:
-        """Returns ∂L_k/∂x_k; nothing else of the head's graph is held while the blocks' backward runs."""
+    def _head_backward(self, out: Tensor, targets: Tensor, share: float, wanted: bool) -> Tensor | None:
+        """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""
         assert self.head is not None
-        cut = out.detach().requires_grad_(out.requires_grad)
+        cut = out.detach().requires_grad_(wanted and out.requires_grad)
         with self.stream:
             logits = self.precision.run(self._run_head, cut)
             loss = self.loss(logits, targets, cut)
         self.tally.add(loss, logits, targets)
         if loss.requires_grad:
             (loss * share).backward()
+        if not wanted:
+            return None
         return cut.grad if cut.grad is not None else torch.zeros_like(cut)  # a head may ignore its input
 
     def _run_tail(self, h: Tensor) -> TailRun:
@@ -223,12 +228,12 @@ class Stage:
     def _tail_with(self, tensors: dict[str, Tensor], h: Tensor) -> Tensor:
         return self.precision.run(partial(self._run_tail_with, tensors), h)
 
-    def _local_backward_of_tail(self, run: TailRun, error: Tensor | None) -> Tensor | None:
-        """Returns ∂L_k/∂h, or None if the body wants none."""
+    def _local_backward_of_tail(self, run: TailRun, error: Tensor | None, goes_on: bool) -> Tensor | None:
+        """Returns ∂L_k/∂h, or None if nothing before the tail wants it."""
         assert run.out is not None
         alpha, keep = self.links.local_weight, self.link.keep == "graph"
         parameters = list(run.parameters.values()) if alpha or self.link.normalize else []
-        gradients, error = _gradients(run.out, parameters, run.h, error, keep)
+        gradients, error = _gradients(run.out, parameters, run.h if goes_on else None, error, keep)
         if not keep:
             run.out = None
         if self.link.normalize:
@@ -264,12 +269,15 @@ class Stage:
             given.add(id(total))
             parameter.grad = total
 
-    def _sent(self, error: Tensor | None, x: Tensor) -> Tensor | None:
-        """An error as it goes to the stage before; None if that wants none."""
-        if not self.links.hops_out:
-            return None
+    def _sent(self, error: Tensor | None, x: Tensor) -> Tensor:
+        """An error as it goes to the stage before."""
         error = torch.zeros_like(x) if error is None else error
         return _narrowed(error, self.link.wire)
+
+
+def _widened(x: Tensor, wire: WirePrecision) -> Tensor:
+    """A tensor that was under way, as a stage computes with it."""
+    return x.float() if wire == "bf16" and x.dtype == torch.bfloat16 else x
 
 
 def _narrowed(x: Tensor, wire: WirePrecision) -> Tensor:

@@ -191,3 +191,23 @@ def test_forecasts_compute_as_the_run_will(monkeypatch):
     peaks = [Rehearsal(network, CPU).peak_bytes(1, 2) for network in networks]
     assert peaks[1] != peaks[0]
     assert all(block.forward > 0 for block in costs.profile(networks[1], CPU, data).blocks)
+
+
+@pytest.mark.parametrize("method", ["backlink", "greedy", "bp"])
+def test_what_the_config_says_is_compiled_and_nothing_else(method, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_(part, dynamic):
+        def run(*args):
+            compiled.append(part)
+            return part(*args)
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    plain = train_locally(small_config("plain", method__name=method, train__epochs=1), tmp_path)
+    assert compiled == []
+    run = train_locally(small_config("compiled", method__name=method, train__epochs=1, train__compile=True), tmp_path)
+    assert torch._functorch.config.donated_buffer is False
+    assert len(set(compiled)) == {"backlink": 3 + 2 + 3, "greedy": 3 + 3, "bp": 3}[method]  # bodies, tails, heads
+    left, right = state_of(plain), state_of(run)
+    assert all(torch.equal(left[key], right[key]) for key in left)

@@ -16,11 +16,12 @@ from blpipe.config import LinkConfig, MethodConfig
 from blpipe.config_file import load_config, parse_config
 from blpipe.data import open_data
 from blpipe.engines.common import build_stage, role
+from blpipe.engines.pipeline import errors_ahead
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
-from blpipe.forecast.simulate import WIRES
+from blpipe.forecast.simulate import WIRES, Wire
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
 from blpipe.plan import Links, Step, make_network, make_plan
 from blpipe.program import Factors, Ports, execute, train_program
@@ -98,10 +99,10 @@ def test_errors_that_reach_further_cost_a_backward_through_the_stage_for_each_ho
     assert far.link_backward == pytest.approx(one.link_backward + 2 * sum(b.input_backward for b in stage))
     assert stage_cost(costs, 1, count - 1, linked(length="all", reach=3)).hops == 1
     trains_and_passes, passes = (sum(getattr(b, field) for b in stage) for field in ("backward", "input_backward"))
-    for links, take, expected in ((Links(1, 2, 2), "every", trains_and_passes),
-                                  (Links(1, 1, 2), "every", one.link_backward),
-                                  (Links(1, 2, 2, weight=0.0), "every", passes),
-                                  (Links(2, 3, 2), "farthest", passes + trains_and_passes)):
+    for links, take, expected in ((Links((1,), (1, 2), 2), "every", trains_and_passes),
+                                  (Links((1,), (1,), 2), "every", one.link_backward),
+                                  (Links((1,), (1, 2), 2, weight=0.0), "every", passes),
+                                  (Links((1, 2), (1, 2, 3), 2), "farthest", passes + trains_and_passes)):
         known = stage_cost(costs, 1, 3, linked(length="all", reach=3, take=take), links)
         assert known.link_backward == pytest.approx(expected)
     alone = stage_cost(costs, 1, 3, MethodConfig(local_weight=0.0))
@@ -180,7 +181,7 @@ def allocated_bytes(plan, index):
 
     given = plan.activation(size, index - 1) if index else plan.input(size)
     with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        errors = plan.links[index].hops_in * (max(plan.delay, 1) + 1) + 1
+        errors = errors_ahead(plan.delay, config.train.microbatches, len(plan.links[index].hops_in))
         ports = Ports(Queue([given, plan.targets(size)], 2 if index else 0), Queue([], 0),
                       Queue([plan.error(size, index)], errors), Queue([], 0))
         for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
@@ -273,3 +274,15 @@ def test_a_forecast_knows_which_errors_come_to_each_stage():
     assert last[0] < every[0]
     assert last[1] < every[1]
     assert last[2:] == every[2:]
+
+
+def test_a_bf16_wire_makes_backlink_faster_over_a_slow_link_and_not_torchs_schedules():
+    rows = []
+    for wire in ("full", "bf16"):
+        network, _ = network_of(train__wire=wire, method__link={"wire": wire})
+        forecaster = Forecaster(profile(network, CPU), network.config, Wire(0.0, 1e5))
+        rows.append({row.method: row.seconds_per_step for row in forecaster.compare(None, 3)})
+    full, half = rows
+    assert half["backlink d=1"] < 0.7 * full["backlink d=1"]
+    assert half["1F1B"] == full["1F1B"]
+    assert half["GPipe"] == full["GPipe"]

@@ -6,9 +6,10 @@ import pytest
 from conftest import REPOSITORY
 
 
-def gpu_script(folder, gpus, *arguments):
+def gpu_script(folder, gpus, *arguments, tests=0):
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {gpus} || echo "ran $*"\n')
+    python.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus}; else echo "ran $*"; fi\n'
+                      f'[ "$2" != pytest ] || exit {tests}\n')
     python.chmod(0o755)
     return subprocess.run(["bash", str(REPOSITORY / "launch/gpu.sh"), *arguments], capture_output=True, text=True,
                           timeout=30, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})
@@ -28,6 +29,23 @@ def test_the_tests_come_first_and_what_time_is_left_goes_to_accuracy(gpus, stage
     assert ran[:-1] == ["pytest tests/test_gpu.py", "benchmarks.ablation benchmarks/ablation/gpu.yaml",
                         "benchmarks.memory --device cuda", *throughput]
     assert ran[-1] in [f"benchmarks.accuracy benchmarks/accuracy/gpu.yaml --minutes {left}" for left in (9, 10)]
+
+
+def test_tests_that_fail_are_the_exit_code_and_the_rest_is_run(tmp_path):
+    done = gpu_script(tmp_path, 1, tests=1)
+    assert done.returncode == 1
+    assert done.stdout.count("ran") == 4
+    assert "exit code 1" in done.stdout
+
+
+def test_an_interruption_ends_all_of_it(tmp_path):
+    done = gpu_script(tmp_path, 1, tests=130)
+    assert (done.returncode, done.stdout.count("ran")) == (130, 1)
+
+
+def test_minutes_must_be_a_number(tmp_path):
+    done = gpu_script(tmp_path, 1, "ten")
+    assert (done.returncode, done.stderr) == (2, "gpu.sh: ten: must be a number of minutes\n")
 
 
 def test_nothing_is_begun_that_has_no_time_left(tmp_path):

@@ -302,7 +302,7 @@ SIX = {"name": "mlp", "args": {"hidden": [4] * 5}}
 def test_every_stage_but_the_last_has_a_tail_where_there_is_a_link(method, tails):
     links = plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]}).links
     assert [each.tail for each in links] == tails
-    assert [each.hops_in for each in links] == [int(tail > 0) for tail in tails]
+    assert [each.hops_in for each in links] == [(1,) if tail else () for tail in tails]
 
 
 def test_a_single_stage_has_no_link():
@@ -316,10 +316,23 @@ def test_a_single_stage_has_no_link():
 ])
 def test_a_stage_gets_the_errors_in_reach_and_those_that_it_passes_on(reach, weight, hops_in):
     made = plan(SIX, method={"link": {"reach": reach, "weight": weight, "length": "all"}}, partition={"stages": 4})
-    assert [links.hops_in for links in made.links] == hops_in
-    assert [links.hops_out for links in made.links] == [0, *hops_in[:-1]]
+    expected = [tuple(range(1, count + 1)) for count in hops_in]
+    assert [links.hops_in for links in made.links] == expected
+    assert [links.hops_out for links in made.links] == [(), *expected[:-1]]
     weights = weight if isinstance(weight, list) else [weight] * 3
     assert [links.weight for links in made.links] == [*weights, 0.0]
+
+
+@pytest.mark.parametrize(("reach", "weight", "hops_in"), [
+    (1, 1.0, [(1,), (1,), (1,), ()]), (2, 1.0, [(2,), (1, 2), (1,), ()]), ("all", 1.0, [(3,), (2,), (1,), ()]),
+    ("all", [1.0, 0.0, 1.0], [(3,), (2,), (1,), ()]), (2, [1.0, 0.0, 0.0], [(2,), (1,), (), ()]),
+    (2, [0.0, 1.0, 0.0], [(), (2,), (1,), ()]),
+])
+def test_of_the_farthest_losses_no_other_errors_are_sent(reach, weight, hops_in):
+    made = plan(SIX, method={"link": {"reach": reach, "weight": weight, "length": "all", "take": "farthest"}},
+                partition={"stages": 4})
+    assert [links.hops_in for links in made.links] == hops_in
+    assert [links.hops_out for links in made.links] == [(), *hops_in[:-1]]
 
 
 def test_the_last_stage_always_learns_from_its_own_loss_in_full():

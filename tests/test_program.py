@@ -11,10 +11,11 @@ from blpipe.engines.pipeline import errors_ahead
 from blpipe.plan import Step, hops
 from blpipe.program import Kind, Op, Role, evaluation_program, train_program
 
-LINKED = Role(sends=True, hops_out=1, hops_in=1)
+LINKED = Role(sends=True, hops_out=(1,), hops_in=(1,))
 PROPERTY = settings(deadline=None, max_examples=120)
 
-roles = st.builds(Role, st.booleans(), st.integers(0, 3), st.integers(0, 3))
+some_hops = st.sets(st.integers(1, 3)).map(sorted).map(tuple)
+roles = st.builds(Role, st.booleans(), some_hops, some_hops)
 delays = st.integers(0, 9)
 steps_of_any_size = st.builds(
     lambda first, counts: [Step(first + i, (2,) * count) for i, count in enumerate(counts)],
@@ -64,7 +65,8 @@ def test_every_microbatch_goes_once_through_every_op_of_its_role_in_order(steps,
                           (Kind.SEND, role.sends)):
         assert of_kind(ops, kind) == (all_of_them if happens else []), kind
     for hop in range(1, 5):
-        comes, goes = hop <= role.hops_in, hop <= role.hops_out and hop - 1 <= role.hops_in
+        comes = hop in role.hops_in
+        goes = hop in role.hops_out and (hop == 1 or hop - 1 in role.hops_in)
         for kind, happens in ((Kind.RECEIVE_ERROR, comes), (Kind.LINK_BACKWARD, comes), (Kind.SEND_ERROR, goes)):
             assert of_kind(ops, kind, hop) == (all_of_them if happens else []), (kind, hop)
     assert of_kind(ops, Kind.EVALUATE) == []
@@ -85,7 +87,7 @@ def test_a_microbatch_is_received_run_sent_and_backpropagated_before_the_next_on
     ops = program(steps, role, delay)
     forward = [op for op in ops if op.kind not in (Kind.RECEIVE_ERROR, Kind.LINK_BACKWARD, Kind.STEP) and op.hop < 2]
     order = [(Kind.RECEIVE, 0), (Kind.FORWARD, 0), *[(Kind.SEND, 0)] * role.sends, (Kind.LOCAL_BACKWARD, 0),
-             *[(Kind.SEND_ERROR, 1)] * (role.hops_out > 0)]
+             *[(Kind.SEND_ERROR, 1)] * (1 in role.hops_out)]
     assert forward == [Op(kind, step.index, micro, hop) for step in steps for micro in range(len(step.sizes))
                        for kind, hop in order]
 
@@ -192,7 +194,7 @@ def test_the_schedule_drawn(delay, microbatches, expected):
 ])
 def test_the_schedule_of_a_link_that_reaches_two_stages_drawn(delay, microbatches, expected):
     steps = [Step(i, (4,) * count) for i, count in enumerate(microbatches)]
-    assert drawn(program(steps, Role(sends=True, hops_out=2, hops_in=2), delay)) == " ".join(expected.split())
+    assert drawn(program(steps, Role(sends=True, hops_out=(1, 2), hops_in=(1, 2)), delay)) == " ".join(expected.split())
 
 
 def test_a_whole_program_drawn():
@@ -255,18 +257,19 @@ class Pipeline:
         return True
 
 
-def roles_of_a_pipeline(weights: list[float], reach) -> list[Role]:
+def roles_of_a_pipeline(weights: list[float], reach, take="every") -> list[Role]:
     """The roles of a stage more than there are weights λ: a stage of weight 0 wants no error of its own."""
-    link = LinkConfig(reach=reach, weight=tuple(weights)) if weights else LinkConfig()
+    link = LinkConfig(reach=reach, weight=tuple(weights), take=take) if weights else LinkConfig()
     hops_in = hops(MethodConfig(link=link), len(weights) + 1)
-    return [Role(k < len(weights), hops_in[k - 1] if k else 0, hops_in[k]) for k in range(len(hops_in))]
+    return [Role(k < len(weights), hops_in[k - 1] if k else (), hops_in[k]) for k in range(len(hops_in))]
 
 
 @PROPERTY
 @given(steps=steps_of_any_size, delay=delays, weights=st.lists(st.sampled_from([0.0, 1.0]), max_size=5),
-       reach=st.sampled_from([0, 1, 2, 3, "all"]), capacity=st.sampled_from([1, 2, 10**9]))
-def test_a_pipeline_never_deadlocks_and_receives_what_was_sent_in_order(steps, delay, weights, reach, capacity):
-    roles = roles_of_a_pipeline(weights, reach)
+       reach=st.sampled_from([0, 1, 2, 3, "all"]), take=st.sampled_from(["every", "farthest"]),
+       capacity=st.sampled_from([1, 2, 10**9]))
+def test_a_pipeline_never_deadlocks_and_receives_what_was_sent_in_order(steps, delay, weights, reach, take, capacity):
+    roles = roles_of_a_pipeline(weights, reach, take)
     pipeline = Pipeline([train_program(steps, role, delay) for role in roles], roles, capacity)
     pipeline.run()
     assert not any(pipeline.activations)
@@ -279,7 +282,7 @@ def test_every_stage_gets_the_errors_within_its_reach_and_no_more_than_are_neede
     last = len(weights)
     for k, role in enumerate(roles_of_a_pipeline(weights, reach)[:-1]):
         from_here_on = [min(reach, last - j) - (k - j) for j in range(k + 1) if weights[j]]
-        assert role.hops_in == max([0, *from_here_on])
+        assert role.hops_in == tuple(range(1, max([0, *from_here_on]) + 1))
 
 
 @PROPERTY
@@ -295,15 +298,18 @@ def test_with_a_delay_nothing_waits_for_the_next_stage_before_the_flush(steps, d
 
 
 @PROPERTY
-@given(steps=steps_of_any_size, delay=st.integers(1, 9), reach=st.integers(1, 4))
-def test_no_more_errors_are_under_way_before_the_flush_than_there_are_receives_for(steps, delay, reach):
+@given(steps=steps_of_any_size, delay=st.integers(1, 9), reach=st.integers(1, 4),
+       take=st.sampled_from(["every", "farthest"]))
+def test_no_more_errors_are_under_way_before_the_flush_than_there_are_receives_for(steps, delay, reach, take):
     """Where the next stage has done all that it was sent."""
-    roles = roles_of_a_pipeline([1.0] * 4, reach)
+    roles = roles_of_a_pipeline([1.0] * 4, reach, take)
+    assert [errors_ahead(delay, 4, len(role.hops_in)) for role in roles] == [len(role.hops_in) * (delay + 1)
+                                                                             for role in roles]
     for here, following in zip(roles, roles[1:], strict=False):
         sent, taken = ([sum(op.kind is kind for op in part) for part in by_microbatch(program(steps, role, delay))]
                        for role, kind in ((following, Kind.SEND_ERROR), (here, Kind.RECEIVE_ERROR)))
         for n in range(len(sent) - 1):
-            assert sum(sent[:n + 1]) - sum(taken[:n]) <= errors_ahead(delay, here.hops_in)
+            assert sum(sent[:n + 1]) - sum(taken[:n]) <= errors_ahead(delay, 1, len(here.hops_in))
 
 
 @PROPERTY

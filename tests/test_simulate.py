@@ -24,7 +24,8 @@ def schedule(name, stages, microbatches, seconds=UNIT, steps=1, wire=FREE, size=
 
 def backlink(stages, steps, delay, microbatches=1, seconds=UNIT, wire=FREE, size=0):
     plan = [Step(i, (1,) * microbatches) for i in range(steps)]
-    programs = [train_program(plan, Role(k < stages - 1, k > 0, k < stages - 1), delay) for k in range(stages)]
+    last = stages - 1
+    programs = [train_program(plan, Role(k < last, (1,) * (k > 0), (1,) * (k < last)), delay) for k in range(stages)]
     each = seconds if isinstance(seconds, list) else [seconds] * stages
     sizes = [size] * (stages - 1)
     return simulate(programs, each, sizes, sizes, wire)

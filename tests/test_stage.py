@@ -25,7 +25,7 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, comp
     made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
             "adamw": lambda: torch.optim.AdamW(parameters, lr=0.1),
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
-    return Stage(blocks, head, cross_entropy(), links=Links(1, 1, tail, **links),
+    return Stage(blocks, head, cross_entropy(), links=Links((1,), (1,), tail, **links),
                  link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU),
                  compile=compile)
 
@@ -142,7 +142,7 @@ def test_a_recomputed_tail_has_the_buffers_of_its_own_forward():
     for keep in ("graph", "recompute"):
         torch.manual_seed(0)
         blocks = nn.Sequential(nn.Linear(5, 5), torch.nn.utils.spectral_norm(nn.Linear(5, 5)))
-        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links(1, 1, 1),
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1,), (1,), 1),
                       link=LinkConfig(delay=1, keep=keep), optimizer=torch.optim.SGD(blocks.parameters(), lr=0.1),
                       stream=RandomStream(1, CPU))
         for seed in range(2):
@@ -182,7 +182,7 @@ def test_fused_optimizers_see_every_gradient_in_its_parameters_layout(optimizer,
         torch.manual_seed(0)
         blocks, head = nn.Sequential(Transposed()), nn.Linear(5, 3)
         kwargs = {"momentum": 0.9, "nesterov": True} if optimizer is torch.optim.SGD else {}
-        stage = Stage(blocks, head, cross_entropy(), links=Links(tail, 1, tail), link=LinkConfig(delay=0),
+        stage = Stage(blocks, head, cross_entropy(), links=Links((1,) * tail, (1,), tail), link=LinkConfig(delay=0),
                       optimizer=optimizer([*blocks.parameters(), *head.parameters()], lr=0.1, fused=fused, **kwargs),
                       stream=RandomStream(1, CPU))
         for seed in range(3):
@@ -203,7 +203,7 @@ def test_a_tail_that_is_recomputed_for_every_hop_is_the_same_each_time():
     for keep in ("graph", "recompute"):
         torch.manual_seed(0)
         blocks = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(5, 5)))
-        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links(2, 2, 1),
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1, 2), (1, 2), 1),
                       link=LinkConfig(delay=1, keep=keep, reach=2), optimizer=None, stream=RandomStream(1, CPU))
         x, targets = microbatch(0)
         stage.forward(x)

@@ -14,7 +14,8 @@ LETTER = {Kind.FORWARD: "F", Kind.LOCAL_BACKWARD: "B", Kind.LINK_BACKWARD: "L"}
 def draw(stages: int, steps: int, microbatches: int, delay: int) -> str:
     """Every stage's work over time, if a forward takes 1, a local backward 2, a link 1 and a message nothing."""
     plan = [Step(index, (1,) * microbatches) for index in range(steps)]
-    programs = [train_program(plan, Role(k < stages - 1, k > 0, k < stages - 1), delay) for k in range(stages)]
+    last = stages - 1
+    programs = [train_program(plan, Role(k < last, (1,) * (k > 0), (1,) * (k < last)), delay) for k in range(stages)]
     timeline = simulate(programs, [COST] * stages, [0] * (stages - 1), [0] * (stages - 1), Wire(0.0, float("inf")))
     width = int(max(span.end for span in timeline.spans))
     rows = [["..."] * width for _ in range(stages)]

@@ -14,7 +14,7 @@ from blpipe.errors import ConfigError, UserError
 from blpipe.plan import TensorSpec
 from blpipe.trainer import choose_engine
 from blpipe.transport.memory import MemoryQueue
-from blpipe.transport.queues import message_bytes, views
+from blpipe.transport.queues import SendQueue, message_bytes, views
 from blpipe.transport.world import Meeting, shake_hands
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -112,3 +112,34 @@ def launch(monkeypatch, processes):
 
 def tree(engine, stages):
     return parse_config(small_config("run", partition__stages=stages, runtime__engine=engine))
+
+
+class Sent:
+    """A send under way, in place of torch.distributed's."""
+
+    def __init__(self, buffer, log):
+        self.buffer, self.log, self.complete = buffer, log, False
+
+    def wait(self):
+        self.complete = True
+        self.log.append(bytes(self.buffer[:1].tolist()))
+
+
+def test_sends_take_buffers_in_turn_and_none_is_written_before_its_send_is_complete(monkeypatch):
+    under_way, arrived = [], []
+
+    def isend(buffer, peer, group):
+        assert all(sent.complete or sent.buffer.data_ptr() != buffer.data_ptr() for sent in under_way)
+        under_way.append(Sent(buffer, arrived))
+        return under_way[-1]
+
+    monkeypatch.setattr(dist, "isend", isend)
+    queue = SendQueue(None, 1, "sending", torch.device("cpu"), torch.device("cpu"))
+    sizes = [64, 640, 64, 64, 128, 64]
+    for number, size in enumerate(sizes):
+        queue.put(torch.full((size,), number, dtype=torch.uint8))
+    queue.drain()
+    assert arrived == [bytes([number]) for number in range(len(sizes))]
+    assert [sent.buffer.nbytes for sent in under_way] == sizes
+    assert queue.sent_bytes == sum(sizes)
+    assert len({sent.buffer.data_ptr() for sent in under_way}) < len(sizes)

@@ -76,22 +76,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("\n".join(f"ablation: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    path = (arguments.out or arguments.config.parent / "results") / f"{arguments.config.stem}.json"
     names = list(rows)
-    for number in range(settings.rounds + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            rows[name].measure(number)
-        print(f"round {number} of {settings.rounds}" if number else "warm-up", flush=True)
-    found = {"environment": environment(rows[names[0]].device), "rows": {
+    try:
+        for number in range(settings.rounds + 1):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                rows[name].measure(number)
+            print(f"round {number} of {settings.rounds}" if number else "warm-up", flush=True)
+            if number:
+                _write(path, settings, rows)
+    except KeyboardInterrupt:
+        print("ablation: interrupted; the rounds that were done are kept", file=sys.stderr)
+        return 130
+    print(path.with_suffix(".md").read_text())
+    return 0
+
+
+def _write(path: Path, settings: AblationConfig, rows: dict[str, Row]) -> None:
+    """The rounds so far, and their table."""
+    found = {"environment": environment(next(iter(rows.values())).device), "rows": {
         name: {"changes": settings.rows[name], "seconds": row.seconds, "peak_bytes": row.peak_bytes}
         for name, row in rows.items()}}
-    path = (arguments.out or arguments.config.parent / "results") / f"{arguments.config.stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    table = as_markdown(found)
-    path.with_suffix(".md").write_text(table)
-    print(table)
-    return 0
+    path.with_suffix(".md").write_text(as_markdown(found))
 
 
 def as_markdown(found: dict[str, Any]) -> str:

@@ -127,7 +127,7 @@ def _window(method: Method, run: Run, job: dict[str, Any], device: torch.device)
     seconds, cpu_seconds, wait_seconds, sent_bytes = watch.per_step()
     busy = None if device.type == "cuda" else min(1.0, cpu_seconds / (seconds * method.threads))
     # Where nothing tells what a process waited for, it is all that it did not compute.
-    waiting = min(1.0, wait_seconds / seconds) if method.wait_seconds else None if busy is None else 1 - busy
+    waiting = None if busy is None else min(1.0, wait_seconds / seconds) if method.wait_seconds else 1 - busy
     return {"seconds": seconds, "busy": busy, "waiting": waiting, "sent_bytes": sent_bytes}
 
 

@@ -167,19 +167,22 @@ class PipelineEngine:
             sizes = {step.index: step.sizes for step in steps}
             layouts = [(self.plan.error(sizes[op.step][op.microbatch], self.index),)
                        for op in self._program(steps) if op.kind is Kind.RECEIVE_ERROR]
-            self._errors_in.expect(layouts, errors_ahead(self.plan.delay, self.role.hops_in))
+            self._errors_in.expect(layouts, errors_ahead(self.plan.delay, self.plan.config.train.microbatches,
+                                                         len(self.role.hops_in)))
 
     def _waited(self) -> float:
         return sum(queue.wait_seconds for queue in self.queues)
 
 
-def errors_ahead(delay: int, hops: int) -> int:
-    """Receives of errors posted ahead: one for every error that can be under way before the flush.
+def errors_ahead(delay: int, microbatches: int, hops: int) -> int:
+    """Receives of errors posted ahead: as many as can be under way, if no stage waits, before the flush.
 
     Args:
         delay: in microbatches.
+        microbatches: of a batch, after which d = 0 has a flush.
+        hops: how many errors come for each microbatch.
     """
-    return hops * (max(delay, 1) + 1) + 1
+    return hops * (delay + 1 if delay else min(2, microbatches))
 
 
 def contract(plan: Plan) -> dict[str, Any]:

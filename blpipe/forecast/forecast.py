@@ -131,18 +131,20 @@ class Forecaster:
         """A forecast of every stage of the plan, in the config's own method."""
         method, micro = self.config.method, self.config.train.microbatches
         rehearsal, estimates = Rehearsal(self.costs.network, self.costs.device), estimated_bytes(self.costs)
+        there, back_wire = self._wires(method.name)
         rows = []
         for k, (start, end) in enumerate(pairwise([*plan.starts, len(self.costs.blocks)])):
             blocks = self.costs.blocks[start:end]
             head = self.costs.heads[end - 1] if method.name != "bp" else None
             last = end == len(self.costs.blocks)
-            back = 0 if k == 0 else 1 if method.name == "bp" else plan.links[k].hops_out
+            back = 0 if k == 0 else 1 if method.name == "bp" else len(plan.links[k].hops_out)
             rows.append(StageForecast(
                 plan.block_names(k), sum(block.params for block in blocks),
                 micro * (sum(block.flops for block in blocks) + (head.flops if head is not None else 0)),
                 float(stage_cost(self.costs, start, end, method, plan.links[k]).batch_seconds(method.name, micro))
                 / self._speed(k),
-                0 if last else micro * self._forward_bytes(end), micro * back * self._error_bytes(start),
+                0 if last else micro * self._forward_bytes(end, there),
+                micro * back * self._sent_bytes(start, back_wire),
                 rehearsal.peak_bytes(start, end, plan.links[k]) if self._can_rehearse(end - start, plan.links[k])
                 else int(estimates[start, end])))
         return rows
@@ -150,7 +152,7 @@ class Forecaster:
     def _can_rehearse(self, blocks: int, links: Links) -> bool:
         """Whether a stage's own program can be run for its memory, in seconds; else an estimate has to do."""
         method, train = self.config.method, self.config.train
-        runs = blocks * train.microbatches * rehearsed_steps(self.config, links.hops_in)
+        runs = blocks * train.microbatches * rehearsed_steps(self.config, max(links.hops_in, default=0))
         return method.name != "bp" and runs <= _MOST_BLOCK_RUNS
 
     def compare(self, starts: list[int] | None, stages: int) -> list[MethodForecast]:
@@ -169,10 +171,12 @@ class Forecaster:
         seconds = [{kind: float(value) / self._speed(k) for kind, value in method.seconds(cost).items()}
                    for k, cost in enumerate(costs)]
         most_hops = max(int(cost.hops) for cost in costs)
-        ahead = ACTIVATIONS_AHEAD, errors_ahead(method.delay, most_hops)
+        errors = errors_ahead(method.delay, self.config.train.microbatches, most_hops)
+        ahead = ACTIVATIONS_AHEAD, max(1, errors)  # torch's schedules take one gradient at a time
+        there, back = self._wires(method.kind)
         return simulate([method.program(k, count, steps) for k in range(count)], seconds,
-                        [self._forward_bytes(end) for end in ends[:-1]],
-                        [self._error_bytes(end) for end in ends[:-1]], self.wire, ahead)
+                        [self._forward_bytes(end, there) for end in ends[:-1]],
+                        [self._sent_bytes(end, back) for end in ends[:-1]], self.wire, ahead)
 
     def one_device(self) -> MethodForecast:
         """End-to-end backpropagation of the whole model on one device."""
@@ -202,13 +206,13 @@ class Forecaster:
         speeds = partition.speeds if partition.speeds and len(partition.speeds) == stages else None
         return balanced_starts(self.costs, kind, PartitionConfig(stages=stages, strategy="balanced", speeds=speeds))
 
-    def _forward_bytes(self, end: int) -> int:
-        network, train = self.costs.network, self.config.train
-        target_bytes = 8 * prod(network.data.target_shape) * train.microbatch_size
-        return self._sent_bytes(end, train.wire) + target_bytes
+    def _wires(self, kind: str) -> tuple[WirePrecision, WirePrecision]:
+        """The precision of activations and of what goes back; torch's schedules send tensors as they are."""
+        return ("full", "full") if kind == "bp" else (self.config.train.wire, self.config.method.link.wire)
 
-    def _error_bytes(self, start: int) -> int:
-        return self._sent_bytes(start, self.config.method.link.wire)
+    def _forward_bytes(self, end: int, wire: WirePrecision) -> int:
+        target_bytes = 8 * prod(self.costs.network.data.target_shape) * self.config.train.microbatch_size
+        return self._sent_bytes(end, wire) + target_bytes
 
     def _sent_bytes(self, boundary: int, wire: WirePrecision) -> int:
         return self.costs.blocks[boundary - 1].output_bytes // (2 if wire == "bf16" else 1)

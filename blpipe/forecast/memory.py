@@ -21,8 +21,7 @@ from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
 from blpipe.plan import Links, Network, Plan, Step, fitting, make_plan, stage_links
 from blpipe.program import Factors, Ports, execute, train_program
-from blpipe.shapes import TensorSpec
-from blpipe.transport.queues import SendQueue
+from blpipe.transport.queues import Layout, SendQueue, message_bytes, views
 
 
 class Rehearsal:
@@ -42,7 +41,7 @@ class Rehearsal:
         Not counted: the process itself, the libraries' workspaces, and what an allocator keeps for later.
 
         Args:
-            links: of that stage; without, as many hops as there are blocks before and after it.
+            links: of that stage; without, as if each block before and after it were a stage.
         """
         with self._mode:
             peak = self._rehearse(start, end, links)
@@ -80,19 +79,20 @@ def train_alone(plan: Plan, index: int, device: torch.device) -> None:
     stage.train(True)
     size, hops_in = train.microbatch_size, plan.links[index].hops_in
     given = plan.activation(size, index - 1) if index else plan.input(size)
-    steps = [Step(i, (size,) * train.microbatches) for i in range(rehearsed_steps(plan.config, hops_in))]
-    inbox = _Inbox([given, plan.targets(size)], ACTIVATIONS_AHEAD if index else 0, device)
-    errors_in = _Inbox([plan.error(size, index)], errors_ahead(plan.delay, hops_in), device)
+    count = rehearsed_steps(plan.config, max(hops_in, default=0))
+    steps = [Step(i, (size,) * train.microbatches) for i in range(count)]
+    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device)
+    errors_in = _Inbox((plan.error(size, index),), errors_ahead(plan.delay, train.microbatches, len(hops_in)), device)
     ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
                      lambda step: Factors(), lambda op: None):
         pass
 
 
-def rehearsed_steps(config: Config, hops: int = 1) -> int:
-    """How many steps it takes to have every link under way."""
+def rehearsed_steps(config: Config, farthest: int = 1) -> int:
+    """How many steps it takes to have every link under way, the farthest hop being given."""
     micro = config.train.microbatches
-    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, hops) / micro) + 2
+    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2
 
 
 def most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
@@ -127,13 +127,19 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
         tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
         after = np.minimum(len(blocks) - end, config.partition.stage_count - 1)
-        hops = after if link.reach == "all" else np.minimum(link.reach, after)
+        farthest = after if link.reach == "all" else np.minimum(link.reach, after)
+        hops = np.minimum(farthest, 1) if one_for_all(link) else farthest
         delay = link.delay_in_microbatches(train.microbatches)
-        snapshots = np.ceil(delay * hops / train.microbatches) * (params[end] - params[tail])
-        received = hops * errors_ahead(delay, 1) * passing[end]
-        linked = snapshots + delay * hops * kept + received
+        snapshots = np.ceil(delay * farthest / train.microbatches) * (params[end] - params[tail])
+        received = hops * errors_ahead(delay, train.microbatches, 1) * passing[end]
+        linked = snapshots + delay * farthest * kept + received
         needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
     return needs
+
+
+def one_for_all(link: LinkConfig) -> bool:
+    """Whether a single error, that of the last loss, goes through all stages."""
+    return link.take == "farthest" and link.reach == "all"
 
 
 def tail_start(link: LinkConfig, start: Any, end: Any) -> Any:
@@ -155,9 +161,10 @@ def state_copies(config: OptimizerConfig) -> int:
 class _Inbox:
     """Receives a message whenever asked; so many buffers wait at any time, as in `ReceiveQueue`."""
 
-    def __init__(self, layout: list[TensorSpec], ahead: int, device: torch.device):
-        self._new: Callable[[], tuple[Tensor, ...]] = lambda: tuple(
-            torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in layout)
+    def __init__(self, layout: Layout, ahead: int, device: torch.device):
+        size = message_bytes(layout)
+        self._new: Callable[[], tuple[Tensor, ...]] = lambda: views(
+            torch.empty(size, dtype=torch.uint8, device=device), layout)
         self._posted = deque(self._new() for _ in range(ahead))
 
     def has_message(self) -> bool:

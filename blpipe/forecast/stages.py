@@ -10,7 +10,7 @@ from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, l
 from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_links, tail_start
+from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_links, one_for_all, tail_start
 from blpipe.plan import Links, Network
 from blpipe.text import human_bytes
 
@@ -63,23 +63,35 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
         backward=backward + np.where(last, costs.head_seconds[-1], 0.0),
         input_backward=for_input + np.where(last, costs.head_seconds[-1], 0.0),
         weight_backward=np.maximum(backward - for_input, 0.0),  # what is left, given the gradients on the way
-        # With α = 0 the blocks of a stage before the last pass the error on, and learn nothing from it.
-        local_backward=np.where(last, backward, backward if method.local_weight else for_input)
+        local_backward=np.where(last, backward, _local_seconds(backward, for_input, method, links))
         + costs.head_seconds[end],
         link_backward=_link_seconds(costs, start, end, method.link, links),
-        hops=links.hops_in if links else _most_hops(costs, end, method.link),
+        hops=len(links.hops_in) if links else _most_hops(costs, end, method.link),
         step=costs.step_call + total("step") + np.where(last, 0.0, costs.head_step[end]))
+
+
+def _local_seconds(backward: Any, for_input: Any, method: MethodConfig, links: Links | None) -> Any:
+    """Of the local loss through the blocks of a stage before the last, which may only pass the error on, or neither."""
+    if method.local_weight:
+        return backward
+    passed_on = 1 in links.hops_out if links else not one_for_all(method.link)
+    return for_input if passed_on else np.zeros_like(for_input)
 
 
 def _most_hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
     after = np.minimum(len(costs.blocks) - end, costs.network.config.partition.stage_count - 1)
-    return np.zeros_like(after) if link.off else after if link.reach == "all" else np.minimum(link.reach, after)
+    if link.off:
+        return np.zeros_like(after)
+    most = 1 if one_for_all(link) else link.reach
+    return after if most == "all" else np.minimum(most, after)
 
 
 def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links: Links | None) -> Any:
     """All link backwards of a microbatch: those that train stop in the tail, unless they are passed on."""
-    hops = links.hops_in if links else _most_hops(costs, end, link)
-    passed = min(links.hops_in, max(0, links.hops_out - 1)) if links else np.maximum(hops - 1, 0)
+    hops = len(links.hops_in) if links else _most_hops(costs, end, link)
+    passed: Any = np.where(start > 0, hops, 0) if one_for_all(link) else np.maximum(hops - 1, 0)
+    if links:
+        passed = sum(hop + 1 in links.hops_out for hop in links.hops_in)
     trains = links is None or links.weight != 0.0
     taken = hops if link.take == "every" else np.minimum(hops, 1)  # the farthest is the last to come
     both = (passed if link.take == "every" else np.where(passed == hops, taken, 0)) if trains else 0

@@ -107,12 +107,13 @@ class SendQueue(_End):
             work = dist.isend(buffer[:size], self._peer, self._group)
         assert work is not None
         self._sends.append((work, buffer))
-        self.sent_bytes += buffer.nbytes
+        self.sent_bytes += size
 
     def drain(self) -> None:
-        """Wait until everything sent has arrived."""
+        """Wait until everything sent has arrived, and let go of the buffers: what follows may be smaller."""
         while self._sends:
             self._complete_one()
+        self._free = [self._buffer(0) for _ in range(self.IN_FLIGHT)]
 
     def _complete_one(self) -> None:
         work, buffer = self._sends.popleft()
