@@ -40,7 +40,7 @@ def test_every_stage_has_a_bar_that_says_how_it_gets_on(command, tmp_path):
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree))
     shown = on_a_terminal(command, tmp_path)
     for stage in (1, 2):
-        bars = re.findall(rf"stage {stage} +\d+%\|.*?\| (\d+)/480 \[[^,\r\n]*, loss (\d\.\d+), [\d,]+ samples/s, "
+        bars = re.findall(rf"stage {stage} +\d+%\|[^|]*\| (\d+)/480 \[[^],\r\n]*, loss (\d\.\d+), [\d,]+ samples/s, "
                           r"busy [\d.]+ %, waiting [\d.]+ %\]", shown)
         assert bars, shown
         steps = [int(number) for number, _ in bars]
