@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from blpipe.config import Config, MethodConfig
+from blpipe.config import Config, MethodConfig, WirePrecision
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, build_head, channels_first
@@ -157,13 +157,15 @@ class Plan:
 
     def activation(self, size: int, stage: int) -> TensorSpec:
         """An activation on its way, in training, from the stage with this index, from 0, for `size` samples."""
-        spec = self.outputs[size][stage]
-        return spec._replace(dtype=torch.bfloat16) if self.config.train.wire == "bf16" else spec
+        return self._sent(size, stage, self.config.train.wire)
 
     def error(self, size: int, stage: int) -> TensorSpec:
         """An error on its way to the stage with this index, from 0, for `size` samples."""
+        return self._sent(size, stage, self.config.method.link.wire)
+
+    def _sent(self, size: int, stage: int, wire: WirePrecision) -> TensorSpec:
         spec = self.outputs[size][stage]
-        return spec._replace(dtype=torch.bfloat16) if self.config.method.link.wire == "bf16" else spec
+        return spec._replace(dtype=torch.bfloat16) if wire == "bf16" else spec
 
     def targets(self, size: int) -> TensorSpec:
         """The targets that travel with the activations, for `size` samples."""

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import guarded
 from benchmarks.environment import environment
 from blpipe.config import Config, Positive, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
 from blpipe.data import open_data
 from blpipe.engines.common import Engine
-from blpipe.errors import ConfigError, UserError
+from blpipe.errors import ConfigError
 from blpipe.plan import make_plan
 from blpipe.text import human_bytes
 from blpipe.trainer import open_local, set_up
@@ -70,25 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="such as benchmarks/ablation/gpu.yaml")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else results/, beside CONFIG")
     arguments = parser.parse_args(argv)
-    try:
-        settings = parse_as(AblationConfig, read_yaml(arguments.config))
-        rows = {name: _open(settings, name) for name in settings.rows}
-    except UserError as error:
-        print("\n".join(f"ablation: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    return guarded("ablation", lambda: _main(arguments), "the rounds that were done are kept")
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    settings = parse_as(AblationConfig, read_yaml(arguments.config))
+    rows = {name: _open(settings, name) for name in settings.rows}
     path = (arguments.out or arguments.config.parent / "results") / f"{arguments.config.stem}.json"
     names = list(rows)
-    try:
-        for number in range(settings.rounds + 1):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                rows[name].measure(number)
-            print(f"round {number} of {settings.rounds}" if number else "warm-up", flush=True)
-            if number:
-                _write(path, settings, rows)
-    except KeyboardInterrupt:
-        print("ablation: interrupted; the rounds that were done are kept", file=sys.stderr)
-        return 130
+    for number in range(settings.rounds + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            rows[name].measure(number)
+        print(f"round {number} of {settings.rounds}" if number else "warm-up", flush=True)
+        if number:
+            _write(path, settings, rows)
     print(path.with_suffix(".md").read_text())
     return 0
 

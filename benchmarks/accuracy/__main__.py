@@ -7,20 +7,14 @@ from pathlib import Path
 
 from benchmarks.accuracy import execute, plots, report
 from benchmarks.accuracy.sweep import Combination, Run, SweepConfig, in_order, load_sweep
-from blpipe.errors import ConfigError, UserError
+from benchmarks.command import count, guarded
+from blpipe.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is pending; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return _main(arguments)
-    except UserError as error:
-        print("\n".join(f"accuracy: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("accuracy: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return guarded("accuracy", lambda: _main(arguments), "the same command goes on")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,8 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file: benchmarks/accuracy/cpu.yaml")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else one beside CONFIG")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", default=Path("runs/accuracy"), help="of the run folders")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="so many runs at a time")
-    parser.add_argument("--threads", type=_count, metavar="N", help="of each process; on a CPU 1, or what CONFIG says")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="so many runs at a time")
+    parser.add_argument("--threads", type=count, metavar="N", help="of each process; on a CPU 1, or what CONFIG says")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop then; what is running goes on the next time")
     parser.add_argument("--engine", choices=["local", "pipeline"], default="local",
                         help="pipeline: a process a stage, in rows of their own")
@@ -40,12 +34,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", action="store_true", help="only write the table and the plots anew")
     parser.add_argument("--list", action="store_true", help="only say which rows are done and which are pending")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return int(text)
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.accuracy.sweep import Combination, SweepConfig, plain, short
+from benchmarks.markdown import table
 from blpipe.config import Config
 from blpipe.text import human_bytes
 
@@ -168,11 +169,10 @@ def as_markdown(sweep: SweepConfig, combinations: Sequence[Combination], results
     context = context_keys(combinations)
     keys = [*context, "partition.stages", *(key for key in varied(combinations) if key not in context)]
     head = ["", *map(short, keys), "accuracy, %", "seeds", "over greedy", "closed", "s/epoch", "cost", "peak memory"]
-    table = [head, ["---", *["---:"] * (len(head) - 1)],
-             *(_cells(line, keys) for line in make_lines(sweep, combinations, results))]
+    rows = [head, *(_cells(line, keys) for line in make_lines(sweep, combinations, results))]
     notes = [*_notes(combinations, results),
              f"cost 1 is the first {sweep.cost_reference or 'BackLink'} row at the same K"]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in table), "", *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([table(rows), "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def _cells(line: Line, keys: Sequence[str]) -> list[str]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import count, guarded
 from benchmarks.environment import environment
 from benchmarks.memory import cases, plots, report, timing
 from benchmarks.memory.measure import measure
 from benchmarks.memory.results import Results
-from blpipe.errors import ConfigError, UserError
+from blpipe.errors import ConfigError
 from blpipe.text import human_bytes
 from blpipe.transport.world import choose_device
 
@@ -25,15 +26,7 @@ PARTS = ("local", "pipeline", "microbatches", "time")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what has no row yet, and write the table and the plot; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        _main(arguments)
-    except UserError as error:
-        print("\n".join(f"memory: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("memory: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return guarded("memory", lambda: _main(arguments), "the same command goes on")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,40 +40,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else results/<device>")
     parser.add_argument("--depth", type=int, default=110, help="of the ResNet")
-    parser.add_argument("--batch", type=_count, default=1024)
+    parser.add_argument("--batch", type=count, default=1024)
     parser.add_argument("--stages", type=_counts, default=(2, 4, 8, 16), metavar="K,…")
     parser.add_argument("--lengths", type=_lengths, default=(1, 2, "all"), metavar="L,…", help="of the link")
     parser.add_argument("--delays", type=_delays, default=(0, 1, 2), metavar="D,…", help="of the link")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="rows of memory at a time, on a CPU")
-    parser.add_argument("--time-batch", type=_count, metavar="B", help="32 on a CPU, --batch on a GPU")
-    parser.add_argument("--rounds", type=_count, default=5, help="in which all methods take turns")
-    parser.add_argument("--steps", type=_count, default=2, help="of each method in a round")
-    parser.add_argument("--threads", type=_count, default=1, help="of a CPU, for the times")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="rows of memory at a time, on a CPU")
+    parser.add_argument("--time-batch", type=count, metavar="B", help="32 on a CPU, --batch on a GPU")
+    parser.add_argument("--rounds", type=count, default=5, help="in which all methods take turns")
+    parser.add_argument("--steps", type=count, default=2, help="of each method in a round")
+    parser.add_argument("--threads", type=count, default=1, help="of a CPU, for the times")
     return parser
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part) for part in text.split(",")}))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return int(text)
+    return tuple(sorted({count(part) for part in text.split(",")}))
 
 
 def _delays(text: str) -> tuple[int, ...]:
-    return tuple(0 if part == "0" else _count(part) for part in text.split(","))
+    return tuple(0 if part == "0" else count(part) for part in text.split(","))
 
 
 def _lengths(text: str) -> tuple[int | str, ...]:
-    found: tuple[int | str, ...] = tuple("all" if part == "all" else _count(part) for part in text.split(","))
+    found: tuple[int | str, ...] = tuple("all" if part == "all" else count(part) for part in text.split(","))
     if 1 not in found:
         raise argparse.ArgumentTypeError(f"{text!r} must hold 1, the length that all parts have")
     return found
 
 
-def _main(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace) -> int:
     device, _ = choose_device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
@@ -106,6 +93,7 @@ def _main(arguments: argparse.Namespace) -> None:
     (folder / "table.md").write_text(table)
     print(table)
     print(plots.draw(results.rows, size, folder))
+    return 0
 
 
 def _check(size: cases.Size, linked: list[cases.Case]) -> None:
@@ -117,7 +105,7 @@ def _check(size: cases.Size, linked: list[cases.Case]) -> None:
     if size.stages[-1] > size.blocks():
         raise ConfigError(f"--stages: {size.stages[-1]} is more than the {size.blocks()} blocks; use fewer, or a "
                           "larger --depth")
-    unfit = [count for count in size.stages if size.batch % count]
+    unfit = [stages for stages in size.stages if size.batch % stages]
     if unfit:
         raise ConfigError(f"--batch: {size.batch} cannot be cut into {unfit[0]} microbatches; use a multiple of each K")
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks import markdown
 from benchmarks.memory.cases import CHECKPOINTED, GOAL, Size
 from blpipe.text import human_bytes
 
@@ -46,7 +47,7 @@ def _memory_table(rows: Sequence[Row], bp: int | None, size: Size) -> str:
     for cut, method in sorted({(row["cut"], row["method"]) for row in rows}, key=_place):
         cells = [_cell(found.get((cut, method, count)) or found.get((cut, method, 1)), bp) for count in size.stages]
         table.append([method, cut if _is_cut(method) or rows[0]["part"] != "local" else DASH, *cells])
-    return _table(table, texts=2)
+    return markdown.table(table, texts=2)
 
 
 def _place(cut_and_method: tuple[str, str]) -> tuple[Any, ...]:
@@ -81,7 +82,7 @@ def _time_table(timed: Sequence[Row], rows: Sequence[Row]) -> str:
                       DASH if peak is None else human_bytes(peak)])
     first = timed[0]
     threads = f", {first['threads']} CPU thread{'s' * (first['threads'] > 1)}" if first["threads"] else ""
-    return (f"{_table(table, texts=1)}\n\nBatch {first['timed_batch']}{threads}; medians of {len(first['seconds'])} "
+    return (f"{markdown.table(table)}\n\nBatch {first['timed_batch']}{threads}; medians of {len(first['seconds'])} "
             "rounds in which all took turns.")
 
 
@@ -138,10 +139,3 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return [f"devices: {distinct('{device}, {cores} cores')}",
             f"versions: {distinct('torch {torch}, Python {python}')}",
             f"commits: {distinct('{commit}')}"]
-
-
-def _table(rows: Sequence[Sequence[str]], texts: int) -> str:
-    """Markdown; so many columns of text, then numbers."""
-    head, *body = rows
-    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *body])

@@ -1,8 +1,6 @@
 """`python -m benchmarks.overhead`, from the repository root; see README.md."""
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,7 +8,9 @@ from statistics import median
 
 import torch
 
-from benchmarks.environment import REPOSITORY, environment
+from benchmarks import markdown
+from benchmarks.command import run_processes
+from benchmarks.environment import environment
 
 ROWS = {
     "step": "a step of the pipeline, d = 1",
@@ -23,9 +23,7 @@ def main() -> int:
     """Measure in two processes, write the table; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rounds.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                   "-m", "benchmarks.overhead.worker", str(out)]
-        if subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+        if run_processes(2, "benchmarks.overhead.worker", str(out)):
             return 1
         rounds = json.loads(out.read_text())
     measured_on = environment(torch.device("cpu"))
@@ -44,8 +42,7 @@ def as_markdown(rounds: list[dict[str, float]]) -> str:
     beyond = [row["step"] - row["messages"] for row in rounds]
     rows = [*((what, [row[key] for row in rounds]) for key, what in ROWS.items()),
             ("a step beyond its messages' own time", beyond), ("of which the engine's own", engine)]
-    lines = [f"| {what} | {1000 * median(found):.2f} |" for what, found in rows]
-    return "\n".join(["| | ms |", "|---|---:|", *lines, ""])
+    return markdown.table([["", "ms"], *([what, f"{1000 * median(found):.2f}"] for what, found in rows)]) + "\n"
 
 
 if __name__ == "__main__":

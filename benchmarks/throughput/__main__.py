@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 
 import blpipe
-from benchmarks.environment import REPOSITORY, device_name, environment
+from benchmarks.command import guarded, run_processes
+from benchmarks.environment import device_name, environment
 from benchmarks.throughput.report import as_markdown
 from benchmarks.throughput.settings import ThroughputConfig, case_tree, find_cuts, load_settings
 from benchmarks.throughput.torch_schedules import SCHEDULES
@@ -30,14 +30,7 @@ HERE = Path(__file__).parent
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the cases asked for and write their table; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return _main(arguments)
-    except UserError as error:
-        print("\n".join(f"throughput: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("throughput: interrupted; the cases that were done are kept", file=sys.stderr)
-        return 130
+    return guarded("throughput", lambda: _main(arguments), "the cases that were done are kept")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,10 +126,8 @@ def _launch(job: dict[str, Any], stages: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "job.json", Path(folder) / "rounds.json"
         path.write_text(json.dumps({**job, "out": str(out)}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stages}",
-                   "-m", "benchmarks.throughput.worker", str(path)]
-        done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        return None if done.returncode else json.loads(out.read_text())
+        failed = run_processes(stages, "benchmarks.throughput.worker", str(path))
+        return None if failed else json.loads(out.read_text())
 
 
 def _blocks(tree: dict[str, Any], cuts: list[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """The tables, from what the processes measured: medians over rounds, of ratios formed within a round."""
 
-from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.throughput.settings import METHODS, OWN_SPEED
 from blpipe.text import human_bytes
 
@@ -72,7 +72,7 @@ def as_markdown(cases: dict[str, Case]) -> str:
     parts = [_case_part(name, case) for name, case in cases.items()]
     rows = [_aim_cells(name, case, aim) for name, case in cases.items() for aim in case["aims"]]
     if rows:
-        parts.append("## Aims\n\n" + _table(["case", "ratio", "aim", "measured", "reached"], rows))
+        parts.append("## Aims\n\n" + table([["case", "ratio", "aim", "measured", "reached"], *rows]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -87,7 +87,7 @@ def _case_part(name: str, case: Case) -> str:
              f"two stages a process: {'; '.join(case['virtual_blocks'])}",
              f"{where['device']}, {where['cores']} cores, load {where['load']:.1f} before; Python {where['python']}, "
              f"torch {where['torch']}, blpipe {where['blpipe']}, commit {where['commit']}"]
-    return "\n".join([f"## {name}", "", _table(_HEAD, rows), "", *(f"- {note}" for note in notes)])
+    return "\n".join([f"## {name}", "", table([_HEAD, *rows]), "", *(f"- {note}" for note in notes)])
 
 
 def _aim_cells(name: str, case: Case, aim: dict[str, Any]) -> list[str]:
@@ -95,11 +95,6 @@ def _aim_cells(name: str, case: Case, aim: dict[str, Any]) -> list[str]:
     assert found is not None
     return [name, f"{aim['method']} / {aim['over']}", f"≥ {aim['at_least']:.2f}", f"{found:.3f}",
             "yes" if found >= aim["at_least"] else "no"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _number(value: float | None) -> str:
