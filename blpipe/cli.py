@@ -21,8 +21,10 @@ examples:
   python -m blpipe eval runs/quickstart
   python -m blpipe export runs/quickstart --out model.pt
 
-exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted"""
+exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted by Ctrl-C, 143 by SIGTERM, and
+saved"""
 
+_RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
 _GRACE_SECONDS = 2.0  # between SIGTERM and the end of a process under torchrun
 
 
@@ -57,12 +59,16 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from blpipe.errors import UserError
+    from blpipe.errors import StoppedError, UserError
     try:
         arguments.command(arguments)
     except UserError as error:
         _report(str(error))
         raise SystemExit(2) from error
+    except StoppedError as error:
+        if launch.rank() == 0:
+            print(f"blpipe: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _report(text: str) -> None:
@@ -112,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys to set over the file's")
     train.add_argument("--overwrite", action="store_true", help="replace the run that the run folder holds")
-    train.add_argument("--resume", metavar="RUN", help="go on with this run folder from its last checkpoint")
+    train.add_argument("--resume", metavar="RUN", help="go on with this run folder from its last intact checkpoint, or "
+                                                       "from one of its checkpoints")
+    train.add_argument("--auto-resume", action="store_true",
+                       help="go on where the run folder holds a checkpoint, else begin; as restarts by torchrun do")
     train.set_defaults(command=_train)
 
     plan = commands.add_parser("plan", help="show what a config will cost before it runs",
@@ -129,31 +138,36 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--bandwidth", type=float, metavar="BYTES", help="a second, between two stages")
     plan.set_defaults(command=_plan)
 
-    evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint",
+    evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint, or any other",
                                    description="Evaluate every stage's head on the test samples.")
-    evaluate.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    evaluate.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
     evaluate.set_defaults(command=_evaluate)
 
     export = commands.add_parser("export", help="write the plain model's weights",
                                  description="Write the plain model's state_dict under the model's own names.")
-    export.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    export.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
     export.add_argument("--out", required=True, metavar="FILE", help="where to, such as model.pt")
     export.set_defaults(command=_export)
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from blpipe import runs
+    from blpipe import resume, runs
     from blpipe.config_file import load_config
     from blpipe.errors import ConfigError
-    if arguments.resume and (arguments.config or arguments.overrides or arguments.overwrite):
-        raise ConfigError("--resume: goes on with the run's own config; give nothing else")
     if arguments.resume:
-        runs.train_run(runs.resume_config(Path(arguments.resume)), resume=True)
+        if arguments.overwrite or arguments.auto_resume:
+            raise ConfigError("--resume: goes on with what is there; leave --overwrite and --auto-resume out")
+        path, overrides = Path(arguments.resume), [*filter(None, [arguments.config]), *arguments.overrides]
+        if any("=" not in override for override in overrides):
+            raise ConfigError("--resume: goes on with the run's own config; give no CONFIG, only keys to change, such "
+                              "as partition.stages=2")
+        runs.train_run(resume.resumed_config(path, overrides), resume_from=path)
         return
     if not arguments.config:
         raise ConfigError("CONFIG: which config? give one, such as configs/quickstart.yaml, or --resume RUN")
-    runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite)
+    runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite,
+                   auto_resume=arguments.auto_resume or launch.is_restart())
 
 
 def _plan(arguments: argparse.Namespace) -> None:

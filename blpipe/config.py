@@ -311,9 +311,15 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the weights are saved: every so many epochs (0: only at the end), and always at the end."""
+    """When the state is saved: every so many epochs and steps (0: never), and always at the end.
+
+    keep: how many checkpoints, the last ones; best: whether that of the best accuracy is kept too.
+    """
 
     every_epochs: NotNegative = 1
+    every_steps: NotNegative = 0
+    keep: Positive = 2
+    best: bool = True
 
 
 class RuntimeConfig(Section):

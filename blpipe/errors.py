@@ -40,6 +40,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written. Exit code 1."""
 
 
+class StoppedError(RuntimeError):
+    """The run was asked to stop by SIGTERM, and has: it is saved. Exit code 143."""
+
+
 class PeerLostError(RuntimeError):
     """A neighbour of this stage ended or did not answer in time. Exit code 1."""
 

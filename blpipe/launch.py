@@ -16,3 +16,8 @@ def world_size() -> int | None:
 def rank() -> int:
     """This process's rank; 0 without torchrun."""
     return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started these processes before, and they have failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

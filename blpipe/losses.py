@@ -1,6 +1,6 @@
 """Local losses: from (logits, targets), and a stage's output too, to a scalar, the mean over the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -204,6 +204,18 @@ class Tally:
         self._correct = self._correct + (logits.detach().argmax(-1) == targets).sum()
         self._samples += len(targets)
         self._targets += targets.numel()
+
+    def state(self) -> list[float]:
+        """The sums, as numbers; waits for the device."""
+        return [float(self._loss), float(self._correct), float(self._samples), float(self._targets)]
+
+    @classmethod
+    def of(cls, state: Sequence[float]) -> "Tally":
+        """A tally that goes on from the sums of `state`."""
+        tally = cls()
+        tally._loss, tally._correct = state[0], int(state[1])
+        tally._samples, tally._targets = int(state[2]), int(state[3])
+        return tally
 
     @property
     def loss(self) -> float | None:

@@ -42,9 +42,10 @@ class Recorder:
         self._plan, self._engine = plan, engine
         self._rows_path, self._result_path = run / "metrics.jsonl", run / "result.json"
         self._rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
-        if len(self._rows) != epochs_done * len(plan.stages):
-            raise UserError(f"{self._rows_path}: holds {len(self._rows)} rows of the {epochs_done * len(plan.stages)} "
-                            "that belong to the checkpoint; restore it, or train anew with --overwrite")
+        missing = set(range(1, epochs_done + 1)) - {row["epoch"] for row in self._rows}
+        if missing:
+            raise UserError(f"{self._rows_path}: holds no rows of epoch {min(missing)}, which the checkpoint has "
+                            "behind it; restore it, or train anew with --overwrite")
         self._rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._board: Any = None
         if plan.config.runtime.tensorboard:

@@ -10,11 +10,15 @@ the same numbers. For microbatch n, counted through all batches:
 and after the last microbatch of a batch its optimizer step. With d ≥ 1 nothing waits for the next stage: it
 has had the time of a microbatch or more for the error. An error that reaches further is passed on as soon as
 its link backward is done, and is due one delay later there: hop j of a microbatch is due j · d after it. After
-the last step given, no link is left over: the pending ones go into that step (the flush), and the pipeline
+the last step of an epoch no link is left over: the pending ones go into that step (the flush), and the pipeline
 is drained. d = 0 is d = 1 with a flush in every step, so that all but one round trip of its wait is hidden.
+
+A program can also be left between two steps of an epoch, for a checkpoint, without a trace in its results. Then
+the errors under way are waited for at once, and the gradients of their links held until the step that they are
+due in, which belongs to the program that goes on from there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from heapq import heappop, heappush
@@ -38,6 +42,8 @@ class Kind(Enum):
     SEND_ERROR = "send error"
     RECEIVE_ERROR = "receive error"
     LINK_BACKWARD = "link backward"
+    HOLD_LINK = "hold link"  # a link backward whose gradient waits for its step
+    ADD_HELD = "add held link"
     STEP = "step"
     EVALUATE = "evaluate"
 
@@ -72,26 +78,50 @@ class _Link(NamedTuple):
     microbatch: int
 
 
-def train_program(steps: Sequence[Step], role: Role, delay: int) -> Iterator[Op]:
-    """The ops of one stage over `steps`, drained at the end; `delay` is in microbatches."""
+def always(step: int) -> bool:
+    """Go on with every step."""
+    return True
+
+
+def train_program(steps: Sequence[Step], role: Role, delay: int, start: int = 0,
+                  goes_on: Callable[[int], bool] = always) -> Iterator[Op]:
+    """The ops of one stage over the steps of an epoch, drained at the end.
+
+    Args:
+        delay: in microbatches.
+        start: the step to begin with; those before it have been done, and what they left is held.
+        goes_on: whether a step is to be done, asked before each; the program ends before the first that is not.
+    """
     awaiting: list[_Link] = []  # a heap
     counter = count()
     for step in steps:
+        done = step.index < start
+        if not done and not goes_on(step.index):
+            break
         for micro in range(len(step.sizes)):
             now = next(counter)
-            yield Op(Kind.RECEIVE, step.index, micro)
-            yield Op(Kind.FORWARD, step.index, micro)
-            if role.sends:
-                yield Op(Kind.SEND, step.index, micro)
-            yield Op(Kind.LOCAL_BACKWARD, step.index, micro)
-            if 1 in role.hops_out:
-                yield Op(Kind.SEND_ERROR, step.index, micro, 1)
+            if not done:
+                yield from _microbatch(step.index, micro, role)
             for hop in role.hops_in:
                 heappush(awaiting, _Link(now + hop * max(delay, 1), hop, step.index, micro))
-            yield from _links(awaiting, now, role)
-        if delay == 0 or step is steps[-1]:
-            yield from _links(awaiting, inf, role)
-        yield Op(Kind.STEP, step.index)
+            due = _pop_due(awaiting, now)
+            if not done:
+                yield from _links(due, role, start)
+        flush = _pop_due(awaiting, inf) if delay == 0 or step is steps[-1] else []
+        if not done:
+            yield from _links(flush, role, start)
+            yield Op(Kind.STEP, step.index)
+    yield from _links([link for link in _pop_due(awaiting, inf) if link.step >= start], role, start, hold=True)
+
+
+def _microbatch(step: int, micro: int, role: Role) -> Iterator[Op]:
+    yield Op(Kind.RECEIVE, step, micro)
+    yield Op(Kind.FORWARD, step, micro)
+    if role.sends:
+        yield Op(Kind.SEND, step, micro)
+    yield Op(Kind.LOCAL_BACKWARD, step, micro)
+    if 1 in role.hops_out:
+        yield Op(Kind.SEND_ERROR, step, micro, 1)
 
 
 def evaluation_program(batches: int, role: Role) -> Iterator[Op]:
@@ -103,12 +133,21 @@ def evaluation_program(batches: int, role: Role) -> Iterator[Op]:
             yield Op(Kind.SEND, index, 0)
 
 
-def _links(awaiting: list[_Link], until: float, role: Role) -> Iterator[Op]:
-    """Handle the errors that are due by then, and pass on those that reach further."""
+def _pop_due(awaiting: list[_Link], until: float) -> list[_Link]:
+    due = []
     while awaiting and awaiting[0].due <= until:
-        _, hop, step, micro = heappop(awaiting)
+        due.append(heappop(awaiting))
+    return due
+
+
+def _links(links: Iterable[_Link], role: Role, start: int, hold: bool = False) -> Iterator[Op]:
+    """Handle these errors, and pass on those that reach further; those of steps before `start` have been."""
+    for _, hop, step, micro in links:
+        if step < start:
+            yield Op(Kind.ADD_HELD, step, micro, hop)
+            continue
         yield Op(Kind.RECEIVE_ERROR, step, micro, hop)
-        yield Op(Kind.LINK_BACKWARD, step, micro, hop)
+        yield Op(Kind.HOLD_LINK if hold else Kind.LINK_BACKWARD, step, micro, hop)
         if hop + 1 in role.hops_out:
             yield Op(Kind.SEND_ERROR, step, micro, hop + 1)
 
@@ -181,8 +220,11 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 while not ports.errors_in.has_message():
                     yield
                 link_error, = ports.errors_in.get()
-            case Kind.LINK_BACKWARD:
-                error = stage.link_backward(link_error, op.hop, factors(op.step).link)
+            case Kind.LINK_BACKWARD | Kind.HOLD_LINK:
+                held_as = (op.step, op.microbatch) if op.kind is Kind.HOLD_LINK else None
+                error = stage.link_backward(link_error, op.hop, factors(op.step).link, held_as)
                 del link_error
+            case Kind.ADD_HELD:
+                stage.add_held((op.step, op.microbatch), op.hop)
             case Kind.STEP:
                 stage.step(factors(op.step).lr)

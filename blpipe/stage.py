@@ -16,7 +16,7 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,10 @@ class TailRun:
     random_state: list[Tensor]     # for recomputing: where the random stream stood
     buffers: dict[str, Tensor]     # for recomputing: the tail's buffers as they were
     local_norm: Tensor | None = None  # for normalising: the norm of its local gradient
+
+
+Held = tuple[int, int, int]
+"""Step, microbatch and hop of a link whose gradients are held."""
 
 
 @dataclass
@@ -95,6 +99,7 @@ class Stage:
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting: dict[int, deque[TailRun]] = {hop: deque() for hop in links.hops_in}
+        self.held: dict[Held, dict[str, Tensor]] = {}
         self.tally = Tally()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,14 +140,16 @@ class Stage:
             self._awaiting[self.links.hops_in[0]].append(flight.tail_run)
         if error is not None:
             gradients, error = _gradients(flight.h, trained, flight.x if sends else None, error)
-            self._add(trained, gradients, self.links.local_weight)
+            self._add(trained, _weighted(gradients, self.links.local_weight))
         return self._sent(error, flight.x) if sends else None
 
-    def link_backward(self, error: Tensor, hop: int = 1, factor: float = 1.0) -> Tensor | None:
+    def link_backward(self, error: Tensor, hop: int = 1, factor: float = 1.0,
+                      held_as: tuple[int, int] | None = None) -> Tensor | None:
         """Backpropagate the error of the loss `hop` stages on through the oldest microbatch that awaits it.
 
         Args:
             factor: on λ.
+            held_as: the step and microbatch under which the gradients are held, in place of being added.
 
         Returns:
             The error for the stage before, e_{k-1}^{hop+1}; None if it wants none.
@@ -151,7 +158,7 @@ class Stage:
         later = [other for other in self.links.hops_in if other > hop]
         if later:
             self._awaiting[later[0]].append(run)
-        weight = self.links.weight * factor
+        weight: float | Tensor = self.links.weight * factor
         trains = weight != 0.0 and (self.link.take == "every" or not later)
         passes = hop + 1 in self.links.hops_out
         parameters = list(run.parameters.values()) if trains else []
@@ -164,10 +171,19 @@ class Stage:
         gradients, error_before = _gradients(out, parameters, x if passes else None, error.to(out.dtype),
                                              keep=not again and bool(later))
         if run.local_norm is not None and trains:
-            self._add(self._tail_live.values(), gradients, weight * _ratio(run.local_norm, _norm(gradients)))
+            weight = weight * _ratio(run.local_norm, _norm(gradients))
+        weighted = _weighted(gradients, weight)
+        if held_as is not None:
+            named = zip(self._tail_live, weighted, strict=False)  # none where the link trains nothing
+            self.held[*held_as, hop] = {name: gradient for name, gradient in named if gradient is not None}
         else:
-            self._add(self._tail_live.values() if trains else (), gradients, weight)
+            self._add(self._tail_live.values() if trains else (), weighted)
         return self._sent(error_before, x) if passes else None
+
+    def add_held(self, held_as: tuple[int, int], hop: int) -> None:
+        """Add the gradients of a link that were held, now that their step has come."""
+        gradients = self.held.pop((*held_as, hop), {})
+        self._add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live])
 
     def step(self, lr_factor: float) -> None:
         """Update the weights, with `lr_factor` on the configured learning rate."""
@@ -238,7 +254,8 @@ class Stage:
             run.out = None
         if self.link.normalize:
             run.local_norm = _norm(gradients)
-        self._add(self._tail_live.values() if alpha else (), gradients if alpha else (), alpha)
+        if alpha:
+            self._add(self._tail_live.values(), _weighted(gradients, alpha))
         return error
 
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
@@ -247,13 +264,12 @@ class Stage:
         with self.stream.rewound_to(run.random_state):
             return self._tail_with({**run.parameters, **buffers}, h)
 
-    def _add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None], weight: float | Tensor) -> None:
-        """Add weight · gradient to each parameter's own."""
+    def _add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
+        """Add to each parameter's gradient."""
         given: set[int] = set()
         for parameter, gradient in zip(live, gradients, strict=True):
             if gradient is None:
                 continue
-            gradient = gradient if isinstance(weight, float) and weight == 1.0 else weight * gradient
             if parameter in self._sums:
                 assert parameter.grad is not None
                 parameter.grad += gradient
@@ -293,6 +309,12 @@ def _gradients(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, erro
         return [None] * len(parameters), None
     found = torch.autograd.grad(out, inputs, error, retain_graph=keep, allow_unused=True)
     return found[:len(parameters)], found[-1] if len(found) > len(parameters) else None
+
+
+def _weighted(gradients: Iterable[Tensor | None], weight: float | Tensor) -> Iterator[Tensor | None]:
+    """weight · gradient of each, made when it is asked for."""
+    as_they_are = isinstance(weight, float) and weight == 1.0
+    return (gradient if gradient is None or as_they_are else weight * gradient for gradient in gradients)
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from blpipe.engines.local import LocalEngine
 from blpipe.engines.pipeline import PipelineEngine, contract
 from blpipe.errors import ConfigError
 from blpipe.plan import Plan
+from blpipe.transport.horizon import Horizon
 from blpipe.transport.world import Meeting, World, choose_device
 
 
@@ -23,6 +25,15 @@ class Epoch:
 
     index: int
     reports: list[StageReport] | None
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where training is: optimizer steps done, the epoch that ends there, and whether it was asked to stop there."""
+
+    steps_done: int
+    epoch: Epoch | None
+    stopped: bool
 
 
 def choose_engine(config: Config) -> str:
@@ -91,11 +102,28 @@ def is_due(epochs_done: int, every: int, epochs: int) -> bool:
     return epochs_done == epochs or (every > 0 and epochs_done % every == 0)
 
 
-def train(engine: Engine, plan: Plan, first_epoch: int, on_step: OnStep) -> Iterator[Epoch]:
-    """Train epoch by epoch, and evaluate after every so many; the pipeline is drained at each yield."""
-    config = plan.config.train
-    for index in range(first_epoch, config.epochs):
-        engine.train_epoch(index, on_step)
-        if is_due(index + 1, config.eval_every_epochs, config.epochs):
-            engine.evaluate()
-        yield Epoch(index, engine.reports())
+def train(engine: Engine, plan: Plan, start: int, horizon: Horizon, on_step: OnStep) -> Iterator[Reached]:
+    """Train from step `start` of the run on, and evaluate after every so many epochs.
+
+    Yields at the end of every epoch, at each step that `checkpoint.every_steps` names, and where `horizon` ends; the
+    pipeline is drained then.
+    """
+    per_epoch, every = len(plan.step_sizes), plan.config.checkpoint.every_steps
+    config, step = plan.config.train, start
+    while step < per_epoch * config.epochs:
+        index = step // per_epoch
+        end = (index + 1) * per_epoch
+        until = min(end, (step // every + 1) * every) if every else end
+        step = engine.train(index, step, partial(_goes_on, until, horizon), on_step)
+        epoch = None
+        if step == end:
+            if is_due(index + 1, config.eval_every_epochs, config.epochs):
+                engine.evaluate()
+            epoch = Epoch(index, engine.reports())
+        yield Reached(step, epoch, stopped=step < until)
+        if step < until:
+            return
+
+
+def _goes_on(until: int, horizon: Horizon, step: int) -> bool:
+    return step < until and horizon.covers(step)

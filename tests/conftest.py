@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blpipe import checkpoint
+from blpipe.checkpoint.folders import newest_intact
+from blpipe.checkpoint.state import read
 from blpipe.config import Config
 from blpipe.config_file import parse_config
 from blpipe.runs import train_run
@@ -97,8 +98,8 @@ def child_environment() -> dict[str, str]:
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
-    """Everything a run's newest checkpoint holds: weights, heads, buffers, optimizers, random streams."""
-    return checkpoint.read(checkpoint.latest(run), lambda key: True)
+    """What a run's newest checkpoint holds, but for seconds: weights, heads, buffers, optimizers, random streams."""
+    return read(newest_intact(run)[0], lambda key: not key.startswith("seconds/"))
 
 
 def metrics_of(run: Path) -> list[tuple]:

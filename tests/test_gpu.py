@@ -10,6 +10,7 @@ from conftest import assert_same_run, metrics_of, small_config, train_in_process
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines import local
+from blpipe.engines.common import train_epoch
 from blpipe.plan import make_plan
 from blpipe.trainer import open_local, set_up
 
@@ -87,7 +88,7 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
         tree = small_config("step", model=NO_DROPOUT, method__link={"delay": 0}, runtime__device=device,
                             data__args={"shape": [2, 8, 8], "classes": 4, "samples": 16}, data__augment={})
         engine = opened(tree)
-        engine.train_epoch(0, lambda: None)
+        train_epoch(engine, 0)
         weights.append([p.cpu() for stage in engine.stages.values() for p in stage.blocks.parameters()])
     for on_cpu, on_cuda in zip(*weights, strict=True):
         torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-4, atol=1e-5)
@@ -105,10 +106,10 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
 ], ids=["late", "recompute", "bp", "supcon", "pred_sim", "adamw"])
 def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
     engine = opened(on_gpu(train__precision=precision, **changes))
-    engine.train_epoch(0, lambda: None)  # libraries start
+    train_epoch(engine, 0)  # libraries start
     monkeypatch.setattr(local, "seconds_since", lambda started, device: 1.0)  # which waits once an epoch
     with no_waiting():
-        engine.train_epoch(1, lambda: None)
+        train_epoch(engine, 1)
         engine.evaluate()
     assert engine.reports()[-1].train_loss < 10
 

@@ -28,7 +28,7 @@ def test_fake_peaks_of_one_process_are_within_15_percent_of_what_torch_allocates
     plan = make_plan(config, data, make_network(config, data))
     held = sum(tensor.nbytes for tensor in (*plan.model.parameters(), *plan.model.buffers()))
     with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        measure.local_engine(plan, case, task.stages, CPU).train_epoch(0, lambda: None)
+        train_epoch(measure.local_engine(plan, case, task.stages, CPU), 0)
     assert counted == pytest.approx(held + peak_of(profiled), rel=0.15)  # kernels' own workspaces
 
 

@@ -17,7 +17,7 @@ from benchmarks.environment import environment
 from blpipe.config import Config, Positive, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
 from blpipe.data import open_data
-from blpipe.engines.common import Engine
+from blpipe.engines.common import Engine, train_epoch
 from blpipe.errors import ConfigError
 from blpipe.plan import make_plan
 from blpipe.text import human_bytes
@@ -54,7 +54,7 @@ class Row:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.engine.train_epoch(epoch, lambda: None)
+        train_epoch(self.engine, epoch)
         reports = self.engine.reports()
         assert reports is not None
         if epoch:

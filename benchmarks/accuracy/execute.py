@@ -162,9 +162,9 @@ def _end(job: Job, options: Options, device: str, say: Callable[[str], None]) ->
 
 
 def _stop(running: list[Job]) -> None:
-    """Interrupt what is running, and wait until nothing of it is left."""
+    """Have what is running saved and stopped, and wait until nothing of it is left."""
     for job in running:
-        job.process.send_signal(signal.SIGINT)  # torchrun passes it on
+        job.process.terminate()  # torchrun passes it on
     end = monotonic() + _GRACE_SECONDS
     for job in running:
         try:
@@ -177,7 +177,7 @@ def _stop(running: list[Job]) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a checkpoint to go on from."""
-    return any(folder.glob("checkpoints/epoch_*/progress.json"))
+    return any(folder.glob("checkpoints/step_*/checkpoint.json"))
 
 
 def _folder(run: Run, options: Options) -> Path:

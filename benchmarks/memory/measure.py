@@ -22,6 +22,7 @@ from benchmarks.memory.cases import BP, GOAL, GREEDY, Case, Size, Task
 from blpipe.balance import best_starts
 from blpipe.config import Config
 from blpipe.data import DataSpec
+from blpipe.engines.common import train_epoch
 from blpipe.engines.local import LocalEngine
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile, profile
@@ -41,9 +42,10 @@ class Batches:
     def __init__(self, spec: DataSpec, device: torch.device):
         self._spec, self._device = spec, device
 
-    def train_batches(self, seed: int, epoch: int, batch_size: int, drop_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self, seed: int, epoch: int, batch_size: int, drop_last: bool,
+                      start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """As of `blpipe.data.Data`."""
-        for _ in range(self._spec.train_samples // batch_size):
+        for _ in range(start_step, self._spec.train_samples // batch_size):
             yield (torch.randn(batch_size, *self._spec.shape, device=self._device),
                    torch.randint(self._spec.classes, (batch_size,), device=self._device))
 
@@ -93,7 +95,7 @@ def local_peak(task: Task, size: Size, config: Config, device: torch.device) -> 
     with _tensors(device):
         plan = make_plan(config, data, _copy(make_network(config, data), device))
         return peak_bytes(plan.model, device,
-                          lambda: local_engine(plan, task.case, task.stages, device).train_epoch(0, lambda: None))
+                          lambda: train_epoch(local_engine(plan, task.case, task.stages, device), 0))
 
 
 def stage_peaks(case: Case, size: Size, config: Config, device: torch.device) -> list[int]:

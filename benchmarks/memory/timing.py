@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.memory.cases import BP, CHECKPOINTED, GREEDY, Case, Size, Task
 from benchmarks.memory.measure import local_engine, settled
-from blpipe.engines.common import seconds_since
+from blpipe.engines.common import seconds_since, train_epoch
 from blpipe.engines.local import LocalEngine
 from blpipe.plan import make_network, make_plan
 
@@ -45,7 +45,7 @@ def measure(chosen: list[Task], size: Size, timed: Size, effort: Effort, device:
         order = range(len(chosen))
         for i in order if number % 2 else reversed(order):
             started = perf_counter()
-            engines[i].train_epoch(number, lambda: None)
+            train_epoch(engines[i], number)
             seconds[i].append(seconds_since(started, device) / effort.steps)
         print(f"time: round {number} of {effort.rounds}", flush=True)
     return [task.key(size) | {"part": "time", "timed_batch": timed.batch, "threads": effort.threads,

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.engines.common import build_stage
+from blpipe.engines.common import build_stage, train_epoch
 from blpipe.engines.pipeline import PipelineEngine, contract
 from blpipe.plan import make_plan
 from blpipe.stage import Stage
@@ -48,7 +48,7 @@ def main(out: Path) -> None:
     rounds = []
     for number in range(ROUNDS + 1):
         rounds.append({
-            "step": _seconds(world, lambda epoch=number: engine.train_epoch(epoch, lambda: None)),
+            "step": _seconds(world, lambda epoch=number: train_epoch(engine, epoch)),
             "messages": _seconds(world, lambda: _there_and_back(world.rank, messages)),
             "plain": _seconds(world, lambda: _plain_loop(plain, *batch) if world.rank == 0 else None),
         })

@@ -118,7 +118,7 @@ def _make_method(name: str, plan: Plan, data: Batches, world: World) -> Method:
 
 def _stage_program(name: str, plan: Plan, data: Batches, world: World) -> Method:
     engine = PipelineEngine(plan, data if world.rank == 0 else None, world)  # type: ignore[arg-type]
-    return Method(name, partial(engine.train_epoch, 0), partial(_program_alone, engine, data),
+    return Method(name, partial(train_epoch, engine, 0), partial(_program_alone, engine, data),
                   sent_bytes=lambda: sum(queue.sent_bytes for queue in engine.queues),
                   wait_seconds=lambda: sum(queue.wait_seconds for queue in engine.queues))
 

@@ -16,7 +16,7 @@ from blpipe.errors import PeerLostError, StageError, UserError
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
 from blpipe.plan import Plan
-from blpipe.program import Factors, Role
+from blpipe.program import Factors, Role, always
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
 from blpipe.trace import Span
@@ -26,6 +26,7 @@ Module = TypeVar("Module", bound=nn.Module)
 TRACED_STEPS = 50  # of a run; with `runtime.trace`
 
 OnStep = Callable[[], object]  # called at each optimizer step of this process's first stage
+GoesOn = Callable[[int], bool]  # whether a step of the run is to be done
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,41 @@ class StageProgress:
     gpu_memory_bytes: int | None
 
 
+@dataclass(frozen=True)
+class SoFar:
+    """Of one stage, in the training of one epoch: the sums of its tally, and seconds."""
+
+    tally: Tally
+    busy_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    train_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Busy, waiting and all of them."""
+        return self.busy_seconds, self.wait_seconds, self.train_seconds
+
+
 class Engine(Protocol):
     """Runs all stages of a plan, or this process's share of them."""
 
     name: str
+    plan: Plan
     stages: dict[int, Stage]  # those of this process, by index
-    group: Any                # of all processes, for the checkpoint; None where there is one
+    group: Any                # of all processes, for checkpoints alone; None where there is one
 
-    def train_epoch(self, epoch: int, on_step: OnStep) -> None:
-        """Train all steps of one epoch, from 0."""
+    def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
+        """Train the steps of one epoch, from 0, beginning with step `start` of the run, for as long as `goes_on` says.
+
+        Returns:
+            The step to go on with.
+        """
+
+    def so_far(self) -> dict[int, SoFar]:
+        """What each of this process's stages has added up in the epoch under way; waits for the device."""
+
+    def go_on_from(self, sums: dict[int, SoFar]) -> None:
+        """Be in the middle of an epoch, with these sums."""
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
@@ -85,6 +112,11 @@ class Engine(Protocol):
         """Part from the other processes."""
 
 
+def train_epoch(engine: Engine, epoch: int, on_step: OnStep = lambda: None) -> None:
+    """Train all steps of one epoch, from 0."""
+    engine.train(epoch, engine.plan.train_steps(epoch)[0].index, always, on_step)
+
+
 class Feed:
     """The first stage's inbox: microbatches (x, targets) from the data."""
 
@@ -100,11 +132,13 @@ class Feed:
         return next(self._messages)
 
 
-def train_microbatches(data: Data, plan: Plan, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The microbatches of one epoch, in order, on `device`."""
-    train = plan.config.train
-    batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last)
-    for step, (x, targets) in zip(plan.train_steps(epoch), batches, strict=True):
+def train_microbatches(data: Data, plan: Plan, epoch: int, start: int,
+                       device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The microbatches of one epoch from step `start` of the run on, in order, on `device`."""
+    train, steps = plan.config.train, plan.train_steps(epoch)
+    first = start - steps[0].index
+    batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last, first)
+    for step, (x, targets) in zip(steps[first:], batches, strict=True):
         x, targets = transfer(x, device), transfer(targets, device)
         yield from zip(x.split(step.sizes), targets.split(step.sizes), strict=True)
 

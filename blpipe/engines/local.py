@@ -15,7 +15,9 @@ from blpipe.data import Data
 from blpipe.engines.common import (
     TRACED_STEPS,
     Feed,
+    GoesOn,
     OnStep,
+    SoFar,
     StageProgress,
     StageReport,
     blame,
@@ -66,20 +68,39 @@ class LocalEngine:
         self._train_seconds = 0.0
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
 
-    def train_epoch(self, epoch: int, on_step: OnStep) -> None:
-        """Train all steps of one epoch, from 0."""
-        self._set_mode(training=True)
-        self._tallies[False] = [Tally() for _ in self.stages]  # of the evaluation to come
-        started = perf_counter()
+    def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
+        """See `Engine`."""
+        steps = self.plan.train_steps(epoch)
+        if start == steps[0].index:
+            self.go_on_from({k: SoFar(Tally()) for k in self.stages})
+        next_step, started = start, perf_counter()
+
+        def count() -> None:
+            nonlocal next_step
+            next_step += 1
+            on_step()
+
+        microbatches = train_microbatches(self.data, self.plan, epoch, start, self.device)
         if self.plan.config.method.name == "bp":
-            self._backpropagate(epoch, on_step)
+            self._backpropagate(steps[start - steps[0].index:], microbatches, goes_on, count)
         else:
-            steps = self.plan.train_steps(epoch)
-            feed = Feed(train_microbatches(self.data, self.plan, epoch, self.device))
-            programs = [train_program(steps, role(self.plan, k), self.plan.delay) for k in self.stages]
-            self._busy = [0.0] * len(self.stages)
-            self._run(programs, feed, steps, on_step, self._busy)
-        self._train_seconds = seconds_since(started, self.device)
+            programs = [train_program(steps, role(self.plan, k), self.plan.delay, start, goes_on) for k in self.stages]
+            self._run(programs, Feed(microbatches), steps, count, self._busy)
+        self._train_seconds += seconds_since(started, self.device)
+        return next_step
+
+    def so_far(self) -> dict[int, SoFar]:
+        """See `Engine`."""
+        return {k: SoFar(self._tallies[True][k], self._busy[k], 0.0, self._train_seconds) for k in self.stages}
+
+    def go_on_from(self, sums: dict[int, SoFar]) -> None:
+        """See `Engine`."""
+        self._set_mode(training=True)
+        for k, stage in self.stages.items():
+            stage.tally = sums[k].tally
+        self._tallies = {True: self._tallies_now(), False: [Tally() for _ in self.stages]}
+        self._busy = [sums[k].busy_seconds for k in self.stages]
+        self._train_seconds = sums[0].train_seconds
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
@@ -133,7 +154,7 @@ class LocalEngine:
         edges = range(len(self.stages) - 1)
         forward = [MemoryQueue() for _ in edges]
         errors = [MemoryQueue() for _ in edges]
-        now: dict[int, Op] = {}
+        now = {k: Op(Kind.RECEIVE, steps[0].index if steps else 0) for k in range(len(programs))}
         log = self._log if steps else None
 
         def watch(index: int) -> Callable[[Op], None]:
@@ -156,7 +177,7 @@ class LocalEngine:
             """Whether the stage got any further."""
             if k not in running:
                 return False
-            before, started = now.get(k), perf_counter()
+            before, started = now[k], perf_counter()
             try:
                 if next(running[k], _ENDED) is _ENDED:
                     del running[k]
@@ -174,11 +195,13 @@ class LocalEngine:
                     k -= 1
             assert not running or now != before, "the stages' programs wait for each other"
 
-    def _backpropagate(self, epoch: int, on_step: OnStep) -> None:
+    def _backpropagate(self, steps: Sequence[Step], microbatches: Iterator[tuple[Tensor, Tensor]], goes_on: GoesOn,
+                       on_step: OnStep) -> None:
         """Plain end-to-end backpropagation of the last stage's loss."""
         stages = list(self.stages.values())
-        microbatches = train_microbatches(self.data, self.plan, epoch, self.device)
-        for step in self.plan.train_steps(epoch):
+        for step in steps:
+            if not goes_on(step.index):
+                return
             stage = stages[0]
             try:
                 for size in step.sizes:

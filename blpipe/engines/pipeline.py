@@ -1,6 +1,7 @@
 """One process per stage: the same programs as in the local engine, over queues between processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from time import perf_counter
 from typing import Any
 
@@ -9,7 +10,9 @@ from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import (
     TRACED_STEPS,
     Feed,
+    GoesOn,
     OnStep,
+    SoFar,
     StageProgress,
     StageReport,
     blame,
@@ -42,7 +45,7 @@ class PipelineEngine:
 
     def __init__(self, plan: Plan, data: Data | None, world: World):
         self.plan, self.data, self.world = plan, data, world
-        self.group = world.control
+        self.group = world.saving
         self.index = k = world.rank
         self.stage = build_stage(plan, k, world.device)
         self.stages = {k: self.stage}
@@ -56,27 +59,50 @@ class PipelineEngine:
         self.queues = [queue for queue in queues if queue is not None]
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
         self._train_tally = self._val_tally = self.stage.tally
-        self._train_seconds = self._wait_seconds = 0.0
-        self._started = self._waited_before = 0.0  # of the epoch
+        self._train_seconds = self._wait_seconds = 0.0  # in the epoch, without the part under way
+        self._started = self._waited_before = 0.0  # of that part
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
 
-    def train_epoch(self, epoch: int, on_step: OnStep) -> None:
-        """Train all steps of one epoch, from 0."""
-        self.stage.train(True)
-        self._train_tally, self._val_tally = self.stage.tally, Tally()
+    def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
+        """See `Engine`."""
         steps = self.plan.train_steps(epoch)
+        if start == steps[0].index:
+            self.go_on_from({self.index: SoFar(Tally())})
+        next_step = start
+
+        def count() -> None:
+            nonlocal next_step
+            next_step += 1
+            on_step()
+
         feed = None
         if self.data is not None:
-            feed = Feed(train_microbatches(self.data, self.plan, epoch, self.world.device))
+            feed = Feed(train_microbatches(self.data, self.plan, epoch, start, self.world.device))
         self._waited_before, self._started = self._waited(), perf_counter()
+        left = steps[start - steps[0].index:]
         if self._backprop is not None:
-            self._train_by_backprop(self._backprop, steps, feed, on_step)
+            self._train_by_backprop(self._backprop, left, goes_on, feed, count)
         else:
-            self._expect_activations([size for step in steps for size in step.sizes], self.plan.activation)
-            self._expect_errors(steps)
-            self._run(self._program(steps), feed, steps, on_step)
-        self._wait_seconds = self._waited() - self._waited_before
-        self._train_seconds = seconds_since(self._started, self.world.device)
+            self._expect_activations((size for step in takewhile(lambda step: goes_on(step.index), left)
+                                      for size in step.sizes), self.plan.activation)
+            self._expect_errors(steps, start, goes_on)
+            self._run(self._program(steps, start, goes_on), feed, steps, count)
+        self._wait_seconds += self._waited() - self._waited_before
+        self._train_seconds += seconds_since(self._started, self.world.device)
+        return next_step
+
+    def so_far(self) -> dict[int, SoFar]:
+        """See `Engine`."""
+        busy = self._train_seconds - self._wait_seconds
+        return {self.index: SoFar(self._train_tally, busy, self._wait_seconds, self._train_seconds)}
+
+    def go_on_from(self, sums: dict[int, SoFar]) -> None:
+        """See `Engine`."""
+        mine = sums[self.index]
+        self.stage.train(True)
+        self._train_tally = self.stage.tally = mine.tally
+        self._val_tally = Tally()
+        self._train_seconds, self._wait_seconds = mine.train_seconds, mine.wait_seconds
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
@@ -91,7 +117,8 @@ class PipelineEngine:
 
     def progress(self) -> list[StageProgress]:
         """See `Engine`."""
-        seconds = self._seconds(perf_counter() - self._started, self._waited() - self._waited_before)
+        seconds = self._seconds(self._train_seconds + perf_counter() - self._started,
+                                self._wait_seconds + self._waited() - self._waited_before)
         return [StageProgress(self._train_tally.loss, *seconds, *gpu_readings(self.world.device))]
 
     def reports(self) -> list[StageReport] | None:
@@ -141,11 +168,11 @@ class PipelineEngine:
         except Exception as error:
             raise blame(self.plan, self.index, f"step {now.step}", error) from error
 
-    def _train_by_backprop(self, backprop: Backprop, steps: Sequence[Step], feed: Feed | None,
+    def _train_by_backprop(self, backprop: Backprop, steps: Sequence[Step], goes_on: GoesOn, feed: Feed | None,
                            on_step: OnStep) -> None:
         where = "start"
         try:
-            for step in steps:
+            for step in takewhile(lambda step: goes_on(step.index), steps):
                 where = f"step {step.index}"
                 backprop.train_step(step, feed)
                 self.stage.step(factors(self.plan, step.index).lr)
@@ -154,24 +181,31 @@ class PipelineEngine:
         except Exception as error:
             raise blame(self.plan, self.index, where, error) from error
 
-    def _expect_activations(self, sizes: Sequence[int], spec: Callable[[int, int], TensorSpec]) -> None:
+    def _expect_activations(self, sizes: Iterable[int], spec: Callable[[int, int], TensorSpec]) -> None:
         if self._activations_in is not None:
-            layouts = [(spec(size, self.index - 1), self.plan.targets(size)) for size in sizes]
+            layouts = ((spec(size, self.index - 1), self.plan.targets(size)) for size in sizes)
             self._activations_in.expect(layouts, ACTIVATIONS_AHEAD)
 
-    def _program(self, steps: Sequence[Step]) -> Iterator[Op]:
-        return train_program(steps, self.role, self.plan.delay)
+    def _program(self, steps: Sequence[Step], start: int, goes_on: GoesOn) -> Iterator[Op]:
+        return train_program(steps, self.role, self.plan.delay, start, goes_on)
 
-    def _expect_errors(self, steps: Sequence[Step]) -> None:
+    def _expect_errors(self, steps: Sequence[Step], start: int, goes_on: GoesOn) -> None:
         if self._errors_in is not None:
             sizes = {step.index: step.sizes for step in steps}
-            layouts = [(self.plan.error(sizes[op.step][op.microbatch], self.index),)
-                       for op in self._program(steps) if op.kind is Kind.RECEIVE_ERROR]
+            layouts = ((self.plan.error(sizes[op.step][op.microbatch], self.index),)
+                       for op in self._program(steps, start, goes_on) if op.kind is Kind.RECEIVE_ERROR)
             self._errors_in.expect(layouts, errors_ahead(self.plan.delay, self.plan.config.train.microbatches,
                                                          len(self.role.hops_in)))
 
     def _waited(self) -> float:
         return sum(queue.wait_seconds for queue in self.queues)
+
+
+def steps_ahead(plan: Plan) -> int:
+    """How many steps ahead of the first stage any stage may ask whether one is to be done, to post its receives."""
+    farthest = max(max(links.hops_in, default=0) for links in plan.links)
+    microbatches = max(ACTIVATIONS_AHEAD, (farthest + 1) * max(plan.delay, 1) + 1)
+    return -(-microbatches // plan.config.train.microbatches) + 1
 
 
 def errors_ahead(delay: int, microbatches: int, hops: int) -> int:

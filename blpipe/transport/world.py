@@ -47,6 +47,26 @@ class Meeting:
             keys = {rank: f"{run}/notes/{rank}" for rank in range(self.size)}
             return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
 
+    def promise(self, run: str, number: int, message: dict[str, Any]) -> None:
+        """The first stage tells the others how far to go, for the how-manieth time."""
+        with lost_peer(f"rank {self.rank} promising steps"):
+            self.store.set(f"{run}/promises/{number}", json.dumps(message))
+
+    def promised(self, run: str, number: int) -> dict[str, Any]:
+        """What the first stage told for the how-manieth time; waits for it."""
+        with lost_peer(f"rank {self.rank} waiting for rank 0 to promise steps"):
+            return json.loads(self.store.get(f"{run}/promises/{number}"))
+
+    def ask_to_stop(self, run: str) -> None:
+        """Ask the first stage to stop promising."""
+        with lost_peer(f"rank {self.rank} asking to stop"):
+            self.store.set(f"{run}/stop", "")
+
+    def stop_asked(self, run: str) -> bool:
+        """Whether any process has asked for it."""
+        with lost_peer(f"rank {self.rank} looking whether to stop"):
+            return self.store.check([f"{run}/stop"])
+
     def is_reporter(self) -> bool:
         """Whether this process is to report the failure: the first one that asks is."""
         return self.store.compare_set("reporter", "", str(self.rank)) == str(self.rank).encode()
@@ -95,6 +115,7 @@ class World:
                                 timeout=timeout, device_id=device if own_gpu else None)
         # Any: torch gives a stand-in for groups that this process is not in; it never uses one.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self.saving: Any = dist.new_group(backend="gloo", timeout=timeout)  # of a thread beside training
         edges = [[k, k + 1] for k in range(self.size - 1)]  # every process makes all groups in this order
         self._forward: list[Any] = [dist.new_group(edge, timeout=timeout) for edge in edges]
         self._error: list[Any] = [dist.new_group(edge, timeout=timeout) for edge in edges]

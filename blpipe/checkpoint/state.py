@@ -1,14 +1,13 @@
-"""Checkpoints: the whole state of a drained pipeline, by torch's distributed checkpointing (DCP).
+"""What is in a checkpoint: the whole state of a drained pipeline, by torch's distributed checkpointing (DCP).
 
 A checkpoint is keyed by names, not by stages or processes: `model/<the plain model's name>`,
 `head/<block before it>/<parameter>`, `loss/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`,
-`random/<stage>/<device>`. It is written aside and renamed when complete. Reading one never runs code from it:
-it holds tensors, and an index that is unpickled for DCP's own classes alone.
+`random/<stage>/<device>`, `held/<step>.<microbatch>.<hop>/<parameter>` (gradients of links that are due later),
+`tally/<stage>` and `seconds/<stage>` (sums of the epoch under way). Reading one never runs code from it: it holds tensors, and an index that
+is unpickled for DCP's own classes alone.
 """
 
-import json
 import pickle
-import shutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,93 +16,65 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from blpipe.errors import CheckpointError, UserError, one_line
-from blpipe.models.build import plain_metadata, plain_names
+from blpipe.checkpoint.folders import damaged, manifest
+from blpipe.engines.common import Engine, SoFar
+from blpipe.errors import UserError, one_line
+from blpipe.losses import Tally
+from blpipe.models.build import plain_names
 from blpipe.plan import Plan
 from blpipe.stage import Stage
 
-_PROGRESS = "progress.json"
 
+def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
+    """Put a checkpoint's state into the stages of `engine`: all of it, where it was saved with the same stages.
 
-def save(run: Path, epochs_done: int, plan: Plan, stages: dict[int, Stage],
-         group: dist.ProcessGroup | None = None) -> None:
-    """Save every stage after `epochs_done` epochs, and drop the checkpoint before.
+    Other stages take what follows the names of blocks: weights, buffers and their optimizer's state. Heads and
+    losses go to boundaries that are still there.
 
-    Args:
-        stages: this process's, by index.
-        group: of all processes; None where there is one.
-    """
-    leader = group is None or dist.get_rank() == 0
-    target = run / "checkpoints" / f"epoch_{epochs_done:05d}"
-    partial = target.with_name(f".{target.name}.partial")
-    state = {key: tensor for index, stage in stages.items() for key, tensor in _state(plan, index, stage).items()}
-    try:
-        if leader:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        if group is not None:
-            dist.barrier(group)
-        with _without_warning():
-            dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=group is None)
-        if leader:
-            (partial / _PROGRESS).write_text(json.dumps(
-                {"epochs_done": epochs_done, "metadata": plain_metadata(plan.model)}))
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            for old in checkpoints(run):
-                if old != target:
-                    shutil.rmtree(old)
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        raise CheckpointError(f"cannot write the checkpoint {target}: {one_line(error)}; "
-                              "the checkpoint before it is still there") from error
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in run.glob(f"checkpoints/epoch_*/{_PROGRESS}"))
-
-
-def latest(run: Path) -> Path:
-    """The newest complete checkpoint.
+    Returns:
+        What a user may want to know, a line each.
 
     Raises:
-        UserError: there is none.
+        UserError: a damaged checkpoint, or one of another model.
     """
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run}: holds no checkpoint yet; train it from the start, with --overwrite")
-    return found[-1]
+    saved = manifest(checkpoint)
+    same = saved.stages == [plan.block_names(k) for k in range(len(plan.stages))]
+    for index, stage in engine.stages.items():
+        load_weights(checkpoint, plan, {index: stage}, strict=same)
+        _load_optimizer(plan, index, stage, read(checkpoint, _starting_with(
+            tuple(f"optimizer/{name}/" for _, name in _optimized(plan, index, stage)))))
+        if same:
+            state = read(checkpoint, _starting_with((f"random/{index}/",)))
+            # A random stream of a device that the run did not have starts anew.
+            stage.stream.state = [state.get(f"random/{index}/{i}", new) for i, new in enumerate(stage.stream.state)]
+            _load_held(checkpoint, stage)
+    if not same:
+        engine.go_on_from({index: SoFar(Tally()) for index in engine.stages})
+        return _notes_on_other_stages(saved.stages, plan)
+    sums = read(checkpoint, _starting_with(("tally/", "seconds/")))
+    engine.go_on_from({index: SoFar(Tally.of(sums[f"tally/{index}"].tolist()), *sums[f"seconds/{index}"].tolist())
+                       for index in engine.stages})
+    return []
 
 
-def epochs_done(checkpoint: Path) -> int:
-    """How many epochs a checkpoint has behind it."""
-    return _progress(checkpoint)["epochs_done"]
+def _notes_on_other_stages(before: list[list[str]], plan: Plan) -> list[str]:
+    ends = {names[-1] for names in before[:-1]}
+    now = [plan.block_names(k)[-1] for k in range(len(plan.stages) - 1)]
+    kept, new = [name for name in now if name in ends], [name for name in now if name not in ends]
+    heads = [f"those after {', '.join(names)} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
+    return [f"the checkpoint is of {len(before)} stages, and this run has {len(plan.stages)}; "
+            f"heads: {'; '.join(heads) or 'none'}", "random streams begin anew, and errors under way are left out"]
 
 
-def _progress(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / _PROGRESS).read_text())
-
-
-def load(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
-    """Put a checkpoint's state into `stages`; they must be those of the run that saved it.
-
-    A random stream of a device that the run did not have starts anew.
-    """
-    load_weights(checkpoint, plan, stages)
-    for index, stage in stages.items():
-        mine = (f"random/{index}/", *(f"optimizer/{name}/" for _, name in _optimized(plan, index, stage)))
-        state = read(checkpoint, _starting_with(mine))
-        stage.stream.state = [state.get(f"random/{index}/{i}", fresh) for i, fresh in enumerate(stage.stream.state)]
-        _load_optimizer(plan, index, stage, state)
-
-
-def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None:
+def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage], strict: bool = True) -> None:
     """Put a checkpoint's weights and buffers into the blocks, heads and losses of `stages`.
+
+    Args:
+        strict: whether it must have all of the heads and losses; if not, others stay as they are.
 
     Raises:
         UserError: a damaged checkpoint, or one of another model.
@@ -111,7 +82,8 @@ def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage]) -> None
     for index, stage in stages.items():
         _load_module(checkpoint, "model/", stage.blocks, plain_names(stage.blocks))
         for prefix, part in _own_parts(plan, index, stage):
-            _load_module(checkpoint, prefix, part, {name: name for name in part.state_dict()})
+            if strict or read(checkpoint, _starting_with((prefix,))):
+                _load_module(checkpoint, prefix, part, {name: name for name in part.state_dict()})
 
 
 def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module, names: dict[str, str]) -> None:
@@ -127,7 +99,7 @@ def model_state(checkpoint: Path) -> dict[str, Tensor]:
     """The plain model's state_dict, with its modules' versions as `torch.nn.Module.load_state_dict` reads them."""
     state = OrderedDict((key.removeprefix("model/"), tensor)
                         for key, tensor in read(checkpoint, _starting_with(("model/",))).items())
-    state._metadata = _progress(checkpoint).get("metadata", {})  # type: ignore[attr-defined]
+    state._metadata = manifest(checkpoint).metadata  # type: ignore[attr-defined]
     return state
 
 
@@ -142,11 +114,10 @@ def read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         known = reader.read_metadata().state_dict_metadata
         state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()
                  if isinstance(entry, TensorStorageMetadata) and wanted(key)}
-        with _without_warning():
+        with without_warning():
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (Exception, dcp.CheckpointException) as error:
-        raise UserError(f"{checkpoint}: is damaged, or no checkpoint: {type(error).__name__}: "
-                        f"{one_line(error)}") from error
+        raise damaged(checkpoint, f"{type(error).__name__}: {one_line(error)}") from error
     return state
 
 
@@ -183,15 +154,27 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 @contextmanager
-def _without_warning() -> Iterator[None]:
+def without_warning() -> Iterator[None]:
+    """Of DCP, where a single process saves or loads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist asks for
         yield
 
 
-def _state(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
-    own = stage.blocks.state_dict()
-    state = {f"model/{plain}": own[name] for name, plain in plain_names(stage.blocks).items()}
+def state_of(plan: Plan, engine: Engine) -> dict[str, Tensor]:
+    """All that a checkpoint holds of the stages of `engine`; waits for the device."""
+    state: dict[str, Tensor] = {}
+    for index, stage in engine.stages.items():
+        state |= _state_of_stage(plan, index, stage)
+    for index, sums in engine.so_far().items():
+        state[f"tally/{index}"] = torch.tensor(sums.tally.state(), dtype=torch.float64)
+        state[f"seconds/{index}"] = torch.tensor(sums.seconds, dtype=torch.float64)
+    return state
+
+
+def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
+    own, plain = stage.blocks.state_dict(), plain_names(stage.blocks)
+    state = {f"model/{stored}": own[name] for name, stored in plain.items()}
     for prefix, part in _own_parts(plan, index, stage):
         state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     if stage.optimizer is not None:
@@ -199,7 +182,19 @@ def _state(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
         state |= {f"optimizer/{names[parameter]}/{key}": value
                   for parameter, values in stage.optimizer.state.items()
                   for key, value in values.items() if isinstance(value, Tensor)}
+    state |= {f"held/{'.'.join(map(str, link))}/{plain[name]}": gradient
+              for link, gradients in stage.held.items() for name, gradient in gradients.items()}
     return state | {f"random/{index}/{i}": tensor for i, tensor in enumerate(stage.stream.state)}
+
+
+def _load_held(checkpoint: Path, stage: Stage) -> None:
+    own = {plain: name for name, plain in plain_names(stage.blocks).items()}
+    stage.held = {}
+    for key, gradient in read(checkpoint, lambda key: key.startswith("held/") and key.split("/", 2)[2] in own).items():
+        _, link, plain = key.split("/", 2)
+        step, micro, hop = map(int, link.split("."))
+        device = stage.blocks.get_parameter(own[plain]).device
+        stage.held.setdefault((step, micro, hop), {})[own[plain]] = gradient.to(device)
 
 
 def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn.Module]]:

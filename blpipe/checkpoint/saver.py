@@ -1,0 +1,114 @@
+"""Writing checkpoints while training goes on."""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from blpipe.checkpoint.folders import CONFIG, FileSeal, Manifest, aside, complete, folder_of, prune, seals
+from blpipe.checkpoint.state import state_of, without_warning
+from blpipe.config_file import dump_config
+from blpipe.engines.common import Engine
+from blpipe.errors import CheckpointError, one_line
+from blpipe.models.build import plain_metadata
+from blpipe.plan import Plan
+
+
+class Saver:
+    """Saves checkpoints of a run, one at a time, each process its own stages.
+
+    `save` copies the state to the host, and a thread of its own writes it: nothing of training waits for files. A
+    checkpoint that cannot be written is told of, and training goes on, but the last one is an error.
+    """
+
+    def __init__(self, run: Path, plan: Plan, engine: Engine):
+        self._run, self._plan, self._engine, self._group = run, plan, engine, engine.group
+        self._rank = 0 if self._group is None else dist.get_rank()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[str | None] | None = None
+        self._newest = -1
+
+    def save(self, steps_done: int, val_accuracy: float | None = None) -> None:
+        """Begin to save; waits for the checkpoint before, and for the device."""
+        if steps_done == self._newest:
+            return
+        problem = self._wait()
+        if problem is not None and self._rank == 0:
+            print(f"note: {problem}; training goes on", flush=True)
+        self._newest = steps_done
+        state = {key: tensor.detach().to("cpu", copy=True)
+                 for key, tensor in state_of(self._plan, self._engine).items()}
+        self._writing = self._thread.submit(self._write, steps_done, state, val_accuracy)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
+        problem = self._wait()
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    def _wait(self) -> str | None:
+        """Returns what went wrong, the same in all processes."""
+        writing, self._writing = self._writing, None
+        return None if writing is None else writing.result()
+
+    def _write(self, steps_done: int, state: dict[str, Tensor], val_accuracy: float | None) -> str | None:
+        target = folder_of(self._run, steps_done)
+        try:
+            self._on_leader(partial(_begin, aside(target), self._plan))
+            with without_warning():
+                dcp.save(state, checkpoint_id=aside(target), process_group=self._group, no_dist=self._group is None)
+            files = self._gather(seals(aside(target), f"__{self._rank}_*"))
+            self._on_leader(partial(self._complete, target, steps_done, val_accuracy, files))
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            if self._rank == 0:
+                shutil.rmtree(aside(target), ignore_errors=True)
+            return (f"cannot write the checkpoint {target}: {one_line(_cause(error))}; "
+                    "the checkpoint before it is still there")
+        return None
+
+    def _complete(self, target: Path, steps_done: int, val_accuracy: float | None, files: dict[str, FileSeal]) -> None:
+        files = {**files, **seals(aside(target), ".metadata"), **seals(aside(target), CONFIG)}
+        names = [self._plan.block_names(k) for k in range(len(self._plan.stages))]
+        complete(target, Manifest(steps_done, val_accuracy, names, plain_metadata(self._plan.model), files))
+        kept = self._plan.config.checkpoint
+        prune(self._run, kept.keep, kept.best)
+
+    def _on_leader(self, work: Callable[[], None]) -> None:
+        """Do it in the first process; its error is everybody's."""
+        problem: list[Any] = [None]
+        if self._rank == 0:
+            try:
+                work()
+            except OSError as error:
+                problem = [error]
+        if self._group is not None:
+            dist.broadcast_object_list(problem, src=0, group=self._group)
+        if problem[0] is not None:
+            raise problem[0]
+
+    def _gather(self, files: dict[str, FileSeal]) -> dict[str, FileSeal]:
+        """The files of all processes, in the first one."""
+        if self._group is None:
+            return files
+        gathered: list[Any] | None = [None] * dist.get_world_size(self._group) if self._rank == 0 else None
+        dist.gather_object(files, gathered, dst=0, group=self._group)
+        return {name: seal for each in gathered or [] for name, seal in each.items()}
+
+
+def _begin(folder: Path, plan: Plan) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(dump_config(plan.config))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What happened in the first process that failed; DCP adds tracebacks."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error

@@ -1,0 +1,123 @@
+"""Where a run begins: at the start, or with a checkpoint; and whether its config is still that of the checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blpipe.checkpoint.folders import check, checkpoints, config_of, newest_intact
+from blpipe.config import Config
+from blpipe.config_file import load_config
+from blpipe.errors import ConfigError, UserError
+
+_FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
+_CHANGEABLE = ("partition", "data.root", "data.download", "data.workers", "data.place",
+               "train.epochs", "train.eval_batch_size", "train.eval_every_epochs")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The checkpoint that a run goes on from (None: it begins anew), and what a user may want to know of that."""
+
+    checkpoint: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def find(path: Path) -> Beginning:
+    """The checkpoint that `path` names: a run folder's newest intact one, or the one that it is the folder of.
+
+    Raises:
+        UserError: no run, no checkpoint, or none that is intact.
+    """
+    if _is_checkpoint(path):
+        check(path)
+        return Beginning(path)
+    config_of_run(path)
+    newest, problems = newest_intact(path)
+    return Beginning(newest, [f"{problem}; {newest.name} is used" for problem in problems])
+
+
+def run_of(path: Path) -> Path:
+    """The run folder of a run folder or of one of its checkpoints."""
+    return path.parent.parent if _is_checkpoint(path) else path
+
+
+def config_of_run(run: Path) -> Config:
+    """The config of a run folder. Raises UserError where it is none."""
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run}: is no run folder (it has no config.yaml); runs are in runs/<name> unless "
+                        "runtime.runs says otherwise")
+    return load_config(run / "config.yaml")
+
+
+def resumed_config(path: Path, overrides: list[str]) -> Config:
+    """The config of the run to go on with, with changes, set so that it goes on in this very folder.
+
+    Raises:
+        UserError: no run, or no checkpoint in it.
+    """
+    run = run_of(path)
+    config_of_run(run)
+    find(path)
+    config = load_config(run / "config.yaml", overrides)
+    return config.model_copy(update={
+        "name": run.name, "runtime": config.runtime.model_copy(update={"runs": str(run.parent)})})
+
+
+def go_on(config: Config, path: Path) -> tuple[Config, Beginning]:
+    """Go on from the checkpoint that `path` names; returns the config with the cuts that were found for it.
+
+    Raises:
+        UserError: see `find`.
+        ConfigError: the config differs from the checkpoint's in what must not change.
+    """
+    found = find(path)
+    assert found.checkpoint is not None
+    saved = config_of(found.checkpoint)
+    partition = saved.partition
+    if config.partition.unsettled and partition == config.partition.model_copy(update={"cuts": partition.cuts}):
+        config = config.model_copy(update={"partition": partition})
+    changes = list(_differences(saved.model_dump(), config.model_dump()))
+    refused = [change for change in changes if not change.key.startswith(_CHANGEABLE)]
+    if refused:
+        raise ConfigError(*(f"{change.key}: {change.now!r}, but {change.before!r} in {found.checkpoint}; set it back, "
+                            "or train anew under another name" for change in refused))
+    return config, Beginning(found.checkpoint, found.notes + [
+        f"{change.key}: {change.now!r}, was {change.before!r} before" for change in changes])
+
+
+def go_on_if_there(config: Config, run: Path) -> tuple[Config, Beginning]:
+    """As `go_on` where the run folder holds a checkpoint; else the same run begins anew."""
+    return go_on(config, run) if checkpoints(run) else (config, Beginning())
+
+
+def is_of(run: Path, config: Config) -> bool:
+    """Whether what a run folder holds is of this config."""
+    if not (run / "config.yaml").exists():
+        return False
+    saved = load_config(run / "config.yaml")
+    return not [change for change in _differences(saved.model_dump(), config.model_dump())
+                if not change.key.startswith("partition")]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.parent.name == "checkpoints"
+
+
+@dataclass(frozen=True)
+class _Change:
+    key: str
+    before: Any
+    now: Any
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[_Change]:
+    """The keys in which two configs differ, but for those on which nothing depends."""
+    for name in {**before, **now}:
+        key, one, other = path + name, before.get(name), now.get(name)
+        if key in _FREE or one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differences(one, other, f"{key}.")
+        else:
+            yield _Change(key, one, other)

@@ -1,0 +1,61 @@
+"""How far the stages go before they stop together, where they are asked to."""
+
+from collections.abc import Callable
+from time import perf_counter
+
+from blpipe.transport.world import Meeting
+
+_SECONDS = 1.0  # about as far ahead as the first stage promises steps
+
+
+class Horizon:
+    """Which steps are done: all of them, until a stop is wanted, then those that have been promised.
+
+    Stages run apart, so none can stop by itself. The first one, which no other overtakes, promises the next second's
+    steps or so to all, in good time, and stops promising once any process wants to stop. Then each ends its program
+    before the same step. When that is depends on timing; what a run computes does not.
+
+    Args:
+        stop_wanted: whether this process has been asked to stop.
+        meeting: with the other processes; None where there is one.
+        run: the run's name.
+        ahead: how many steps ahead of the first stage another one may ask.
+    """
+
+    def __init__(self, start: int, stop_wanted: Callable[[], bool], meeting: Meeting | None = None, run: str = "",
+                 ahead: int = 0):
+        self._stop_wanted, self._meeting, self._run, self._ahead = stop_wanted, meeting, run, ahead
+        self._until = start  # steps before this one are promised
+        self._ends = self._asked = False
+        self._promises = 0
+        self._promised_at, self._asked_at = start, perf_counter()
+
+    def covers(self, step: int) -> bool:
+        """Whether this step is to be done; every stage asks before it begins one."""
+        if self._meeting is not None and self._meeting.rank > 0:
+            while step >= self._until and not self._ends:
+                self._hear(self._meeting)
+        elif step + self._ahead >= self._until and not self._ends:
+            self._promise(step)
+        return step < self._until
+
+    def _promise(self, step: int) -> None:
+        if self._stop_wanted() or (self._meeting is not None and self._meeting.stop_asked(self._run)):
+            self._ends = True
+        else:
+            now = perf_counter()
+            seconds = (now - self._asked_at) / max(1, step - self._promised_at)
+            further = min(max(1, int(_SECONDS / max(seconds, 1e-6))), 1000) if self._meeting is not None else 1
+            self._until = step + self._ahead + further
+            self._promised_at, self._asked_at = step, now
+        if self._meeting is not None:
+            self._meeting.promise(self._run, self._promises, {"until": self._until, "ends": self._ends})
+            self._promises += 1
+
+    def _hear(self, meeting: Meeting) -> None:
+        if self._stop_wanted() and not self._asked:
+            self._asked = True
+            meeting.ask_to_stop(self._run)
+        promise = meeting.promised(self._run, self._promises)
+        self._promises += 1
+        self._until, self._ends = promise["until"], promise["ends"]
