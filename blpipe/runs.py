@@ -57,8 +57,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
     how = _How(overwrite, resume_from, auto_resume)
     if choose_engine(config) == "local":
         plan, data, beginning = _prepare(config, how)
-        run = _folder(plan.config)
-        with _claim(plan.config, how, beginning):
+        with _run_folder(plan.config, how, beginning) as run:
             stopped = _train(open_local(plan, data), plan, run, beginning, None, _has_terminal(config))
     else:
         run, stopped = _train_in_pipeline(config, meet(config.runtime.timeout_seconds), how)
@@ -145,27 +144,40 @@ def _folder(config: Config) -> Path:
     return Path(config.runtime.runs) / config.name
 
 
-def _claim(config: Config, how: _How, beginning: Beginning) -> TextIO:
-    """Make the run folder ready; it is this process's alone until the file returned is closed. Raises ConfigError."""
+@contextmanager
+def _run_folder(config: Config, how: _How, beginning: Beginning) -> Iterator[Path]:
+    """The run folder, made ready, and this process's alone. Raises ConfigError."""
     run = _folder(config)
-    try:
+    with _writing_to(run):
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"name: another process is training in {run}; wait for it, or choose another "
-                              "name=…") from None
-        if beginning.checkpoint is None:
-            _clear(run, config, how)
-        else:
-            forget_after(run, beginning.checkpoint)
-        partial = run / ".config.yaml.partial"
-        partial.write_text(dump_config(config))
-        partial.replace(run / "config.yaml")
+    with lock:
+        with _writing_to(run):
+            _take(lock, run)
+            if beginning.checkpoint is None:
+                _clear(run, config, how)
+            else:
+                forget_after(run, beginning.checkpoint)
+            partial = run / ".config.yaml.partial"
+            partial.write_text(dump_config(config))
+            partial.replace(run / "config.yaml")
+        yield run
+
+
+@contextmanager
+def _writing_to(run: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"runtime.runs: cannot write to {run}: {error.strerror}; choose another folder") from error
-    return lock
+
+
+def _take(lock: TextIO, run: Path) -> None:
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"name: another process is training in {run}; wait for it, or choose another "
+                          "name=…") from None
 
 
 def _clear(run: Path, config: Config, how: _How) -> None:
@@ -186,12 +198,12 @@ def _train_in_pipeline(config: Config, meeting: Meeting, how: _How) -> tuple[Pat
         if meeting.rank == 0:
             try:
                 plan, data, beginning = _prepare(config, how)
-                claim.enter_context(_claim(plan.config, how, beginning))
+                run = claim.enter_context(_run_folder(plan.config, how, beginning))
             except UserError:
                 meeting.is_reporter()  # before another rank can be
                 meeting.announce(config.name, {"failed": True})
                 raise
-            run, shown = _folder(config), _has_terminal(config)
+            shown = _has_terminal(config)
             meeting.announce(config.name, {
                 "data": data.spec.to_json(), "run": str(run), "shown": shown,
                 "partition": plan.config.partition.model_dump(),

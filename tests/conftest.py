@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from blpipe.checkpoint.folders import newest_intact
+from blpipe.checkpoint.saver import Saver
 from blpipe.checkpoint.state import read
 from blpipe.config import Config
 from blpipe.config_file import parse_config
@@ -95,6 +96,20 @@ def child_environment() -> dict[str, str]:
     """Lets processes find the package and the tests' models; one thread each, which torchrun then need not say."""
     places = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+
+
+def interrupt_second_save(patch: pytest.MonkeyPatch) -> None:
+    """From now on, a run is interrupted where it would save for the second time."""
+    save, saved = Saver.save, []
+
+    def once(saver, *given):
+        if saved:
+            saver.finish()
+            raise KeyboardInterrupt
+        saved.append(given)
+        save(saver, *given)
+
+    patch.setattr(Saver, "save", once)
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,7 @@
 """Train a list of configs one after the other, in one set of real processes; used by the tests.
 
+A config's `resume_from`, if there is one, is the checkpoint to go on from.
+
     python tests/ranks.py K JOBS.json
 
 The processes are forked from one that has imported torch already, and find each other through the variables
@@ -31,7 +33,8 @@ def rank(index: int, trees: list[dict]) -> None:
     torch.set_num_threads(1)
     store = meet(timeout_seconds=60)  # keeps rank 0's server up from the first run to the last
     for tree in trees:
-        train_run(parse_config(tree))
+        checkpoint = tree.pop("resume_from", None)
+        train_run(parse_config(tree), resume_from=checkpoint and Path(checkpoint))
     del store
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, child_environment, small_config
+from conftest import REPOSITORY, child_environment, interrupt_second_save, small_config
 
 from benchmarks.accuracy import execute, plots, report
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.sweep import identity, in_order, load_sweep
-from blpipe import checkpoint
 from blpipe.config_file import parse_config
 from blpipe.runs import train_run
 
@@ -185,18 +184,11 @@ def test_a_sweep_runs_resumes_and_does_nothing_twice(folder, capsys, monkeypatch
 
 def interrupt_after_one_epoch(run, monkeypatch):
     """Leave the run's folder as an interruption in its second epoch does."""
-    save = checkpoint.save
-
-    def save_once(folder, epochs_done, *rest):
-        if epochs_done > 1:
-            raise KeyboardInterrupt
-        save(folder, epochs_done, *rest)
-
     every = run.config.model_copy(update={
         "runtime": run.config.runtime.model_copy(update={"runs": "runs/accuracy", "threads": 1}),
         "checkpoint": run.config.checkpoint.model_copy(update={"every_epochs": 1})})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_once)
+        interrupt_second_save(patch)
         with pytest.raises(KeyboardInterrupt):
             train_run(every)
 

@@ -12,7 +12,8 @@ from families import assert_same_state
 from torch import nn
 
 import blpipe
-from blpipe import checkpoint
+from blpipe.checkpoint.folders import newest_intact
+from blpipe.checkpoint.state import model_state
 from blpipe.config import PartitionConfig
 from blpipe.config_file import parse_config
 from blpipe.data import DataSpec
@@ -189,4 +190,4 @@ def test_a_plain_module_trains_the_same_in_both_engines_and_exports_its_own_name
     local = train_locally(tree, tmp_path)
     assert_same_run(run, local)
     assert "optimizer/net.blocks.0.fc.weight/momentum_buffer" in state_of(run)
-    Flat().load_state_dict(checkpoint.model_state(checkpoint.latest(local)), strict=True)
+    Flat().load_state_dict(model_state(newest_intact(local)[0]), strict=True)

@@ -5,10 +5,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_run, small_config, state_of, train_locally
+from conftest import assert_same_run, interrupt_second_save, small_config, state_of, train_locally
 from torch import nn
 
-from blpipe import checkpoint
 from blpipe.config import MethodConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
@@ -160,18 +159,10 @@ def failing_head(boundary):
 def test_losses_are_saved_by_the_block_before_them_and_a_resumed_run_goes_on_with_them(tmp_path, monkeypatch):
     tree = small_config("run", method=LISTS, train__epochs=2, checkpoint__every_epochs=1)
     whole = train_locally(tree, tmp_path / "whole")
-    save = checkpoint.save
-
-    def save_once_then_stop(path, epochs_done, *rest):
-        if epochs_done > 1:
-            raise KeyboardInterrupt
-        save(path, epochs_done, *rest)
-
-    monkeypatch.setattr(checkpoint, "save", save_once_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_second_save(patch)
         train_locally(tree, tmp_path)
-    monkeypatch.undo()
-    train_run(parse_config(tree | {"runtime": {"device": "cpu", "runs": str(tmp_path / "local")}}), resume=True)
+    train_run(parse_config(tree | {"runtime": {"device": "cpu", "runs": str(tmp_path / "local")}}), auto_resume=True)
     assert_same_run(whole, tmp_path / "local/run")
     state = state_of(whole)
     own = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith("loss/")}

@@ -6,7 +6,8 @@ import torchvision
 from conftest import assert_same_run, train_in_processes, train_locally
 from families import FAMILIES, assert_blocks_are_the_model, assert_same_state, one_step, smallest
 
-from blpipe import checkpoint
+from blpipe.checkpoint.folders import newest_intact
+from blpipe.checkpoint.state import model_state
 from blpipe.config import Named
 from blpipe.config_file import parse_config
 from blpipe.data import DataSpec
@@ -77,7 +78,7 @@ def test_a_runs_weights_load_into_torchvisions_own_model(tmp_path):
 def test_a_run_with_auxiliary_classifiers_loads_too(tmp_path):
     run = train_locally(one_step("googlenet", aux_logits=True), tmp_path)
     torchvision.models.googlenet(num_classes=2, aux_logits=True, init_weights=False).load_state_dict(
-        checkpoint.model_state(checkpoint.latest(run)), strict=True)
+        model_state(newest_intact(run)[0]), strict=True)
 
 
 @pytest.mark.parametrize(("name", "kind"), [

@@ -17,6 +17,7 @@ from blpipe.config import Config
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.device import transfer
+from blpipe.engines.common import train_epoch
 from blpipe.engines.pipeline import PipelineEngine
 from blpipe.optim import build_optimizer
 from blpipe.plan import Plan

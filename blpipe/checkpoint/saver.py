@@ -69,7 +69,7 @@ class Saver:
             if self._rank == 0:
                 shutil.rmtree(aside(target), ignore_errors=True)
             return (f"cannot write the checkpoint {target}: {one_line(_cause(error))}; "
-                    "the checkpoint before it is still there")
+                    "what was saved before is still there")
         return None
 
     def _complete(self, target: Path, steps_done: int, val_accuracy: float | None, files: dict[str, FileSeal]) -> None:

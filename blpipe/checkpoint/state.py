@@ -3,8 +3,8 @@
 A checkpoint is keyed by names, not by stages or processes: `model/<the plain model's name>`,
 `head/<block before it>/<parameter>`, `loss/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`,
 `random/<stage>/<device>`, `held/<step>.<microbatch>.<hop>/<parameter>` (gradients of links that are due later),
-`tally/<stage>` and `seconds/<stage>` (sums of the epoch under way). Reading one never runs code from it: it holds tensors, and an index that
-is unpickled for DCP's own classes alone.
+`tally/<stage>` and `seconds/<stage>` (sums of the epoch under way). Reading one never runs code from it: it holds
+tensors, and an index that is unpickled for DCP's own classes alone.
 """
 
 import pickle

@@ -1,0 +1,352 @@
+"""Checkpoints: none leaves a trace in a run, any can be gone on from, and what is damaged is found."""
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import assert_same_run, small_config, state_of, train_in_processes, train_locally
+
+from blpipe import cli
+from blpipe.checkpoint.folders import checkpoints, manifest, seals
+from blpipe.checkpoint.state import load, read
+from blpipe.checkpoint.state import state_of as state_of_engine
+from blpipe.config_file import load_config, parse_config, set_key
+from blpipe.data import open_data
+from blpipe.errors import UserError
+from blpipe.metrics import read_rows
+from blpipe.plan import make_plan
+from blpipe.resume import resumed_config
+from blpipe.runs import train_run
+from blpipe.trainer import open_local
+
+DEEP = {"length": "all", "reach": "all"}
+METHODS = {
+    "greedy": {"method": "greedy"},
+    "bp": {"method": "bp", "train__microbatches": 4},
+    "in_time": {"method__link": {"delay": 0}, "train__microbatches": 4},
+    "late": {"method__link": {"delay": 1}},
+    "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2},
+    "a_microbatch_late": {"method__link": {"delay": 3, "delay_unit": "microbatch", "keep": "recompute"},
+                          "train__microbatches": 4},
+    "far": {"method": {"local_weight": 0.5, "link": {**DEEP, "delay": 1, "normalize": True, "weight": 0.7}},
+            "train__microbatches": 2, "optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
+    "farthest": {"method": {"local_weight": 0.0, "link": {**DEEP, "delay": 1, "take": "farthest", "wire": "bf16"}},
+                 "train__microbatches": 2},
+}
+
+
+def saved_config(name, every=5, **changes):
+    """A run of twelve steps whose every checkpoint is kept."""
+    return small_config(name, checkpoint={"every_epochs": 0, "every_steps": every, "keep": 100}, **changes)
+
+
+def rewound(run: Path, step: int, folder: Path) -> Path:
+    """A copy of a run folder, as it was when the process died after the checkpoint of this step; returns that."""
+    copy = folder / run.name
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("result.json"))
+    for later in checkpoints(copy):
+        if manifest(later).steps_done > step:
+            shutil.rmtree(later)
+    return checkpoints(copy)[-1]
+
+
+def go_on(checkpoint: Path, *overrides: str) -> Path:
+    """Resume in this process; returns the run folder."""
+    run = checkpoint.parent.parent
+    train_run(resumed_config(run, list(overrides)), resume_from=run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """By method, a run without any checkpoint but the last."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    torch.set_num_threads(1)
+    return {name: train_locally(saved_config(name, 0, **changes), folder) for name, changes in METHODS.items()}
+
+
+@pytest.fixture(scope="module")
+def in_processes(tmp_path_factory):
+    """The same in three processes, saving after every fifth step."""
+    runs = train_in_processes([saved_config(name, **changes) for name, changes in METHODS.items()], 3,
+                              tmp_path_factory.mktemp("processes"))
+    return dict(zip(METHODS, runs, strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a finished run of two checkpoints in runs/small."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(saved_config("small", 3, train__epochs=1)))
+    assert cli.main(["train", "small.yaml"]) == 0
+    return tmp_path
+
+
+def run(*arguments):
+    """The exit code of a subcommand in this process."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+# A run that goes on is the run that was not interrupted.
+
+@pytest.mark.parametrize("name", METHODS)
+def test_checkpoints_change_nothing_and_a_run_goes_on_from_each_bit_for_bit(name, undisturbed, tmp_path):
+    saved = train_locally(saved_config(name, **METHODS[name]), tmp_path)
+    steps = [manifest(path).steps_done for path in checkpoints(saved)]
+    assert steps == [5, 10, 12]
+    if name != "bp":
+        assert_same_run(undisturbed[name], saved)
+    for step in steps[:-1]:
+        assert_same_run(saved, go_on(rewound(saved, step, tmp_path / f"from{step}")))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_the_pipeline_saves_goes_on_in_one_process(name, undisturbed, in_processes, tmp_path):
+    resumed = go_on(rewound(in_processes[name], 5, tmp_path))
+    if name == "bp":  # another engine's arithmetic
+        for key, tensor in state_of(undisturbed[name]).items():
+            torch.testing.assert_close(state_of(resumed)[key], tensor, rtol=1e-3, atol=1e-3)
+    else:
+        assert_same_run(undisturbed[name], resumed)
+        assert_same_run(undisturbed[name], in_processes[name])
+
+
+def test_what_one_process_saves_goes_on_in_the_pipeline(undisturbed, in_processes, tmp_path):
+    trees = []
+    for name, changes in METHODS.items():
+        if name == "bp":  # saved by the pipeline too, since its arithmetic is another one
+            checkpoint = rewound(in_processes[name], 5, tmp_path / "pipeline")
+        else:
+            checkpoint = rewound(train_locally(saved_config(name, **changes), tmp_path), 10, tmp_path / "pipeline")
+        trees.append(saved_config(name, **changes) | {"resume_from": str(checkpoint)})
+    for name, resumed in zip(METHODS, train_in_processes(trees, 3, tmp_path), strict=True):
+        assert_same_run(in_processes["bp"] if name == "bp" else undisturbed[name], resumed)
+
+
+@pytest.mark.parametrize(("cuts", "kept", "new"), [(["2"], "1", None), (["1", "2", "5"], "1", "0, 4"), ([], None, None)])
+def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed):
+    found = checkpoints(undisturbed["three_late"])[-1]
+    before = read(found, lambda key: True)
+    config = parse_config(saved_config("other", **METHODS["three_late"]) | {"partition": {"cuts": cuts}})
+    data = open_data(config.data, config.seed)
+    plan = make_plan(config, data.spec)
+    engine, untouched = (open_local(plan, data) for _ in range(2))
+    notes = load(found, plan, engine)
+    after, fresh = state_of_engine(plan, engine), state_of_engine(plan, untouched)
+    for key in after:
+        ours = key.removeprefix("optimizer/").startswith(("model/", "conv", *"012345"))
+        if key.startswith(f"head/{kept}/") or ours or key.startswith(f"optimizer/head/{kept}/"):
+            assert torch.equal(after[key], before[key]), key
+        elif key.startswith("head/"):
+            assert torch.equal(after[key], fresh[key]), key
+    assert {key for key in before if key.startswith("model/")} <= after.keys()
+    heads = [f"those after {names} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
+    assert notes[0] == (f"the checkpoint is of 3 stages, and this run has {len(cuts) + 1}; "
+                        f"heads: {'; '.join(heads) or 'none'}")
+
+
+def test_a_run_goes_on_with_other_stages_and_more_epochs(folder, capsys):
+    shutil.rmtree(checkpoints(folder / "runs/small")[-1])
+    assert run("train", "--resume", "runs/small", "partition={cuts: ['2']}", "train.epochs=3") == 0
+    said = capsys.readouterr().out
+    assert "note: the checkpoint is of 3 stages, and this run has 2; heads: those after 1 are kept" in said
+    assert "note: train.epochs: 3, was 1 before" in said
+    assert load_config("runs/small/config.yaml").partition.cuts == ("2",)
+    assert len(json.loads((folder / "runs/small/result.json").read_text())["stages"]) == 2
+    for path in ("runs/small", *checkpoints(Path("runs/small"))):
+        assert run("eval", str(path)) == 0
+        assert run("export", str(path), "--out", "model.pt") == 0
+
+
+def test_eval_and_export_take_any_checkpoint(folder, capsys):
+    first, last = checkpoints(Path("runs/small"))
+    weights = []
+    for path in (first, last, Path("runs/small")):
+        assert run("export", str(path), "--out", "model.pt") == 0
+        weights.append(torch.load("model.pt", weights_only=True)["0.0.weight"])
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert run("eval", str(first)) == 0
+
+
+def test_a_run_goes_on_from_one_of_its_checkpoints_and_forgets_those_after_it(folder):
+    whole = folder / "whole"
+    shutil.copytree(folder / "runs/small", whole)
+    first, last = checkpoints(Path("runs/small"))
+    (last / "mark").touch()
+    assert run("train", "--resume", str(first)) == 0
+    assert_same_run(whole, folder / "runs/small")
+    assert not (last / "mark").exists()
+
+
+def test_the_last_ones_and_the_best_are_kept(folder):
+    (folder / "long.yaml").write_text(yaml.safe_dump(small_config(
+        "long", train__epochs=8, checkpoint={"every_steps": 4, "keep": 2})))
+    assert run("train", "long.yaml") == 0
+    rows = [row for row in read_rows(folder / "runs/long") if row["stage"] == 3]
+    best = max(row["val_accuracy"] for row in rows)
+    expected = {44, 48} | {6 * row["epoch"] for row in rows if row["val_accuracy"] == best}
+    kept = {manifest(path).steps_done for path in checkpoints(folder / "runs/long")}
+    assert {44, 48} <= kept <= expected
+    assert len(kept - {44, 48}) <= 1
+    assert any(manifest(path).val_accuracy == best for path in checkpoints(folder / "runs/long"))
+
+
+# A config that is no longer the checkpoint's.
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("optimizer.lr", "0.5", r"blpipe: optimizer\.lr: 0\.5, but 0\.05 in runs/small/checkpoints/step_000000006; set it back"),
+    ("seed", "3", r"blpipe: seed: 3, but 0 in runs/small/"),
+    ("train.batch_size", "8", r"blpipe: train\.batch_size: 8, but 16 in runs/small/"),
+])
+def test_what_differs_from_the_checkpoint_is_named_and_refused(folder, capsys, key, value, message):
+    before = (folder / "runs/small/config.yaml").read_text()
+    assert run("train", "--resume", "runs/small", f"{key}={value}") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert re.match(message, line), line
+    assert (folder / "runs/small/config.yaml").read_text() == before
+    tree = yaml.safe_load(before)
+    set_key(tree, key, yaml.safe_load(value))
+    (folder / "runs/small/config.yaml").write_text(yaml.safe_dump(tree))
+    assert run("train", "--resume", "runs/small") == 2
+    assert re.match(message, capsys.readouterr().err)
+
+
+def test_auto_resume_begins_goes_on_and_keeps_what_is_not_its_own(folder, capsys):
+    def train(*more):
+        return run("train", "other.yaml", "--auto-resume", *more)
+
+    (folder / "other.yaml").write_text((folder / "small.yaml").read_text().replace("name: small", "name: other"))
+    assert train() == 0
+    assert_same_run_but_for_its_name = state_of(folder / "runs/other")
+    shutil.rmtree(checkpoints(folder / "runs/other")[-1])
+    assert train() == 0
+    again = state_of(folder / "runs/other")
+    assert all(torch.equal(again[key], tensor) for key, tensor in assert_same_run_but_for_its_name.items())
+    assert train("seed=1") == 2
+    assert "blpipe: seed: 1, but 0 in " in capsys.readouterr().err
+    shutil.rmtree(folder / "runs/other/checkpoints")
+    assert train("seed=1") == 2
+    assert "blpipe: name: runs/other already holds a run" in capsys.readouterr().err
+    assert train() == 0  # what is left of the same run
+    assert checkpoints(folder / "runs/other")
+
+
+def test_cuts_that_were_found_are_kept(folder):
+    (folder / "cut.yaml").write_text(yaml.safe_dump(saved_config("cut", 3, train__epochs=1, partition={
+        "stages": 2, "strategy": "balanced"})))
+    assert run("train", "cut.yaml") == 0
+    cuts = load_config("runs/cut/config.yaml").partition.cuts
+    shutil.rmtree(checkpoints(folder / "runs/cut")[-1])
+    assert run("train", "cut.yaml", "--auto-resume") == 0
+    assert load_config("runs/cut/config.yaml").partition.cuts == cuts is not None
+
+
+# Damage.
+
+DAMAGES = {
+    "cut short": lambda path: file_of(path).write_bytes(file_of(path).read_bytes()[:1000]),
+    "flipped": lambda path: file_of(path).write_bytes(flipped(file_of(path).read_bytes())),
+    "a file less": lambda path: file_of(path).unlink(),
+    "no index": lambda path: (path / ".metadata").unlink(),
+    "another index": lambda path: (path / ".metadata").write_bytes(b"nonsense"),
+    "no manifest in it": lambda path: (path / "checkpoint.json").write_text("{"),
+    "another manifest": lambda path: (path / "checkpoint.json").write_text("[1]"),
+    "an old manifest": lambda path: (path / "checkpoint.json").write_text('{"epochs_done": 1}'),
+}
+
+
+def file_of(path: Path) -> Path:
+    return next(path.glob("*.distcp"))
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_named_and_the_checkpoint_before_it_is_used(folder, capsys, damage):
+    whole = folder / "whole"
+    shutil.copytree(folder / "runs/small", whole)
+    DAMAGES[damage](checkpoints(Path("runs/small"))[-1])
+    capsys.readouterr()
+    assert run("eval", "runs/small") == 0
+    note = capsys.readouterr().out.splitlines()[0]
+    assert re.match(r"note: runs/small/checkpoints/step_000000006: is damaged: .*; step_000000003 is used$", note)
+    assert run("export", "runs/small/checkpoints/step_000000006", "--out", "model.pt") == 2
+    assert "step_000000006: is damaged: " in capsys.readouterr().err
+    assert run("train", "--resume", "runs/small") == 0
+    assert_same_run(whole, folder / "runs/small")
+
+
+def test_where_none_is_intact_it_is_said(folder, capsys):
+    for path in checkpoints(Path("runs/small")):
+        file_of(path).write_bytes(b"")
+    capsys.readouterr()
+    for command in (["eval", "runs/small"], ["train", "--resume", "runs/small"], ["train", "small.yaml",
+                                                                                  "--auto-resume"]):
+        assert run(*command) == 2
+        first, second, last = capsys.readouterr().err.splitlines()
+        assert "step_000000006: is damaged: " in first
+        assert "step_000000003: is damaged: " in second
+        assert last == "blpipe: runs/small: holds no intact checkpoint; train it anew, with --overwrite"
+
+
+def test_what_was_not_completed_is_no_checkpoint_and_is_cleared_away(folder):
+    partial = folder / "runs/small/checkpoints/.step_000000009.partial"
+    shutil.copytree(checkpoints(folder / "runs/small")[-1], partial)
+    assert manifest(checkpoints(folder / "runs/small")[-1]).steps_done == 6
+    assert run("train", "--resume", "runs/small") == 0
+    assert not partial.exists()
+
+
+class RunsCode:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_reading_a_checkpoint_runs_nothing_from_it(folder, capsys):
+    """Even where its checksums are right."""
+    path = checkpoints(folder / "runs/small")[-1]
+    (path / ".metadata").write_bytes(pickle.dumps(RunsCode(folder / "ran")))
+    tree = json.loads((path / "checkpoint.json").read_text())
+    tree["files"] |= seals(path, ".metadata")
+    (path / "checkpoint.json").write_text(json.dumps(tree))
+    assert run("eval", "runs/small") == 2
+    assert "which no checkpoint needs" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is damaged"):
+        read(path, lambda key: True)
+    assert not (folder / "ran").exists()
+
+
+# Files that cannot be written.
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_told_of_and_training_goes_on_until_the_last_checkpoint(folder, small_disk, capsys):
+    """There is room for one checkpoint, and for a second one once some of it has been given back."""
+    (small_disk / "other").write_bytes(bytes(170_000))
+    assert run("train", "small.yaml", f"runtime.runs={small_disk}", "train.epochs=2", "checkpoint.keep=1") == 1
