@@ -282,7 +282,8 @@ class OptimizerConfig(ByName):
 class TrainConfig(Section):
     """Epochs and batches, and how they are computed.
 
-    compile: whether blocks and heads are compiled. wire: the precision of activations under way.
+    compile: whether blocks and heads are compiled. wire: the precision of activations under way. on_nonfinite: what
+    becomes of a step in which a stage's loss is NaN or infinite.
     """
 
     epochs: Positive = 10
@@ -295,6 +296,7 @@ class TrainConfig(Section):
     channels_last: bool = False
     compile: bool = False
     wire: WirePrecision = "full"
+    on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":

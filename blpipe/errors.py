@@ -36,6 +36,14 @@ class StageError(RuntimeError):
         self.stage = stage
 
 
+class NonFiniteError(RuntimeError):
+    """A stage's loss is NaN or infinite. Exit code 1."""
+
+    def __init__(self) -> None:
+        super().__init__("the loss is NaN or infinite; lower optimizer.lr, look at the data, or set train.on_nonfinite "
+                         "to skip or ignore")
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written. Exit code 1."""
 

@@ -197,6 +197,7 @@ class Tally:
         self._correct: Tensor | int = 0
         self._samples = 0
         self._targets = 0
+        self.skipped: list[int] = []  # steps of the run
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Count a microbatch: its mean loss, and the targets [B, …] with the largest of the logits [B, …, classes]."""
@@ -205,16 +206,24 @@ class Tally:
         self._samples += len(targets)
         self._targets += targets.numel()
 
+    def is_finite(self) -> Tensor:
+        """Whether every loss counted was, as a scalar on the device."""
+        return torch.isfinite(torch.as_tensor(self._loss))
+
+    def take_back(self, before: "Tally") -> None:
+        """Be again what a copy of this tally is."""
+        vars(self).update(vars(before))
+
     def state(self) -> list[float]:
         """The sums, as numbers; waits for the device."""
-        return [float(self._loss), float(self._correct), float(self._samples), float(self._targets)]
+        return [float(self._loss), float(self._correct), self._samples, self._targets, *self.skipped]
 
     @classmethod
     def of(cls, state: Sequence[float]) -> "Tally":
         """A tally that goes on from the sums of `state`."""
         tally = cls()
         tally._loss, tally._correct = state[0], int(state[1])
-        tally._samples, tally._targets = int(state[2]), int(state[3])
+        tally._samples, tally._targets, *tally.skipped = map(int, state[2:])
         return tally
 
     @property

@@ -68,7 +68,7 @@ class Recorder:
         if self._board is not None:
             for row in rows:
                 for key, value in row.items():
-                    if value is not None and key not in ("epoch", "stage"):
+                    if isinstance(value, int | float) and key not in ("epoch", "stage"):
                         self._board.add_scalar(f"{key}/stage {row['stage']}", value, last_step + 1)
             self._board.flush()
 

@@ -227,4 +227,4 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
             case Kind.ADD_HELD:
                 stage.add_held((op.step, op.microbatch), op.hop)
             case Kind.STEP:
-                stage.step(factors(op.step).lr)
+                stage.step(op.step, factors(op.step).lr)

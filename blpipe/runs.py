@@ -262,6 +262,10 @@ def _tell_of(epoch: Epoch, plan: Plan, recorder: Recorder | None) -> None:
     if recorder is not None:
         recorder.add(epoch)
         tqdm.write(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
+        for number, report in enumerate(epoch.reports or [], start=1):
+            if report.skipped_steps:
+                tqdm.write(f"note: stage {number} ({plan.stage_names[number - 1]}) skipped step "
+                           f"{', '.join(map(str, report.skipped_steps))}: loss or gradients NaN or infinite")
 
 
 def _write_trace(run: Path, engine: Engine, plan: Plan) -> None:

@@ -17,6 +17,7 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,11 +79,14 @@ class Stage:
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
         compile: whether torch.compile compiles blocks and head, for training.
+        skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
+            waits for the device in every step.
     """
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
                  link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
-                 precision: Precision | None = None, wire: WirePrecision = "full", compile: bool = False):
+                 precision: Precision | None = None, wire: WirePrecision = "full", compile: bool = False,
+                 skip_nonfinite: bool = False):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
@@ -101,6 +105,9 @@ class Stage:
         self._awaiting: dict[int, deque[TailRun]] = {hop: deque() for hop in links.hops_in}
         self.held: dict[Held, dict[str, Tensor]] = {}
         self.tally = Tally()
+        self._skip_nonfinite = skip_nonfinite
+        self._before: tuple[list[Tensor], Tally] | None = None  # the buffers and the tally before a step
+        self._remember()
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch; returns x_k, detached, as it goes to the next stage."""
@@ -185,16 +192,46 @@ class Stage:
         gradients = self.held.pop((*held_as, hop), {})
         self._add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live])
 
-    def step(self, lr_factor: float) -> None:
-        """Update the weights, with `lr_factor` on the configured learning rate."""
+    def step(self, index: int, lr_factor: float) -> None:
+        """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
         if self.optimizer is None:
             return
-        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * lr_factor
-        self.optimizer.step()
+        if self._before is not None and not self._is_finite():
+            self._undo(index, *self._before)
+        else:
+            self._update(lr_factor)
         self.optimizer.zero_grad()
         self._sums.clear()
         self._snapshot = None
+        self._remember()
+
+    def _update(self, lr_factor: float) -> None:
+        assert self.optimizer is not None
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * lr_factor
+        self.optimizer.step()
+
+    def _is_finite(self) -> bool:
+        """Whether the losses and gradients of this step are."""
+        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        return bool(self.tally.is_finite()) and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
+
+    def _remember(self) -> None:
+        if self._skip_nonfinite:
+            self._before = [buffer.clone() for buffer in self._buffers()], copy(self.tally)
+
+    def _undo(self, index: int, buffers: list[Tensor], tally: Tally) -> None:
+        for buffer, before in zip(self._buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.tally.take_back(tally)
+        self.tally.skipped.append(index)
+
+    def _buffers(self) -> list[Tensor]:
+        parts = [self.blocks, self.loss, *([] if self.head is None else [self.head])]
+        return [buffer for part in parts for buffer in part.buffers()]
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -206,13 +243,14 @@ class Stage:
                 self.tally.add(self.loss(logits, targets, out), logits, targets)
         return out
 
-    def train(self, mode: bool) -> None:
-        """Switch blocks, head and loss between training and evaluation, and start a new tally."""
+    def train(self, mode: bool, tally: Tally | None = None) -> None:
+        """Switch blocks, head and loss between training and evaluation, and go on with `tally`, or a new one."""
         self.blocks.train(mode)
         self.loss.train(mode)
         if self.head is not None:
             self.head.train(mode)
-        self.tally = Tally()
+        self.tally = tally or Tally()
+        self._remember()
 
     def _head_backward(self, out: Tensor, targets: Tensor, share: float, wanted: bool) -> Tensor | None:
         """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""

@@ -1,5 +1,8 @@
 """Models that configs of the tests name as `model.target`."""
 
+import os
+import signal
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +38,56 @@ def failing_net(at: int = 3) -> dict[str, nn.Module]:
     blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
     blocks["block2"] = nn.Sequential(blocks["block2"], Fails(at))
     return blocks
+
+
+class Explodes(nn.Module):
+    """Passes its input on, but for NaN at the given real forward in training."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at, self.forwards = at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Identity, but once."""
+        if self.training and type(x) is Tensor and x.device.type != "meta":
+            self.forwards += 1
+            if self.forwards == self.at:
+                return x * torch.nan
+        return x
+
+
+def exploding_net(at: int) -> dict[str, nn.Module]:
+    """`conv_net` whose third block explodes."""
+    blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
+    blocks["block2"] = nn.Sequential(Explodes(at), blocks["block2"])
+    return blocks
+
+
+class Mortal(nn.Module):
+    """Passes its input on, and kills its process at a given forward.
+
+    Args:
+        deaths: for each time that torchrun has started the processes again, at which; 0: not this block, this time.
+    """
+
+    def __init__(self, deaths: list[int]):
+        super().__init__()
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.left = deaths[restarts] if restarts < len(deaths) else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Identity, while it lives."""
+        if x.device != torch.device("meta"):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def mortal_net(first: list[int], last: list[int]) -> dict[str, nn.Module]:
+    """`conv_net` whose first and last blocks are mortal."""
+    blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
+    return {"first": nn.Sequential(blocks.pop("block0"), Mortal(first)), **blocks, "last": Mortal(last)}
 
 
 class Tied(nn.Module):

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,8 +283,8 @@ def test_a_checkpoint_that_cannot_be_written_is_said_with_its_path(folder, capsy
     monkeypatch.setattr("torch.distributed.checkpoint.save", full)
     assert run("train", "small.yaml") == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "blpipe: cannot write the checkpoint runs/small/checkpoints/step_000000006: [Errno 28] No space left on device; "
-        "what was saved before is still there")
+        "blpipe: cannot write the checkpoint runs/small/checkpoints/step_000000006: [Errno 28] No space left on "
+        "device; what was saved before is still there")
 
 
 def test_a_run_can_go_on_where_there_is_one_more_random_stream(folder, monkeypatch):

@@ -62,6 +62,8 @@ JOBS = {
         small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"},
                      train__wire="bf16"),
         mixed(4),
+        small_config("skips", partition__stages=4, train__microbatches=2, train__on_nonfinite="skip",
+                     model={"target": "models_under_test:exploding_net", "args": {"at": 7}}),
     ],
     8: [
         small_config("late", partition__stages=8, model=DEEP, optimizer=ADAMW),

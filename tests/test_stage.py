@@ -16,7 +16,8 @@ from blpipe.stage import Stage
 CPU = torch.device("cpu")
 
 
-def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, compile=False, **links):
+def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, compile=False,
+               skip_nonfinite=False, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
@@ -27,7 +28,7 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, comp
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
     return Stage(blocks, head, cross_entropy(), links=Links((1,), (1,), tail, **links),
                  link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU),
-                 compile=compile)
+                 compile=compile, skip_nonfinite=skip_nonfinite)
 
 
 def microbatch(seed):
@@ -43,7 +44,7 @@ def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep,
     x, targets = microbatch(0)
     stage.forward(x)
     stage.local_backward(targets, 1.0)
-    stage.step(1.0)  # changes the live weights in place
+    stage.step(0, 1.0)  # changes the live weights in place
     error = torch.randn(8, 5)
     stage.link_backward(error)
     h = before[0](x)
@@ -83,7 +84,7 @@ def test_batchnorm_counts_every_sample_once(keep, delay):
         stage.forward(x)
         stage.local_backward(targets, 1.0)
         stage.link_backward(torch.randn(8, 5))
-        stage.step(1.0)
+        stage.step(0, 1.0)
     for (name, buffer), expected in zip(stage.blocks.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(buffer, expected), name
     assert int(stage.blocks[2][1].num_batches_tracked) == 3
@@ -111,7 +112,7 @@ def test_the_snapshot_is_made_once_a_step():
         stage.local_backward(targets, 0.5)
         runs.append(stage._awaiting[1][-1].parameters)
     assert runs[0] is runs[1]
-    stage.step(1.0)
+    stage.step(0, 1.0)
     stage.forward(x)
     stage.local_backward(targets, 1.0)
     assert stage._awaiting[1][-1].parameters is not runs[0]
@@ -192,7 +193,7 @@ def test_fused_optimizers_see_every_gradient_in_its_parameters_layout(optimizer,
             if tail:
                 stage.link_backward(torch.ones(8, 5))
             assert blocks[0].one.grad is not blocks[0].other.grad
-            stage.step(1.0)
+            stage.step(0, 1.0)
         weights.append(blocks[0].weight.detach().clone())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
@@ -227,7 +228,7 @@ def test_a_compiled_stage_computes_the_same_to_rounding():
             stage.local_backward(targets, 1.0)
             if seed:
                 stage.link_backward(error)
-            stage.step(1.0)
+            stage.step(0, 1.0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # body, tail, head
     for plain, compiled in zip(*(stage.blocks.parameters() for stage in stages), strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)

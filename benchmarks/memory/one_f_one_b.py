@@ -49,7 +49,7 @@ def train_alone(plan: Plan, index: int, device: torch.device) -> None:
         for step in range(STEPS):
             images = (_microbatch(plan, size, device) for _ in range(train.microbatches))
             backprop.train_step(Step(step, (size,) * train.microbatches), Feed(images) if index == 0 else None)
-            stage.step(1.0)
+            stage.step(0, 1.0)
     finally:
         dist.destroy_process_group()
 

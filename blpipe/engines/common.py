@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blpipe.data import Data
 from blpipe.device import Precision, transfer, use_channels_last
-from blpipe.errors import PeerLostError, StageError, UserError
+from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
 from blpipe.plan import Plan
@@ -35,6 +35,7 @@ class StageReport:
 
     busy_seconds and wait_seconds are of training alone: computing, and blocked on a neighbour. The GPU's
     utilisation (0…1) and memory in use are its driver's readings at the end of the epoch, all programs' together.
+    skipped_steps: of the run, by `train.on_nonfinite`.
     """
 
     train_loss: float | None
@@ -47,6 +48,7 @@ class StageReport:
     peak_memory_bytes: int
     gpu_utilization: float | None
     gpu_memory_bytes: int | None
+    skipped_steps: list[int]
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,37 @@ class Engine(Protocol):
         """Part from the other processes."""
 
 
+class LossWatch:
+    """Ends a run whose loss is NaN or infinite, where `train.on_nonfinite` is `stop`.
+
+    Args:
+        at_once: whether to look in every step, which waits for the device; if not, `look` says which step it was.
+    """
+
+    def __init__(self, plan: Plan, at_once: bool):
+        self._plan, self._at_once = plan, at_once
+        self._on = plan.config.train.on_nonfinite == "stop"
+        self._bad: dict[int, Tensor] = {}  # by stage: the first bad step, or −1
+
+    def note(self, index: int, stage: Stage, step: int) -> None:
+        """The losses of this step have been counted. Raises NonFiniteError."""
+        if not self._on:
+            return
+        finite = stage.tally.is_finite()
+        if not self._at_once:
+            bad = torch.where(finite, -1, step)
+            before = self._bad.get(index, bad)
+            self._bad[index] = torch.where(before < 0, bad, before)
+        elif not finite:
+            raise NonFiniteError
+
+    def look(self) -> None:
+        """Waits for the device. Raises a StageError that names stage and step."""
+        for index, bad in self._bad.items():
+            if int(bad) >= 0:
+                raise blame(self._plan, index, f"step {int(bad)}", NonFiniteError())
+
+
 def train_epoch(engine: Engine, epoch: int, on_step: OnStep = lambda: None) -> None:
     """Train all steps of one epoch, from 0."""
     engine.train(epoch, engine.plan.train_steps(epoch)[0].index, always, on_step)
@@ -167,7 +200,7 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
                  optimizer=build_optimizer(config.optimizer, parameters),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
-                 compile=config.train.compile)
+                 compile=config.train.compile, skip_nonfinite=config.train.on_nonfinite == "skip")
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
@@ -201,7 +234,7 @@ def report(train: Tally, val: Tally, busy: float | None, wait: float | None, tra
     """A stage's report, with the readings of its device."""
     utilization, memory = gpu_readings(device)
     return StageReport(train.loss, train.accuracy, val.loss, val.accuracy, busy, wait, train_seconds,
-                       peak_memory_bytes(device), utilization, memory)
+                       peak_memory_bytes(device), utilization, memory, train.skipped)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

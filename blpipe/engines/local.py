@@ -16,6 +16,7 @@ from blpipe.engines.common import (
     TRACED_STEPS,
     Feed,
     GoesOn,
+    LossWatch,
     OnStep,
     SoFar,
     StageProgress,
@@ -67,6 +68,7 @@ class LocalEngine:
         self._busy = [0.0] * len(self.stages)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
+        self._losses = LossWatch(plan, at_once=device.type == "cpu")
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
         """See `Engine`."""
@@ -87,6 +89,7 @@ class LocalEngine:
             programs = [train_program(steps, role(self.plan, k), self.plan.delay, start, goes_on) for k in self.stages]
             self._run(programs, Feed(microbatches), steps, count, self._busy)
         self._train_seconds += seconds_since(started, self.device)
+        self._losses.look()
         return next_step
 
     def so_far(self) -> dict[int, SoFar]:
@@ -95,9 +98,8 @@ class LocalEngine:
 
     def go_on_from(self, sums: dict[int, SoFar]) -> None:
         """See `Engine`."""
-        self._set_mode(training=True)
         for k, stage in self.stages.items():
-            stage.tally = sums[k].tally
+            stage.train(True, sums[k].tally)
         self._tallies = {True: self._tallies_now(), False: [Tally() for _ in self.stages]}
         self._busy = [sums[k].busy_seconds for k in self.stages]
         self._train_seconds = sums[0].train_seconds
@@ -162,8 +164,10 @@ class LocalEngine:
                 now[index] = op
                 if log is not None:
                     log.begin(index, op)
-                if index == 0 and op.kind is Kind.STEP:
-                    on_step()
+                if op.kind is Kind.STEP:
+                    self._losses.note(index, self.stages[index], op.step)
+                    if index == 0:
+                        on_step()
             return note
 
         running = {}
@@ -212,8 +216,9 @@ class LocalEngine:
                     loss = stage.loss(x, targets, x)
                     stage.tally.add(loss, x, targets)
                     (loss * (size / sum(step.sizes))).backward()
+                self._losses.note(len(stages) - 1, stage, step.index)
                 for stage in stages:
-                    stage.step(factors(self.plan, step.index).lr)
+                    stage.step(step.index, factors(self.plan, step.index).lr)
             except Exception as error:
                 raise blame(self.plan, stages.index(stage), f"step {step.index}", error) from error
             on_step()

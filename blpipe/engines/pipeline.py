@@ -11,6 +11,7 @@ from blpipe.engines.common import (
     TRACED_STEPS,
     Feed,
     GoesOn,
+    LossWatch,
     OnStep,
     SoFar,
     StageProgress,
@@ -62,6 +63,7 @@ class PipelineEngine:
         self._train_seconds = self._wait_seconds = 0.0  # in the epoch, without the part under way
         self._started = self._waited_before = 0.0  # of that part
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
+        self._losses = LossWatch(plan, at_once=world.device.type == "cpu")
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
         """See `Engine`."""
@@ -89,6 +91,7 @@ class PipelineEngine:
             self._run(self._program(steps, start, goes_on), feed, steps, count)
         self._wait_seconds += self._waited() - self._waited_before
         self._train_seconds += seconds_since(self._started, self.world.device)
+        self._losses.look()
         return next_step
 
     def so_far(self) -> dict[int, SoFar]:
@@ -99,8 +102,8 @@ class PipelineEngine:
     def go_on_from(self, sums: dict[int, SoFar]) -> None:
         """See `Engine`."""
         mine = sums[self.index]
-        self.stage.train(True)
-        self._train_tally = self.stage.tally = mine.tally
+        self.stage.train(True, mine.tally)
+        self._train_tally = mine.tally
         self._val_tally = Tally()
         self._train_seconds, self._wait_seconds = mine.train_seconds, mine.wait_seconds
 
@@ -155,6 +158,7 @@ class PipelineEngine:
             if log is not None:
                 log.begin(self.index, op)
             if op.kind is Kind.STEP:
+                self._losses.note(self.index, self.stage, op.step)
                 on_step()
 
         try:
@@ -175,7 +179,8 @@ class PipelineEngine:
             for step in takewhile(lambda step: goes_on(step.index), steps):
                 where = f"step {step.index}"
                 backprop.train_step(step, feed)
-                self.stage.step(factors(self.plan, step.index).lr)
+                self._losses.note(self.index, self.stage, step.index)
+                self.stage.step(step.index, factors(self.plan, step.index).lr)
                 on_step()
             backprop.drain()
         except Exception as error:

@@ -29,7 +29,8 @@ class Rehearsal:
 
     def __init__(self, network: Network, device: torch.device):
         self._mode, self._device = FakeTensorMode(allow_non_fake_inputs=True), device
-        train = network.config.train.model_copy(update={"compile": False})  # what cannot be known without compiling
+        train = network.config.train.model_copy(update={  # of compiled code and of losses nothing can be known
+            "compile": False, "on_nonfinite": "ignore"})
         with self._mode:
             self._network = replace(network, model=without_values(network.model, device),
                                     config=network.config.model_copy(update={"train": train}))

@@ -1,0 +1,146 @@
+"""Runs that are killed, stopped and started again end as the undisturbed run does, bit for bit."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import assert_same_run, child_environment, small_config, torchrun_command, train_locally
+
+from blpipe.checkpoint.folders import checkpoints
+
+TRAIN = ["-m", "blpipe", "train", "run.yaml"]
+KILLS = 20
+
+
+def config_of(**changes):
+    """A run in two stages whose links are late, saved now and then."""
+    return small_config("run", **{
+        "partition__stages": 2, "method__link": {"delay": 2, "length": "all"}, "train__microbatches": 2,
+        "checkpoint": {"every_epochs": 0, "every_steps": 4}, "train__eval_every_epochs": 0} | changes)
+
+
+def restarting(restarts: int) -> list[str]:
+    """The command line of a run in two processes that torchrun starts again so many times."""
+    command = torchrun_command(2, *TRAIN)
+    at = command.index("--standalone")
+    return [*command[:at], f"--max-restarts={restarts}", *command[at:]]
+
+
+class Started:
+    """A command in the background, in a process group of its own; what it says goes to a file."""
+
+    def __init__(self, command, folder):
+        self.folder, self.log = folder, folder / f"said_{time.monotonic_ns()}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, env=child_environment(), stdout=log,
+                                            stderr=subprocess.STDOUT, start_new_session=True)
+
+    @property
+    def said(self) -> str:
+        """All that it has said so far."""
+        return self.log.read_text()
+
+    def workers(self) -> list[int]:
+        """Process ids of torchrun's ranks, in their order."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(child) for child in children if "train" in Path(f"/proc/{child}/cmdline").read_text().split("\0")]
+
+    def wait_for_checkpoint(self, seconds: float = 60) -> None:
+        """Until the run has one."""
+        end = time.monotonic() + seconds
+        while not checkpoints(self.folder / "runs/run"):
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < end, self.said
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 60) -> int:
+        """Wait for it to end, for so long; returns the exit code."""
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.timeout(600)
+def test_a_run_whose_stages_are_killed_twenty_times_ends_as_if_they_had_not_been(folder, monkeypatch):
+    """At random steps, one stage or the other; torchrun starts them again, and they go on from the last checkpoint."""
+    dice = random.Random(0)
+    deaths = [[0] * KILLS, [0] * KILLS]
+    for kill in range(KILLS):
+        deaths[dice.randrange(2)][kill] = dice.randint(3, 30)  # forwards, two a step
+    tree = config_of(model={"target": "models_under_test:mortal_net", "args": {"first": deaths[0], "last": deaths[1]}},
+                     train__epochs=30)
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    run = Started(restarting(KILLS), folder)
+    assert run.end(560) == 0, run.said
+    assert len(re.findall(r"exitcode: -9|exit code -9|\(exitcode: -9\)", run.said)) >= KILLS, run.said
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(KILLS))  # where none is to die
+    assert_same_run(train_locally(tree, folder), folder / "runs/run")
+
+
+@pytest.mark.parametrize("link", [{"delay": 2, "length": "all"}, {"delay": 0}], ids=["late", "in time"])
+@pytest.mark.parametrize("command", [[sys.executable, *TRAIN], torchrun_command(2, *TRAIN)], ids=["local", "pipeline"])
+def test_sigterm_saves_and_the_next_start_goes_on(command, link, folder):
+    """Wherever it is: there is no checkpoint due for a long time."""
+    tree = config_of(method__link=link, train__epochs=10_000, checkpoint={"every_epochs": 0, "every_steps": 100})
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    run = Started(command, folder)
+    run.wait_for_checkpoint()
+    time.sleep(0.3)
+    ranks = run.workers() if "torch.distributed.run" in command else [run.process.pid]
+    run.process.terminate()
+    code = run.end(30)
+    if "torch.distributed.run" not in command:
+        assert code == 128 + signal.SIGTERM
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+    step, = map(int, re.findall(r"^blpipe: stopped by SIGTERM after step (\d+), and saved; `train --resume runs/run` "
+                                r"goes on$", run.said, re.MULTILINE))
+    assert checkpoints(folder / "runs/run")[-1].name == f"step_{step:09d}"
+    epochs = step // 6 + 2
+    done = subprocess.run([*command[:-1], "--resume", "runs/run", f"train.epochs={epochs}"], cwd=folder,
+                          env=child_environment(), timeout=90, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(train_locally({**tree, "train": tree["train"] | {"epochs": epochs}}, folder), folder / "runs/run")
+
+
+def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder):
+    tree = config_of(train__epochs=150)
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    run = Started(restarting(1), folder)
+    run.wait_for_checkpoint()
+    os.kill(run.workers()[1], signal.SIGTERM)
+    assert run.end() == 0, run.said
+    assert "blpipe: stopped by SIGTERM after step" in run.said
+    assert_same_run(train_locally(tree, folder), folder / "runs/run")
+
+
+def test_two_runs_in_one_folder_are_one_too_many(folder):
+    (folder / "run.yaml").write_text(yaml.safe_dump(config_of(train__epochs=10_000)))
+    first = Started([sys.executable, *TRAIN], folder)
+    try:
+        first.wait_for_checkpoint()
+        for more in (["--overwrite"], ["--auto-resume"]):
+            second = Started([sys.executable, *TRAIN, *more], folder)
+            assert second.end() == 2
+            assert second.said == ("blpipe: name: another process is training in runs/run; wait for it, or choose "
+                                   "another name=…\n")
+    finally:
+        first.process.kill()
+        first.end()
+    again = Started([sys.executable, *TRAIN, "--overwrite", "train.epochs=1"], folder)
+    assert again.end() == 0  # a lock goes with its process
