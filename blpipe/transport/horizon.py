@@ -28,7 +28,8 @@ class Horizon:
         self._until = start  # steps before this one are promised
         self._ends = self._asked = False
         self._promises = 0
-        self._promised_at, self._asked_at = start, perf_counter()
+        self._start, self._started = start, perf_counter()
+        self._further = 1  # steps of a promise
 
     def covers(self, step: int) -> bool:
         """Whether this step is to be done; every stage asks before it begins one."""
@@ -43,11 +44,10 @@ class Horizon:
         if self._stop_wanted() or (self._meeting is not None and self._meeting.stop_asked(self._run)):
             self._ends = True
         else:
-            now = perf_counter()
-            seconds = (now - self._asked_at) / max(1, step - self._promised_at)
-            further = min(max(1, int(_SECONDS / max(seconds, 1e-6))), 1000) if self._meeting is not None else 1
-            self._until = step + self._ahead + further
-            self._promised_at, self._asked_at = step, now
+            if self._meeting is not None:
+                in_time = int(_SECONDS * (step - self._start) / (perf_counter() - self._started))
+                self._further = max(1, min(in_time, 2 * self._further))
+            self._until = step + self._ahead + self._further
         if self._meeting is not None:
             self._meeting.promise(self._run, self._promises, {"until": self._until, "ends": self._ends})
             self._promises += 1
