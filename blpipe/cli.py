@@ -76,7 +76,7 @@ def _report(text: str) -> None:
     ending = 0 < signal.getitimer(signal.ITIMER_REAL)[0] < _GRACE_SECONDS / 2  # as are the others: nobody is to blame
     if not launch.under_torchrun() or (not ending and _is_reporter()):
         print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
-    else:
+    elif not signal.getitimer(signal.ITIMER_REAL)[0]:
         time.sleep(1)  # once a rank has ended, torchrun ends the others: let the reporter speak
 
 

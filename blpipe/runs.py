@@ -146,22 +146,33 @@ def _folder(config: Config) -> Path:
 
 @contextmanager
 def _run_folder(config: Config, how: _How, beginning: Beginning) -> Iterator[Path]:
-    """The run folder, made ready, and this process's alone. Raises ConfigError."""
+    """The run folder, this process's alone, which holds nothing that is to be kept. Raises ConfigError."""
     run = _folder(config)
     with _writing_to(run):
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
     with lock:
-        with _writing_to(run):
-            _take(lock, run)
-            if beginning.checkpoint is None:
-                _clear(run, config, how)
-            else:
-                forget_after(run, beginning.checkpoint)
-            partial = run / ".config.yaml.partial"
-            partial.write_text(dump_config(config))
-            partial.replace(run / "config.yaml")
-        yield run
+        try:
+            with _writing_to(run):
+                _take(lock, run)
+            _refuse_another_run(run, config, how, beginning)
+            yield run
+        finally:
+            if not any(path.name != ".lock" for path in run.iterdir()):  # nothing came of it
+                shutil.rmtree(run)
+
+
+def _make_ready(run: Path, config: Config, beginning: Beginning) -> None:
+    """Remove what is not to be gone on with, and write the config. Raises ConfigError."""
+    with _writing_to(run):
+        if beginning.checkpoint is None:
+            for path in _parts(run):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            forget_after(run, beginning.checkpoint)
+        partial = run / ".config.yaml.partial"
+        partial.write_text(dump_config(config))
+        partial.replace(run / "config.yaml")
 
 
 @contextmanager
@@ -180,15 +191,16 @@ def _take(lock: TextIO, run: Path) -> None:
                           "name=…") from None
 
 
-def _clear(run: Path, config: Config, how: _How) -> None:
-    """Remove what the run folder holds, where that is meant."""
-    present = [run / part for part in _PARTS if (run / part).exists()]
-    if present and not how.overwrite and not (how.auto_resume and resume.is_of(run, config)):
-        go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""
-        raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another "
-                          "name=…")
-    for path in present:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _refuse_another_run(run: Path, config: Config, how: _How, beginning: Beginning) -> None:
+    if not _parts(run) or how.overwrite or beginning.checkpoint or (how.auto_resume and resume.is_of(run, config)):
+        return
+    go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""
+    raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another name=…")
+
+
+def _parts(run: Path) -> list[Path]:
+    """What a run folder holds of a run."""
+    return [run / part for part in _PARTS if (run / part).exists()]
 
 
 def _train_in_pipeline(config: Config, meeting: Meeting, how: _How) -> tuple[Path, int | None]:
@@ -236,6 +248,7 @@ def _train(engine: Engine, plan: Plan, run: Path, beginning: Beginning, meeting:
         notes += load(beginning.checkpoint, plan, engine)
     recorder = None
     if launch.rank() == 0:
+        _make_ready(run, plan.config, beginning)
         recorder = Recorder(run, plan, engine.name, start // len(plan.step_sizes))
         _tell([*notices(plan), *notes])
     saver, reached = Saver(run, plan, engine), None

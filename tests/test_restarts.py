@@ -88,7 +88,8 @@ def test_a_run_whose_stages_are_killed_twenty_times_ends_as_if_they_had_not_been
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = Started(restarting(KILLS), folder)
     assert run.end(560) == 0, run.said
-    assert len(re.findall(r"exitcode: -9|exit code -9|\(exitcode: -9\)", run.said)) >= KILLS, run.said
+    # torchrun names the one whose end it sees first, and the other has lost its neighbour.
+    assert len(re.findall(r"failed \(exitcode: (?:-9|1)\)", run.said)) == KILLS, run.said
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(KILLS))  # where none is to die
     assert_same_run(train_locally(tree, folder), folder / "runs/run")
 

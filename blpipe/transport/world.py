@@ -173,21 +173,19 @@ class World:
 
 
 def shake_hands(meeting: Meeting, run: str, contract: dict[str, Any]) -> None:
-    """Compare versions and `contract` (JSON) with both neighbours, before any process group exists.
+    """Compare versions and `contract` (JSON) with all processes, before any process group exists.
 
     Raises:
-        UserError: a neighbour with another version or contract.
+        UserError: one with another version or contract.
     """
     mine = {"blpipe": blpipe.__version__, "torch": torch.__version__, **contract}
     meeting.store.set(f"{run}/hands/{meeting.rank}", json.dumps(mine))
-    for neighbour in (meeting.rank - 1, meeting.rank + 1):
-        if 0 <= neighbour < meeting.size:
-            with lost_peer(f"rank {meeting.rank} shaking hands with rank {neighbour}"):
-                theirs = json.loads(meeting.store.get(f"{run}/hands/{neighbour}"))
-            if mine != theirs:
-                difference = _first_difference(mine, theirs)
-                raise UserError(f"rank {meeting.rank} and rank {neighbour} differ in {difference}; "
-                                "start every rank with the same config and versions")
+    for rank in range(meeting.size):
+        with lost_peer(f"rank {meeting.rank} shaking hands with rank {rank}"):
+            theirs = json.loads(meeting.store.get(f"{run}/hands/{rank}"))
+        if mine != theirs:
+            raise UserError(f"rank {meeting.rank} and rank {rank} differ in {_first_difference(mine, theirs)}; "
+                            "start every rank with the same config and versions")
 
 
 def _first_difference(mine: Any, theirs: Any, path: str = "") -> str:
