@@ -96,7 +96,11 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Named):
-    """Where the images come from and how they are prepared."""
+    """Where the images come from and how they are prepared.
+
+    bad_samples: what becomes of a sample that its data set cannot read; `skip`: the next readable one of its split
+    stands in for it.
+    """
 
     default = "digits"
 
@@ -105,6 +109,7 @@ class DataConfig(Named):
     normalize: NormalizeConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     workers: NotNegative = 0
+    bad_samples: Literal["refuse", "skip"] = "refuse"
     place: Literal["auto", "host", "device"] = "auto"
     train_samples: Positive | None = None
     test_samples: Positive | None = None

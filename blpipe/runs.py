@@ -35,7 +35,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume: bool = False) 
     set_up(config)
     if choose_engine(config) == "local":
         plan, data, run = _prepare(config, overwrite, resume)
-        _train(open_local(plan, data), plan, run, resume, None, _has_terminal(config))
+        _train(open_local(plan, data), data, plan, run, resume, None, _has_terminal(config))
         return
     _train_in_pipeline(config, meet(config.runtime.timeout_seconds), overwrite, resume)
 
@@ -56,6 +56,8 @@ def evaluate_run(run: Path) -> str:
     engine.evaluate()
     reports = engine.reports()
     assert reports is not None
+    for line in data.notes():
+        print(f"note: {line}")
     return stage_table(stage_rows(plan), [report.val_accuracy for report in reports])
 
 
@@ -148,7 +150,7 @@ def _train_in_pipeline(config: Config, meeting: Meeting, overwrite: bool, resume
         plan, run = make_plan(config, DataSpec.from_json(told["data"])), Path(told["run"])
         shown = told["shown"]
     engine = open_pipeline(plan, data, meeting)
-    _train(engine, plan, run, resume, meeting, shown)
+    _train(engine, data, plan, run, resume, meeting, shown)
     engine.close()
 
 
@@ -157,7 +159,8 @@ def _has_terminal(config: Config) -> bool:
     return config.runtime.progress and sys.stderr.isatty()
 
 
-def _train(engine: Engine, plan: Plan, run: Path, resume: bool, meeting: Meeting | None, shown: bool) -> None:
+def _train(engine: Engine, data: Data | None, plan: Plan, run: Path, resume: bool, meeting: Meeting | None,
+           shown: bool) -> None:
     first_epoch = _resume_from(run, plan, engine) if resume else 0
     recorder = Recorder(run, plan, engine.name, first_epoch) if launch.rank() == 0 else None
     if recorder is not None:
@@ -169,6 +172,8 @@ def _train(engine: Engine, plan: Plan, run: Path, resume: bool, meeting: Meeting
             if recorder is not None:
                 recorder.add(epoch)
                 tqdm.write(epoch_line(epoch, config.train.epochs, plan.samples_per_epoch))
+            for line in () if data is None else data.notes():  # they are on rank 0 alone
+                tqdm.write(f"note: {line}")
             if config.runtime.trace and epoch.index == first_epoch:
                 spans = engine.spans()
                 if spans is not None:

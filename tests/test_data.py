@@ -617,7 +617,7 @@ def test_a_corrupt_image_is_named(tmp_path, workers):
     bad.write_bytes(bad.read_bytes()[:50])
     data = opened(name="imagefolder", root=str(tmp_path), workers=workers)
     with pytest.raises(UserError, match=rf"^data\.root: train sample 11: {bad}: cannot be read as an image: "
-                                        ".*; mend or remove the file$"):
+                                        r".*; mend or remove it, or set data\.bad_samples=skip$"):
         list(data.train_batches(0, 0, 4, False))
     bad.rename(tmp_path / "train" / "a" / "00.png")
     refused(r"^data\.root: .*00\.png: cannot be read as an image", name="imagefolder", root=str(tmp_path))
@@ -753,7 +753,7 @@ class Stream(IterableDataset):
     ((Listed([(X[0],)], classes=["a"]), (X, Y)), r"train sample 0 is \(uint8 \[3, 4, 4\]\); expected \(tens"),
     ((Listed([(Image.new("L", (2, 2)), 0)], classes=["a"]), (X, Y)), r"train sample 0 is \(Image, int\); ex"),
     ((Listed([(X[0], 0.5)], classes=["a"]), (X, Y)), r"train sample 0 is \(uint8 .*, float\); expected"),
-    ((Listed([KeyError("x\ny")], classes=["a"]), (X, Y)), r"train sample 0: KeyError: "),
+    ((Listed([KeyError("x\ny")], classes=["a"]), (X, Y)), r"train sample 0: cannot be read: KeyError: "),
 ])
 def test_anything_else_from_a_target_is_refused(monkeypatch, value, match):
     refused_target(rf"^data\.target: {match}", value, monkeypatch)
@@ -774,7 +774,7 @@ def test_train_and_test_must_be_alike(monkeypatch):
     ((X[0, :2], 1), r"sample 4 is uint8 \[2, 4, 4\] with target int64 \[\], but the first is uint8 \[3, 4"),
     ((X[0].float(), 1), r"sample 4 is float32 \[3, 4, 4\] with target int64 \[\], but the first is uint8"),
     ("text", r"sample 4 is str; expected \(tensor, int or int64 tensor\)"),
-    (RuntimeError("out\nof luck"), r"sample 4: RuntimeError: out of luck"),
+    (RuntimeError("out\nof luck"), r"sample 4: cannot be read: RuntimeError: out of luck; mend or remove it, or set "),
 ])
 def test_a_bad_sample_is_named_when_it_is_fetched(monkeypatch, workers, sample, match):
     samples = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
