@@ -1,5 +1,6 @@
 """The config: every key, nested, typed and frozen, with what must hold between keys."""
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -23,6 +24,21 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 WirePrecision = Literal["full", "bf16"]  # the precision of what stages send each other
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+Processes = Annotated[int, Field(ge=0, le=4096)]  # or threads, of one machine
+
+
+def _path(value: str) -> str:
+    try:
+        possible = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError("holds a character that no path can")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 
 T = TypeVar("T")
 
@@ -104,11 +120,11 @@ class DataConfig(Named):
 
     default = "digits"
 
-    root: str | None = None
+    root: PathText | None = None
     download: bool = False
     normalize: NormalizeConfig | None = None
     augment: AugmentConfig = AugmentConfig()
-    workers: NotNegative = 0
+    workers: Processes = 0
     bad_samples: Literal["refuse", "skip"] = "refuse"
     place: Literal["auto", "host", "device"] = "auto"
     train_samples: Positive | None = None
@@ -326,8 +342,8 @@ class RuntimeConfig(Section):
 
     engine: Literal["auto", "local", "pipeline"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive | None = None
-    runs: str = "runs"
+    threads: Annotated[Processes, Field(ge=1)] | None = None
+    runs: PathText = "runs"
     progress: bool = True
     trace: bool = False
     tensorboard: bool = False

@@ -483,7 +483,7 @@ NOTHING = np.zeros((0, 4, 4, 3), np.uint8)
     ({"train_y": np.array([0, 1, -2, 0, 1, 2])}, r"train label -2 at index 2 is negative; mend the data"),
     ({"test_y": np.array([0, -1, 2])}, r"test_y has the label -1, which train_y has not; mend the data"),
     ({"train_y": np.array([0, 2] * 3)}, r"test_y has the label 1, which train_y has not; mend the data"),
-    ({"train_y": np.array([0, None] * 3)}, r"not a readable \.npz file: ValueError: .*allow_pickle=False"),
+    ({"train_y": np.array([0, None] * 3)}, r"train_y is object, but must be int64 \[N\]; convert"),
 ])
 def test_malformed_arrays_are_refused(tmp_path, changes, match):
     np.savez(tmp_path / "a.npz", **arrays(**changes))
@@ -497,9 +497,9 @@ def test_what_is_no_npz_file_is_refused(tmp_path):
     refused(r"^data\.root: .* not a readable .npz file: IsADirectory", name="arrays", root=str(tmp_path))
     with open(tmp_path / "a.npz", "wb") as file:
         np.save(file, np.zeros(3))
-    refused(r"^data\.root: .* not a readable .npz file: ValueError: a single array", **section)
+    refused(r"^data\.root: .* not a readable .npz file: BadZipFile: ", **section)
     (tmp_path / "a.npz").write_bytes(pickle.dumps({"train_x": 1}))
-    refused(r"^data\.root: .* not a readable .npz file: ValueError: .*contains pickled", **section)
+    refused(r"^data\.root: .* not a readable .npz file: BadZipFile: ", **section)
 
 
 def test_a_member_that_is_no_array_is_refused(tmp_path):
@@ -508,7 +508,7 @@ def test_a_member_that_is_no_array_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays(train_y=None))
     with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
         archive.writestr("train_y", b"0, 1, 2")
-    refused(r"train_y in '.*a\.npz' is not an array; it must be int64 \[N\]", name="arrays",
+    refused(r"a\.npz' has no train_y; it must have train_y, int64 \[N\]", name="arrays",
             root=str(tmp_path / "a.npz"))
 
 
