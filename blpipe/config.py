@@ -30,11 +30,13 @@ Processes = Annotated[int, Field(ge=0, le=4096)]  # or threads, of one machine
 
 def _path(value: str) -> str:
     try:
-        possible = b"\0" not in os.fsencode(value)
+        encoded = os.fsencode(value)
     except UnicodeEncodeError:
-        possible = False
-    if not possible:
+        encoded = b"\0"
+    if b"\0" in encoded:
         raise ValueError("holds a character that no path can")
+    if len(encoded) > 2000 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise ValueError("is longer than a path can be")
     return value
 
 
@@ -351,8 +353,8 @@ class RuntimeConfig(Section):
 
 
 def _folder_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
-        raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", value):
+        raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.', 200 at most")
     return value
 
 

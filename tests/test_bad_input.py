@@ -202,7 +202,8 @@ def test_thousands_of_problems_are_told_by_the_first(folder):
 
 @pytest.mark.parametrize(("key", "value"), [("runtime.threads", 10**5), ("data.workers", 10**5),
                                             ("runtime.runs", '"a\\0b"'), ("runtime.runs", '"\\ud800"'),
-                                            ("data.root", '"a\\0b"')])
+                                            ("runtime.runs", "é" * 128), ("runtime.runs", "a/" * 1500),
+                                            ("name", "x" * 201), ("data.root", '"a\\0b"')])
 def test_what_would_end_the_process_is_refused(folder, key, value):
     path = folder / "smallest.yaml"
     path.write_text(SMALLEST_YAML)
@@ -393,10 +394,14 @@ def test_a_checkpoint_with_a_file_that_is_no_longer_what_it_was(saved, whole, fo
 # The command line.
 
 CLI_PATHS = [path for path in PATHS if "args" not in path]
+plausible = st.integers(0, 99) | st.booleans() | st.floats(0.0, 99.0) | st.none() | st.lists(
+    st.integers(0, 5) | st.sampled_from(["linear", "1", "4"]), max_size=3) | st.sampled_from(
+    [2**31, 2**63, 10**30, 1e300, "all", "linear", "conv", "digits", "arrays", "imagefolder", "mlp", "bp", "greedy",
+     "balanced", "cosine", "adamw", "skip", "16GiB", "nowhere", "a:b", "\x1b[31m", "é" * 300])
 
 
-@examples(40)
-@given(changes=st.lists(st.tuples(st.sampled_from(CLI_PATHS), wild), min_size=1, max_size=2))
+@examples(150)
+@given(changes=st.lists(st.tuples(st.sampled_from(CLI_PATHS), plausible | extremes), min_size=1, max_size=3))
 def test_a_config_on_the_command_line_is_a_run_or_one_line_a_problem(folder, changes):
     tree = small_config("small", train__epochs=1)
     for path, value in changes:
