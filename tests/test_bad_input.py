@@ -316,6 +316,14 @@ def test_a_huge_declared_shape_is_given_no_memory(folder, shape, lies, monkeypat
         opened(path)
 
 
+def test_an_array_of_more_values_than_its_shape_says_is_refused(folder):
+    path = folder / "more.npz"
+    header = repr({"descr": "|u1", "fortran_order": False, "shape": (6, 4, 4, 3)})
+    path.write_bytes(with_member("train_x", npy(header, bytes(6 * 4 * 4 * 3 + 1))))
+    with pytest.raises(ConfigError, match=r"ValueError: train_x goes on after its \[6, 4, 4, 3\] values"):
+        opened(path)
+
+
 @pytest.mark.parametrize("name", ["train_x", "train_y", "test_x", "test_y"])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_arrays_are_never_unpickled(folder, name, save):
