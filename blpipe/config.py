@@ -1,5 +1,6 @@
 """The config: every key, nested, typed and frozen, with what must hold between keys."""
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -23,6 +24,23 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 WirePrecision = Literal["full", "bf16"]  # the precision of what stages send each other
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+Processes = Annotated[int, Field(ge=0, le=4096)]  # or threads, of one machine
+
+
+def _path(value: str) -> str:
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise ValueError("holds a character that no path can")
+    if len(encoded) > 2000 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise ValueError("is longer than a path can be")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 
 T = TypeVar("T")
 
@@ -96,15 +114,20 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Named):
-    """Where the images come from and how they are prepared."""
+    """Where the images come from and how they are prepared.
+
+    bad_samples: what becomes of a sample that its data set cannot read; `skip`: the next readable one of its split
+    stands in for it.
+    """
 
     default = "digits"
 
-    root: str | None = None
+    root: PathText | None = None
     download: bool = False
     normalize: NormalizeConfig | None = None
     augment: AugmentConfig = AugmentConfig()
-    workers: NotNegative = 0
+    workers: Processes = 0
+    bad_samples: Literal["refuse", "skip"] = "refuse"
     place: Literal["auto", "host", "device"] = "auto"
     train_samples: Positive | None = None
     test_samples: Positive | None = None
@@ -329,8 +352,8 @@ class RuntimeConfig(Section):
 
     engine: Literal["auto", "local", "pipeline"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive | None = None
-    runs: str = "runs"
+    threads: Annotated[Processes, Field(ge=1)] | None = None
+    runs: PathText = "runs"
     progress: bool = True
     trace: bool = False
     tensorboard: bool = False
@@ -338,8 +361,8 @@ class RuntimeConfig(Section):
 
 
 def _folder_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
-        raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", value):
+        raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.', 200 at most")
     return value
 
 

@@ -1,6 +1,7 @@
 """Config files: from YAML and overrides to a config and back, and what is wrong with one, in one line each."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,23 +11,49 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from blpipe.config import EACH, ONE, Config, Section
-from blpipe.errors import ConfigError, one_line
+from blpipe.errors import ConfigError, one_line, printable
 
 S = TypeVar("S", bound=Section)
+
+_MOST_BYTES = 64 * 1024  # of a file; PyYAML reads such a one in seconds
+_MOST_VALUES, _DEEPEST = 20_000, 50  # of a file or an override, every alias written out
+_MOST_PROBLEMS = 50  # that are told of one config
 
 _EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number and a key given twice is an error."""
+    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number, and a key given twice and too much of anything are errors."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"it holds more than {_MOST_VALUES:,} values",
+                                                    node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for tag, value in keys:
-            if keys.count((tag, value)) > 1 and not tag.endswith(":merge"):
+        keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for (tag, value), count in keys.items():
+            if count > 1 and not tag.endswith(":merge"):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {value!r} is given twice",
                                                         node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[yaml.Node, int], depth: int = 0) -> int:
+    """How many values a node holds, itself included, with every alias written out. `known`: those counted before.
+
+    Aliases share what they stand for until something prints or copies it: then ten short lines can be a billion values.
+    """
+    if node not in known:
+        if depth > _DEEPEST:
+            raise yaml.constructor.ConstructorError(None, None, f"it is more than {_DEEPEST} deep, or holds itself",
+                                                    node.start_mark)
+        below = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for pair in below for part in pair] if isinstance(node, yaml.MappingNode) else below
+        known[node] = 1 + sum(_written_out(part, known, depth + 1) for part in parts)
+    return known[node]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -67,7 +94,10 @@ def parse_as(kind: type[S], tree: dict[str, Any]) -> S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(*(_explain(e, kind) for e in error.errors(include_url=False))) from None
+        found = error.errors(include_url=False)
+        problems = [_explain(each, kind) for each in found[:_MOST_PROBLEMS]]
+        more = len(found) - len(problems)
+        raise ConfigError(*problems, *([f"config: {more:,} more of this kind"] if more else [])) from None
 
 
 def dump_config(config: Config) -> str:
@@ -78,12 +108,18 @@ def dump_config(config: Config) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The nested dictionary of keys in a YAML file. Raises ConfigError where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; the shipped configs are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    tree = _parse_yaml(text, str(path))
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{path}: holds more than {_MOST_BYTES:,} bytes, so it is no config")
+    try:
+        tree = _parse_yaml(text.decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{path}: must be a mapping of keys to values, such as `model: {{name: mlp}}`")
     return tree
@@ -100,8 +136,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{override}: an override is key.sub=value, such as train.epochs=3")
-    set_key(tree, path, _parse_yaml(text, override))
+        raise ConfigError(f"{printable(override)}: an override is key.sub=value, such as train.epochs=3")
+    set_key(tree, path, _parse_yaml(text, printable(override)))
 
 
 def set_key(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -117,11 +153,11 @@ def set_key(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in error["loc"] if part not in (ONE, EACH)) or "config"
+    path = printable(".".join(str(part) for part in error["loc"] if part not in (ONE, EACH))) or "config"
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key{_suggest(path, kind)}"
     if error["type"] == "model_type":
-        return f"{path}: must be a mapping of keys to values, got {error['input']!r}"
+        return f"{path}: must be a mapping of keys to values, got {_shown(error['input'])}"
     if error["type"] == "missing":
         return f"{path}: is required, and not given"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "valid list")
@@ -129,9 +165,17 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
     if not error["loc"]:  # of two sections together; the message names the keys
         return message
     if error["type"] == "literal_error":
-        close = get_close_matches(str(value), re.findall(r"'([^']+)'", message), n=1)
+        close = get_close_matches(_shown(value).strip("'"), re.findall(r"'([^']+)'", message), n=1)
         message += f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{path}: {message}" if isinstance(value, dict | BaseModel) else f"{path}: {message}, got {value!r}"
+    return f"{path}: {message}" if isinstance(value, dict | BaseModel) else f"{path}: {message}, got {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    try:
+        return printable(repr(value))
+    except (ValueError, RecursionError):  # of a number with thousands of digits
+        return f"{type(value).__name__} that is too large to show"
 
 
 def _suggest(path: str, kind: type[BaseModel]) -> str:

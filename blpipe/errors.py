@@ -58,4 +58,10 @@ class PeerLostError(RuntimeError):
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line."""
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()), 1000)
+
+
+def printable(text: str, longest: int = 200) -> str:
+    """Text from outside as it can stand in a message: without control characters, and cut where it is long."""
+    cut = text if len(text) <= longest else f"{text[:longest]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)

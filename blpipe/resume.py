@@ -11,7 +11,7 @@ from blpipe.config_file import load_config
 from blpipe.errors import ConfigError, UserError
 
 _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
-_CHANGEABLE = ("partition", "data.root", "data.download", "data.workers", "data.place",
+_CHANGEABLE = ("partition", "data.root", "data.download", "data.workers", "data.place", "data.bad_samples",
                "train.epochs", "train.eval_batch_size", "train.eval_every_epochs")
 
 

@@ -1,7 +1,5 @@
 """Run folders: what each subcommand does with one."""
 
-import fcntl
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,33 +7,30 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
 from blpipe import launch, resume
-from blpipe.checkpoint.folders import checkpoints, config_of, forget_after, manifest
+from blpipe.checkpoint.folders import config_of, manifest
 from blpipe.checkpoint.saver import Saver
 from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
-from blpipe.config_file import dump_config
 from blpipe.data import Data, DataSpec, open_data
 from blpipe.engines.common import Engine
 from blpipe.engines.pipeline import steps_ahead
-from blpipe.errors import ConfigError, StoppedError, UserError
+from blpipe.errors import StoppedError, UserError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
 from blpipe.metrics import Recorder, check_tensorboard, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.progress import Progress
 from blpipe.resume import Beginning
+from blpipe.run_folder import How, claimed, folder_of, make_ready
 from blpipe.trace import write_trace
 from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, set_up, train
 from blpipe.transport.horizon import Horizon
 from blpipe.transport.world import Meeting, choose_device, meet
-
-_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "tensorboard", "checkpoints")
 
 
 def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | None = None,
@@ -54,15 +49,16 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
         StoppedError: SIGTERM; the run is saved.
     """
     set_up(config)
-    how = _How(overwrite, resume_from, auto_resume)
+    how = How(overwrite, resume_from, auto_resume)
     if choose_engine(config) == "local":
         plan, data, beginning = _prepare(config, how)
-        with _run_folder(plan.config, how, beginning) as run:
-            stopped = _train(open_local(plan, data), plan, run, beginning, None, _has_terminal(config))
+        with claimed(plan.config, how, beginning) as folder:
+            run = _Run(plan, data, folder, beginning, _has_terminal(config))
+            stopped = _train(open_local(plan, data), run)
     else:
-        run, stopped = _train_in_pipeline(config, meet(config.runtime.timeout_seconds), how)
+        folder, stopped = _train_in_pipeline(config, meet(config.runtime.timeout_seconds), how)
     if stopped is not None:
-        raise StoppedError(f"stopped by SIGTERM after step {stopped}, and saved; `train --resume {run}` goes on")
+        raise StoppedError(f"stopped by SIGTERM after step {stopped}, and saved; `train --resume {folder}` goes on")
 
 
 def evaluate_run(path: Path) -> str:
@@ -81,6 +77,7 @@ def evaluate_run(path: Path) -> str:
     engine.evaluate()
     reports = engine.reports()
     assert reports is not None
+    _tell(data.notes())
     return stage_table(stage_rows(plan), [report.val_accuracy for report in reports])
 
 
@@ -113,22 +110,31 @@ def _tell(notes: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _How:
-    """See `train_run`."""
+class _Run:
+    """A run that is about to begin.
 
-    overwrite: bool
-    resume_from: Path | None
-    auto_resume: bool
+    Args:
+        data: in the first process alone.
+        shown: whether progress is.
+        meeting: with the other processes; None where there is one.
+    """
+
+    plan: Plan
+    data: Data | None
+    folder: Path
+    beginning: Beginning
+    shown: bool
+    meeting: Meeting | None = None
 
 
-def _prepare(config: Config, how: _How) -> tuple[Plan, Data, Beginning]:
+def _prepare(config: Config, how: How) -> tuple[Plan, Data, Beginning]:
     """Check everything that can be checked; writes nothing."""
     check_tensorboard(config)
     beginning = Beginning()
     if how.resume_from is not None:
         config, beginning = resume.go_on(config, how.resume_from)
     elif how.auto_resume:
-        config, beginning = resume.go_on_if_there(config, _folder(config))
+        config, beginning = resume.go_on_if_there(config, folder_of(config))
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
     if config.partition.unsettled:
@@ -140,98 +146,40 @@ def _prepare(config: Config, how: _How) -> tuple[Plan, Data, Beginning]:
     return plan, data, beginning
 
 
-def _folder(config: Config) -> Path:
-    return Path(config.runtime.runs) / config.name
-
-
-@contextmanager
-def _run_folder(config: Config, how: _How, beginning: Beginning) -> Iterator[Path]:
-    """The run folder, this process's alone, which holds nothing that is to be kept. Raises ConfigError."""
-    run = _folder(config)
-    with _writing_to(run):
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
-    with lock:
-        try:
-            with _writing_to(run):
-                _take(lock, run)
-            _refuse_another_run(run, config, how, beginning)
-            yield run
-        finally:
-            if not any(path.name != ".lock" for path in run.iterdir()):  # nothing came of it
-                shutil.rmtree(run)
-
-
-def _make_ready(run: Path, config: Config, beginning: Beginning) -> None:
-    """Remove what is not to be gone on with, and write the config. Raises ConfigError."""
-    with _writing_to(run):
-        if beginning.checkpoint is None:
-            for path in _parts(run):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        else:
-            forget_after(run, beginning.checkpoint)
-        partial = run / ".config.yaml.partial"
-        partial.write_text(dump_config(config))
-        partial.replace(run / "config.yaml")
-
-
-@contextmanager
-def _writing_to(run: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"runtime.runs: cannot write to {run}: {error.strerror}; choose another folder") from error
-
-
-def _take(lock: TextIO, run: Path) -> None:
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"name: another process is training in {run}; wait for it, or choose another "
-                          "name=…") from None
-
-
-def _refuse_another_run(run: Path, config: Config, how: _How, beginning: Beginning) -> None:
-    if not _parts(run) or how.overwrite or beginning.checkpoint or (how.auto_resume and resume.is_of(run, config)):
-        return
-    go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""
-    raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another name=…")
-
-
-def _parts(run: Path) -> list[Path]:
-    """What a run folder holds of a run."""
-    return [run / part for part in _PARTS if (run / part).exists()]
-
-
-def _train_in_pipeline(config: Config, meeting: Meeting, how: _How) -> tuple[Path, int | None]:
+def _train_in_pipeline(config: Config, meeting: Meeting, how: How) -> tuple[Path, int | None]:
     """Returns the run folder, and what `_train` does."""
-    data: Data | None = None
     with ExitStack() as claim:
-        if meeting.rank == 0:
-            try:
-                plan, data, beginning = _prepare(config, how)
-                run = claim.enter_context(_run_folder(plan.config, how, beginning))
-            except UserError:
-                meeting.is_reporter()  # before another rank can be
-                meeting.announce(config.name, {"failed": True})
-                raise
-            shown = _has_terminal(config)
-            meeting.announce(config.name, {
-                "data": data.spec.to_json(), "run": str(run), "shown": shown,
-                "partition": plan.config.partition.model_dump(),
-                "checkpoint": None if beginning.checkpoint is None else str(beginning.checkpoint)})
-        else:
-            told = meeting.listen(config.name)
-            if "failed" in told:
-                raise UserError("rank 0 could not begin")
-            config = config.model_copy(update={"partition": PartitionConfig(**told["partition"])})
-            plan, run = make_plan(config, DataSpec.from_json(told["data"])), Path(told["run"])
-            shown = told["shown"]
-            beginning = Beginning(None if told["checkpoint"] is None else Path(told["checkpoint"]))
-        engine = open_pipeline(plan, data, meeting)
-        stopped = _train(engine, plan, run, beginning, meeting, shown)
+        run = _lead(config, meeting, how, claim) if meeting.rank == 0 else _follow(config, meeting)
+        engine = open_pipeline(run.plan, run.data, meeting)
+        stopped = _train(engine, run)
         engine.close()
-    return run, stopped
+    return run.folder, stopped
+
+
+def _lead(config: Config, meeting: Meeting, how: How, claim: ExitStack) -> _Run:
+    """Prepare the run and tell the others, or that there is none."""
+    try:
+        plan, data, beginning = _prepare(config, how)
+        folder = claim.enter_context(claimed(plan.config, how, beginning))
+    except UserError:
+        meeting.is_reporter()  # before another rank can be
+        meeting.announce(config.name, {"failed": True})
+        raise
+    shown, found = _has_terminal(config), beginning.checkpoint
+    meeting.announce(config.name, {
+        "data": data.spec.to_json(), "run": str(folder), "shown": shown, "checkpoint": found and str(found),
+        "partition": plan.config.partition.model_dump()})
+    return _Run(plan, data, folder, beginning, shown, meeting)
+
+
+def _follow(config: Config, meeting: Meeting) -> _Run:
+    """The run that the first process has prepared."""
+    told = meeting.listen(config.name)
+    if "failed" in told:
+        raise UserError("rank 0 could not begin")
+    config = config.model_copy(update={"partition": PartitionConfig(**told["partition"])})
+    plan, found = make_plan(config, DataSpec.from_json(told["data"])), told["checkpoint"]
+    return _Run(plan, None, Path(told["run"]), Beginning(found and Path(found)), told["shown"], meeting)
 
 
 def _has_terminal(config: Config) -> bool:
@@ -239,26 +187,25 @@ def _has_terminal(config: Config) -> bool:
     return config.runtime.progress and sys.stderr.isatty()
 
 
-def _train(engine: Engine, plan: Plan, run: Path, beginning: Beginning, meeting: Meeting | None,
-           shown: bool) -> int | None:
+def _train(engine: Engine, run: _Run) -> int | None:
     """Train to the end; returns the step after which SIGTERM stopped it, if it did."""
-    start, notes = 0, [*beginning.notes]
-    if beginning.checkpoint is not None:
-        start = manifest(beginning.checkpoint).steps_done
-        notes += load(beginning.checkpoint, plan, engine)
+    plan, start, notes = run.plan, 0, [*notices(run.plan), *run.beginning.notes]
+    if run.beginning.checkpoint is not None:
+        start = manifest(run.beginning.checkpoint).steps_done
+        notes += load(run.beginning.checkpoint, plan, engine)
     recorder = None
     if launch.rank() == 0:
-        _make_ready(run, plan.config, beginning)
-        recorder = Recorder(run, plan, engine.name, start // len(plan.step_sizes))
-        _tell([*notices(plan), *notes])
-    saver, reached = Saver(run, plan, engine), None
-    with _stop_requests() as stop, Progress(engine, plan, start, meeting, shown) as progress:
-        horizon = Horizon(start, stop.is_set, meeting, plan.config.name, steps_ahead(plan))
+        make_ready(run.folder, plan.config, run.beginning)
+        recorder = Recorder(run.folder, plan, engine.name, start // len(plan.step_sizes))
+        _tell(notes)
+    saver, reached = Saver(run.folder, plan, engine), None
+    with _stop_requests() as stop, Progress(engine, plan, start, run.meeting, run.shown) as progress:
+        horizon = Horizon(start, stop.is_set, run.meeting, plan.config.name, steps_ahead(plan))
         for reached in train(engine, plan, start, horizon, progress.tick):
             if reached.epoch is not None:
-                _tell_of(reached.epoch, plan, recorder)
+                _tell_of(reached.epoch, run, recorder)
                 if plan.config.runtime.trace and reached.epoch.index == start // len(plan.step_sizes):
-                    _write_trace(run, engine, plan)
+                    _write_trace(run.folder, engine, plan)
             if _is_save_due(plan, reached):
                 saver.save(reached.steps_done, _val_accuracy(reached))
     saver.finish()
@@ -267,14 +214,17 @@ def _train(engine: Engine, plan: Plan, run: Path, beginning: Beginning, meeting:
     if recorder is not None:
         result = recorder.finish()
         print(stage_table(result["stages"], result["stage_val_accuracy"]))
-        print(f"run folder: {run}")
+        print(f"run folder: {run.folder}")
     return None
 
 
-def _tell_of(epoch: Epoch, plan: Plan, recorder: Recorder | None) -> None:
-    if recorder is not None:
+def _tell_of(epoch: Epoch, run: _Run, recorder: Recorder | None) -> None:
+    if recorder is not None and run.data is not None:
+        plan = run.plan
         recorder.add(epoch)
         tqdm.write(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
+        for line in run.data.notes():
+            tqdm.write(f"note: {line}")
         for number, report in enumerate(epoch.reports or [], start=1):
             if report.skipped_steps:
                 tqdm.write(f"note: stage {number} ({plan.stage_names[number - 1]}) skipped step "

@@ -483,7 +483,7 @@ NOTHING = np.zeros((0, 4, 4, 3), np.uint8)
     ({"train_y": np.array([0, 1, -2, 0, 1, 2])}, r"train label -2 at index 2 is negative; mend the data"),
     ({"test_y": np.array([0, -1, 2])}, r"test_y has the label -1, which train_y has not; mend the data"),
     ({"train_y": np.array([0, 2] * 3)}, r"test_y has the label 1, which train_y has not; mend the data"),
-    ({"train_y": np.array([0, None] * 3)}, r"not a readable \.npz file: ValueError: .*allow_pickle=False"),
+    ({"train_y": np.array([0, None] * 3)}, r"train_y is object, but must be int64 \[N\]; convert"),
 ])
 def test_malformed_arrays_are_refused(tmp_path, changes, match):
     np.savez(tmp_path / "a.npz", **arrays(**changes))
@@ -497,9 +497,9 @@ def test_what_is_no_npz_file_is_refused(tmp_path):
     refused(r"^data\.root: .* not a readable .npz file: IsADirectory", name="arrays", root=str(tmp_path))
     with open(tmp_path / "a.npz", "wb") as file:
         np.save(file, np.zeros(3))
-    refused(r"^data\.root: .* not a readable .npz file: ValueError: a single array", **section)
+    refused(r"^data\.root: .* not a readable .npz file: BadZipFile: ", **section)
     (tmp_path / "a.npz").write_bytes(pickle.dumps({"train_x": 1}))
-    refused(r"^data\.root: .* not a readable .npz file: ValueError: .*contains pickled", **section)
+    refused(r"^data\.root: .* not a readable .npz file: BadZipFile: ", **section)
 
 
 def test_a_member_that_is_no_array_is_refused(tmp_path):
@@ -508,7 +508,7 @@ def test_a_member_that_is_no_array_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays(train_y=None))
     with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
         archive.writestr("train_y", b"0, 1, 2")
-    refused(r"train_y in '.*a\.npz' is not an array; it must be int64 \[N\]", name="arrays",
+    refused(r"a\.npz' has no train_y; it must have train_y, int64 \[N\]", name="arrays",
             root=str(tmp_path / "a.npz"))
 
 
@@ -617,7 +617,7 @@ def test_a_corrupt_image_is_named(tmp_path, workers):
     bad.write_bytes(bad.read_bytes()[:50])
     data = opened(name="imagefolder", root=str(tmp_path), workers=workers)
     with pytest.raises(UserError, match=rf"^data\.root: train sample 11: {bad}: cannot be read as an image: "
-                                        ".*; mend or remove the file$"):
+                                        r".*; mend or remove it, or set data\.bad_samples=skip$"):
         list(data.train_batches(0, 0, 4, False))
     bad.rename(tmp_path / "train" / "a" / "00.png")
     refused(r"^data\.root: .*00\.png: cannot be read as an image", name="imagefolder", root=str(tmp_path))
@@ -753,7 +753,7 @@ class Stream(IterableDataset):
     ((Listed([(X[0],)], classes=["a"]), (X, Y)), r"train sample 0 is \(uint8 \[3, 4, 4\]\); expected \(tens"),
     ((Listed([(Image.new("L", (2, 2)), 0)], classes=["a"]), (X, Y)), r"train sample 0 is \(Image, int\); ex"),
     ((Listed([(X[0], 0.5)], classes=["a"]), (X, Y)), r"train sample 0 is \(uint8 .*, float\); expected"),
-    ((Listed([KeyError("x\ny")], classes=["a"]), (X, Y)), r"train sample 0: KeyError: "),
+    ((Listed([KeyError("x\ny")], classes=["a"]), (X, Y)), r"train sample 0: cannot be read: KeyError: "),
 ])
 def test_anything_else_from_a_target_is_refused(monkeypatch, value, match):
     refused_target(rf"^data\.target: {match}", value, monkeypatch)
@@ -774,7 +774,7 @@ def test_train_and_test_must_be_alike(monkeypatch):
     ((X[0, :2], 1), r"sample 4 is uint8 \[2, 4, 4\] with target int64 \[\], but the first is uint8 \[3, 4"),
     ((X[0].float(), 1), r"sample 4 is float32 \[3, 4, 4\] with target int64 \[\], but the first is uint8"),
     ("text", r"sample 4 is str; expected \(tensor, int or int64 tensor\)"),
-    (RuntimeError("out\nof luck"), r"sample 4: RuntimeError: out of luck"),
+    (RuntimeError("out\nof luck"), r"sample 4: cannot be read: RuntimeError: out of luck; mend or remove it, or set "),
 ])
 def test_a_bad_sample_is_named_when_it_is_fetched(monkeypatch, workers, sample, match):
     samples = [(x, int(y)) for x, y in zip(X, Y, strict=True)]

@@ -14,7 +14,7 @@ from blpipe.data import prepare, sets
 from blpipe.data.folder import imagefolder
 from blpipe.data.source import Source, check_alike, check_labels, check_test_labels, keep_first
 from blpipe.data.spec import DataSpec
-from blpipe.data.splits import Request, fixed_randomness
+from blpipe.data.splits import DatasetSplit, Request, fixed_randomness
 from blpipe.data.target import from_target
 from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
@@ -36,6 +36,7 @@ class Data:
         train = source.train
         self._source, self._config, self._key = source, config, key
         self._augment = config.augment
+        self._told: set[str] = set()
         usual = config.normalize or source
         self._mean, self._std = (prepare.constants(values, train.device) for values in (usual.mean, usual.std))
         dtype = "int64" if train.dtype == torch.int64 else "float32"
@@ -71,7 +72,7 @@ class Data:
             batch is smaller where the samples do not divide, unless `drop_last`.
 
         Raises:
-            UserError: a sample cannot be read, or its label is not one of the classes.
+            UserError: a sample cannot be read and is not skipped, or its label is not one of the classes.
         """
         order_N = torch.randperm(len(self._source.train), generator=generator(seed, "order", epoch))
         steps = len(order_N) // batch_size if drop_last else -(-len(order_N) // batch_size)
@@ -93,6 +94,14 @@ class Data:
                     for start in range(0, count, batch_size))
         for x, y in self._source.test.batches(requests):
             yield prepare.normalise(x, self._mean, self._std), y
+
+    def notes(self) -> list[str]:
+        """What the user is to know: a line for each sample that was skipped, new ones since the last call."""
+        lines = [line for split in (self._source.train, self._source.test) if isinstance(split, DatasetSplit)
+                 for line in split.skipped.values()]
+        new = [line for line in lines if line not in self._told]
+        self._told.update(new)
+        return new
 
     def check_labels(self, classes: int) -> None:
         """Check the labels known up front against a model's number of classes.

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from blpipe.config import DataConfig
 from blpipe.data.source import Source
-from blpipe.data.splits import DatasetSplit
+from blpipe.data.splits import DatasetSplit, first_readable
 from blpipe.errors import ConfigError, UserError, one_line
 
 
@@ -41,7 +41,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             return functional.pil_to_tensor(image), self.labels[index]
         except Exception as error:
             raise UserError(f"{self.paths[index]}: cannot be read as an image: {type(error).__name__}: "
-                            f"{one_line(error)}; mend or remove the file") from error
+                            f"{one_line(error)}") from error
 
 
 def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] | None = None) -> Source:
@@ -50,10 +50,10 @@ def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] |
     Default normalisation: ImageNet's.
 
     Args:
-        config: its `root` and `workers`.
+        config: its `root`, `workers` and `bad_samples`.
         seed: unused.
         key: the config key, for messages.
-        size: a number or [H, W]; without it, the size of the first training image.
+        size: a number or [H, W]; without it, the size of the first training image, of those that can be read.
 
     Raises:
         ConfigError: a folder is missing or empty, or a class is only in the test folder.
@@ -72,13 +72,13 @@ def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] |
                           f"{str(root / 'train')!r}; give it training images or remove it")
     label = {name: index for index, name in enumerate(classes)}
     both = {"train": (train_paths, train_names), "test": (test_paths, test_names)}
-    height_width = _size(size, key) or _first_size(train_paths, key)
+    height_width = _size(size, key) or _first_size(train_paths, f"{key}.root: train", config)
     splits = {}
     for name, (paths, names) in both.items():
         labels = [label[n] for n in names]
         files = ImageFiles(paths, labels, height_width)
         splits[name] = DatasetSplit.open(files, len(classes), torch.tensor(labels), f"{key}.root: {name}",
-                                         config.workers)
+                                         config)
     return Source(splits["train"], splits["test"], len(classes),
                   mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -105,9 +105,10 @@ def _size(size: Any, key: str) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
-def _first_size(paths: list[str], key: str) -> tuple[int, int]:
+def _first_size(paths: list[str], where: str, config: DataConfig) -> tuple[int, int]:
+    files = ImageFiles(paths, [0] * len(paths), None)
     try:
-        x_CHW, _ = ImageFiles(paths[:1], [0], None)[0]
+        x_CHW = first_readable(files, range(len(paths)), where, config.bad_samples == "skip").x
     except UserError as error:
-        raise ConfigError(f"{key}.root: {error}") from error
+        raise ConfigError(str(error)) from error
     return x_CHW.shape[1], x_CHW.shape[2]

@@ -1,6 +1,8 @@
 """The data sets by name, except image folders: functions of the config, the seed, the key and `args`."""
 
+import zipfile
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from blpipe.seeds import generator
 
 ARRAYS = {"train_x": ("uint8", "[N, H, W, C]"), "train_y": ("int64", "[N]"),
           "test_x": ("uint8", "[N, H, W, C]"), "test_y": ("int64", "[N]")}
+
+_INFLATED = 1032  # the most that deflate makes of a byte
+_HEADER = 1000  # the most characters of a plain array's header, which has some 70
 
 
 def digits(config: DataConfig, seed: int, key: str) -> Source:
@@ -146,33 +151,41 @@ def _in_memory(dataset: Any) -> TensorSplit:
 
 
 def _read_npz(path: Path, key: str) -> dict[str, np.ndarray]:
-    found = {}
     try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            for name in ARRAYS.keys() & set(archive.files):
-                found[name] = archive[name]
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return {name: _read_array(archive, name, path, key) for name in ARRAYS}
     except FileNotFoundError:
         raise ConfigError(f"{key}: {str(path)!r} does not exist; make it with numpy.savez, with "
                           f"{', '.join(ARRAYS)}") from None
+    except ConfigError:
+        raise
     except Exception as error:  # whatever bytes do to the parsers of zip and npy, they are no such file
         raise ConfigError(f"{key}: {str(path)!r} is not a readable .npz file: {type(error).__name__}: "
                           f"{one_line(error)}; make it with numpy.savez, without pickled objects") from error
-    for name, (dtype, axes) in ARRAYS.items():
-        wanted = f"{dtype} {axes}"
-        if name not in found:
-            raise ConfigError(f"{key}: {str(path)!r} has no {name}; it must have {name}, {wanted}")
-        value = found[name]
-        if not isinstance(value, np.ndarray):
-            raise ConfigError(f"{key}: {name} in {str(path)!r} is not an array; it must be {wanted}")
-        if value.dtype != np.dtype(dtype):
-            raise ConfigError(f"{key}: {name} is {value.dtype}, but must be {wanted}; "
-                              f"convert it with .astype('{dtype}')")
-        if value.ndim != axes.count(",") + 1:
-            raise ConfigError(f"{key}: {name} has the shape {list(value.shape)}, but must be {wanted}")
-    return found
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, path: Path, key: str) -> np.ndarray:
+    """An array of an .npz file; its header is checked first, so that only what can be right is given memory."""
+    wanted, (dtype, axes) = " ".join(ARRAYS[name]), ARRAYS[name]
+    if f"{name}.npy" not in archive.namelist():
+        raise ConfigError(f"{key}: {str(path)!r} has no {name}; it must have {name}, {wanted}")
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, found = read_header(member, max_header_size=_HEADER)
+    if found != np.dtype(dtype):
+        raise ConfigError(f"{key}: {name} is {found}, but must be {wanted}; convert it with .astype('{dtype}')")
+    if len(shape) != axes.count(",") + 1:
+        raise ConfigError(f"{key}: {name} has the shape {list(shape)}, but must be {wanted}")
+    most = min(archive.getinfo(f"{name}.npy").file_size, _INFLATED * path.stat().st_size)
+    if not 0 <= prod(shape) * found.itemsize <= most or min(shape) < 0:
+        raise ConfigError(f"{key}: {name} in {str(path)!r} has the shape {list(shape)}, and fewer values; make the "
+                          "file again")
+    with archive.open(f"{name}.npy") as member:
+        values = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):  # the end is also where zipfile compares checksums
+            raise ValueError(f"{name} goes on after its {list(shape)} values")
+    return values
 
 
 def _channels_first(x_NHWC: Tensor) -> Tensor:

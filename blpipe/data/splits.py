@@ -3,14 +3,16 @@
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from blpipe.config import DataConfig
 from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
 
@@ -78,7 +80,8 @@ class DatasetSplit:
     """Samples that a Dataset makes one by one, in `workers` processes (0: in this one).
 
     Every sample has the shape and type of the first, and labels lie in 0…classes-1; both are checked on
-    every batch. `where` names the data in messages, for example "data.target: train".
+    every batch. `where` names the data in messages, for example "data.target: train". With `skip`, the next sample
+    that can be read stands in for one that cannot; `skipped` collects a line about each of these, by index.
     """
 
     dataset: Dataset[Any]
@@ -89,12 +92,21 @@ class DatasetSplit:
     target_shape: tuple[int, ...]
     labels: Tensor | None
     where: str
-    workers: int = 0
+    workers: int
+    skip: bool
+    skipped: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, dataset: Dataset[Any], classes: int, labels: Tensor | None, where: str,
-             workers: int) -> "DatasetSplit":
+             config: DataConfig) -> "DatasetSplit":
         """A split over all of `dataset`, whose first sample gives the shapes.
+
+        Args:
+            dataset: map-style, of (tensor, int or int64 tensor).
+            classes: how many there are.
+            labels: every target int64 [N, …], where they are known up front.
+            where: names the data in messages.
+            config: its `workers` and `bad_samples`.
 
         Raises:
             ConfigError: it is empty, or its first sample is of no use.
@@ -104,10 +116,11 @@ class DatasetSplit:
             raise ConfigError(f"{where} has no samples; give it at least one")
         try:
             with fixed_randomness(0):
-                x, y = _sample(dataset, 0, where)
+                found = first_readable(dataset, range(count), where, config.bad_samples == "skip")
         except UserError as error:
             raise ConfigError(str(error)) from error
-        return cls(dataset, count, classes, tuple(x.shape), x.dtype, tuple(y.shape), labels, where, workers)
+        return cls(dataset, count, classes, tuple(found.x.shape), found.x.dtype, tuple(found.y.shape), labels, where,
+                   config.workers, config.bad_samples == "skip")
 
     def __len__(self) -> int:
         return self.count
@@ -125,7 +138,7 @@ class DatasetSplit:
         """The requested batches, the same whatever the number of workers.
 
         Raises:
-            UserError: a sample cannot be read, or does not fit; in a worker, too, one line.
+            UserError: a sample cannot be read and is not skipped, or does not fit; in a worker, too, one line.
         """
         # A loader without a generator of its own would draw from the global stream, which is a stage's.
         indices = ((seed, index_B.tolist()) for seed, index_B in requests)
@@ -134,7 +147,9 @@ class DatasetSplit:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            x, y, skipped = batch
+            self.skipped.update(skipped | self.skipped)  # what was said of a sample before stays
+            yield x, y
 
 
 class _Batches(Dataset[Any]):
@@ -143,18 +158,21 @@ class _Batches(Dataset[Any]):
     def __init__(self, split: DatasetSplit):
         self.split = split
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, request: tuple[int, list[int]]) -> tuple[Tensor, Tensor, dict[int, str]] | UserError:
         seed, indices = request
         with fixed_randomness(seed):
             try:
-                pairs = [self._checked(index) for index in indices]
+                samples = [self._checked(index) for index in indices]
             except UserError as error:
                 return error
-        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+        skipped = {index: line for sample in samples for index, line in sample.skipped.items()}
+        return torch.stack([sample.x for sample in samples]), torch.stack([sample.y for sample in samples]), skipped
 
-    def _checked(self, index: int) -> tuple[Tensor, Tensor]:
+    def _checked(self, index: int) -> "Sample":
         split = self.split
-        x, y = _sample(split.dataset, index, split.where)
+        places = chain(range(index, split.count), range(index))
+        sample = first_readable(split.dataset, places, split.where, split.skip)
+        index, x, y = sample.place, sample.x, sample.y
         if (tuple(x.shape), x.dtype, tuple(y.shape)) != (split.shape, split.dtype, split.target_shape):
             raise UserError(f"{split.where} sample {index} is {describe(x)} with target {describe(y)}, but "
                             f"the first is {_name(split.dtype)} {list(split.shape)} with target int64 "
@@ -162,7 +180,16 @@ class _Batches(Dataset[Any]):
         if bool(((y < 0) | (y >= split.classes)).any()):
             raise UserError(f"{split.where} sample {index} has the label {y.tolist()}, outside "
                             f"0..{split.classes - 1}; mend the data or its number of classes")
-        return x, y
+        return sample
+
+
+class Sample(NamedTuple):
+    """A sample that could be read, its index, and a line about each one that it stands in for, by index."""
+
+    place: int
+    x: Tensor
+    y: Tensor
+    skipped: dict[int, str]
 
 
 Split = TensorSplit | DatasetSplit
@@ -210,13 +237,38 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def first_readable(dataset: Dataset[Any], places: Iterable[int], where: str, skip: bool) -> Sample:
+    """The first sample of those at `places`; with `skip`, the first that can be read.
+
+    Raises:
+        UserError: it cannot be read, with `skip` none of them can, or it is no (tensor, int or int64 tensor).
+    """
+    reasons: dict[int, str] = {}
+    for index in places:
+        try:
+            x, y = _sample(dataset, index, where)
+        except _UnreadableError as error:
+            if not skip:
+                raise UserError(f"{error}; mend or remove it, or set data.bad_samples=skip") from error
+            reasons[index] = str(error)
+        else:
+            lines = {bad: f"{reason}; sample {index} stands in for it" for bad, reason in reasons.items()}
+            return Sample(index, x, y, lines)
+    raise UserError(f"{next(iter(reasons.values()))}; none of the {len(reasons)} samples can be read; mend the data")
+
+
+class _UnreadableError(UserError):
+    """A sample that its Dataset did not give."""
+
+
 def _sample(dataset: Dataset[Any], index: int, where: str) -> tuple[Tensor, Tensor]:
     try:
         pair = dataset[index]
     except UserError as error:
-        raise UserError(f"{where} sample {index}: {one_line(error)}") from error
+        raise _UnreadableError(f"{where} sample {index}: {one_line(error)}") from error
     except Exception as error:
-        raise UserError(f"{where} sample {index}: {type(error).__name__}: {one_line(error)}") from error
+        raise _UnreadableError(f"{where} sample {index}: cannot be read: {type(error).__name__}: "
+                               f"{one_line(error)}") from error
     if isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], Tensor):
         x, y = usable(pair[0]), usable_target(pair[1])
         if x is not None and y is not None:

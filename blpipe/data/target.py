@@ -32,11 +32,11 @@ def from_target(returned: Any, config: DataConfig, where: str) -> Source:
     train_where, test_where = f"{where}: train", f"{where}: test"
     if isinstance(returned[0], Dataset):
         classes = _classes(returned[0], where)
-        train: Split = _from_dataset(returned[0], classes, config.workers, train_where)
+        train: Split = _from_dataset(returned[0], classes, config, train_where)
     else:
         train = _in_memory(returned[0], train_where)
         classes = class_count(train.y, where)
-    test = _from_dataset(returned[1], classes, config.workers, test_where) \
+    test = _from_dataset(returned[1], classes, config, test_where) \
         if isinstance(returned[1], Dataset) else _in_memory(returned[1], test_where)
     normalisation = (0.5,) if train.dtype == torch.uint8 else None
     return Source(train, test, classes, normalisation, normalisation)
@@ -68,8 +68,8 @@ def _tensor(value: Any) -> Tensor | None:
         return None
 
 
-def _from_dataset(dataset: Dataset[Any], classes: int, workers: int, where: str) -> DatasetSplit:
-    return DatasetSplit.open(dataset, classes, _targets(dataset, where), where, workers)
+def _from_dataset(dataset: Dataset[Any], classes: int, config: DataConfig, where: str) -> DatasetSplit:
+    return DatasetSplit.open(dataset, classes, _targets(dataset, where), where, config)
 
 
 def _classes(dataset: Dataset[Any], where: str) -> int:

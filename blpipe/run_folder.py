@@ -1,0 +1,90 @@
+"""The run folder: whose it is, whether what it holds may go, and making it ready."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from blpipe.checkpoint.folders import checkpoints, forget_after
+from blpipe.config import Config
+from blpipe.config_file import dump_config
+from blpipe.errors import ConfigError
+from blpipe.resume import Beginning, is_of
+
+_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "tensorboard", "checkpoints")
+
+
+@dataclass(frozen=True)
+class How:
+    """How a run meets what its folder holds: see `train_run`."""
+
+    overwrite: bool = False
+    resume_from: Path | None = None
+    auto_resume: bool = False
+
+
+def folder_of(config: Config) -> Path:
+    """Where a run's folder is."""
+    return Path(config.runtime.runs) / config.name
+
+
+@contextmanager
+def claimed(config: Config, how: How, beginning: Beginning) -> Iterator[Path]:
+    """The run folder, this process's alone, which holds nothing that is to be kept. Raises ConfigError."""
+    run = folder_of(config)
+    with _writing_to(run):
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    with lock:
+        try:
+            with _writing_to(run):
+                _take(lock, run)
+            _refuse_another_run(run, config, how, beginning)
+            yield run
+        finally:
+            if not any(path.name != ".lock" for path in run.iterdir()):  # nothing came of it
+                shutil.rmtree(run)
+
+
+def make_ready(run: Path, config: Config, beginning: Beginning) -> None:
+    """Remove what is not to be gone on with, and write the config. Raises ConfigError."""
+    with _writing_to(run):
+        if beginning.checkpoint is None:
+            for path in _parts(run):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            forget_after(run, beginning.checkpoint)
+        partial = run / ".config.yaml.partial"
+        partial.write_text(dump_config(config))
+        partial.replace(run / "config.yaml")
+
+
+@contextmanager
+def _writing_to(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"runtime.runs: cannot write to {run}: {error.strerror}; choose another folder") from error
+
+
+def _take(lock: TextIO, run: Path) -> None:
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"name: another process is training in {run}; wait for it, or choose another "
+                          "name=…") from None
+
+
+def _refuse_another_run(run: Path, config: Config, how: How, beginning: Beginning) -> None:
+    if not _parts(run) or how.overwrite or beginning.checkpoint or (how.auto_resume and is_of(run, config)):
+        return
+    go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""
+    raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another name=…")
+
+
+def _parts(run: Path) -> list[Path]:
+    """What a run folder holds of a run."""
+    return [run / part for part in _PARTS if (run / part).exists()]
