@@ -126,7 +126,7 @@ def test_a_stage_that_raises_is_named_once_and_leaves_no_process_and_no_port(tmp
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     command = write_config(
         tmp_path, partition__stages=6, train__batch_size=4, model__target="models_under_test:failing_net",
-        model__args={"at": 200, "in_channels": 3},
+        model__args={"at": 80, "in_channels": 3},
         data={"name": "imagefolder", "root": str(tmp_path / "images"), "workers": 1})
     with Marked(torchrun_command(6, *command), tmp_path) as run:
         run.read_until("epoch 1/")
