@@ -33,9 +33,9 @@ class Fails(nn.Module):
         return x
 
 
-def failing_net(at: int = 3) -> dict[str, nn.Module]:
+def failing_net(at: int = 3, in_channels: int = 2) -> dict[str, nn.Module]:
     """`conv_net` whose third block fails."""
-    blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
+    blocks = {f"block{i}": block for i, block in enumerate(conv_net(in_channels))}
     blocks["block2"] = nn.Sequential(blocks["block2"], Fails(at))
     return blocks
 
