@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from conftest import assert_same_run, small_config, state_of, train_in_processes, train_locally
 
 from blpipe import cli
-from blpipe.checkpoint.folders import checkpoints, manifest, seals
+from blpipe.checkpoint.folders import checkpoints, manifest, seals, write_manifest
 from blpipe.checkpoint.state import load, read
 from blpipe.checkpoint.state import state_of as state_of_engine
 from blpipe.config_file import load_config, parse_config, set_key
@@ -262,6 +263,8 @@ DAMAGES = {
     "another index": lambda path: (path / ".metadata").write_bytes(b"nonsense"),
     "no manifest in it": lambda path: (path / "checkpoint.json").write_text("{"),
     "another manifest": lambda path: (path / "checkpoint.json").write_text("[1]"),
+    "a digit of the manifest": lambda path: (path / "checkpoint.json").write_text(
+        (path / "checkpoint.json").read_text().replace('"steps_done": 6', '"steps_done": 5')),
     "an old manifest": lambda path: (path / "checkpoint.json").write_text('{"epochs_done": 1}'),
 }
 
@@ -325,9 +328,8 @@ def test_reading_a_checkpoint_runs_nothing_from_it(folder, capsys):
     """Even where its checksums are right."""
     path = checkpoints(folder / "runs/small")[-1]
     (path / ".metadata").write_bytes(pickle.dumps(RunsCode(folder / "ran")))
-    tree = json.loads((path / "checkpoint.json").read_text())
-    tree["files"] |= seals(path, ".metadata")
-    (path / "checkpoint.json").write_text(json.dumps(tree))
+    found = manifest(path)
+    write_manifest(path, replace(found, files=found.files | seals(path, ".metadata")))
     assert run("eval", "runs/small") == 2
     assert "which no checkpoint needs" in capsys.readouterr().err
     with pytest.raises(UserError, match="is damaged"):

@@ -1,7 +1,7 @@
 """The folders of checkpoints: complete or not, intact or not, and which are kept.
 
 A checkpoint `checkpoints/step_<steps done>/` holds what DCP writes, the run's `config.yaml` and, written last,
-`checkpoint.json` with the size and the SHA-256 of every other file. It is written aside, and renamed when complete.
+`checkpoint.json` with the size and the SHA-256 of every other file and its own. It is written aside, and renamed when complete.
 """
 
 import hashlib
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from blpipe.config import Config
 from blpipe.config_file import load_config
@@ -60,12 +62,18 @@ def seals(folder: Path, pattern: str) -> dict[str, FileSeal]:
 def complete(checkpoint: Path, manifest: Manifest) -> None:
     """Give what was written aside its manifest, and its name. Raises OSError."""
     partial = aside(checkpoint)
-    with (partial / _MANIFEST).open("w") as file:
-        json.dump(asdict(manifest), file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_manifest(partial, manifest)
     shutil.rmtree(checkpoint, ignore_errors=True)
     partial.rename(checkpoint)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it, with a checksum of its own. Raises OSError."""
+    body = asdict(manifest)
+    with (folder / _MANIFEST).open("w") as file:
+        json.dump({"sha256": _digest_of(body), "manifest": body}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -76,11 +84,14 @@ def checkpoints(run: Path) -> list[Path]:
 def manifest(checkpoint: Path) -> Manifest:
     """What a checkpoint's manifest says. Raises UserError where it cannot be read."""
     try:
-        return Manifest(**json.loads((checkpoint / _MANIFEST).read_text()))
+        tree = json.loads((checkpoint / _MANIFEST).read_text())
+        if tree["sha256"] != _digest_of(tree["manifest"]):
+            raise ValueError("is not what was written")
+        return TypeAdapter(Manifest).validate_python(tree["manifest"])
     except FileNotFoundError:
         raise UserError(f"{checkpoint}: is no checkpoint, or was not completed (it has no {_MANIFEST})") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise damaged(checkpoint, f"{_MANIFEST}: {one_line(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(checkpoint, f"{_MANIFEST} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def config_of(checkpoint: Path) -> Config:
@@ -128,7 +139,7 @@ def newest_intact(run: Path) -> tuple[Path, list[str]]:
 def prune(run: Path, keep: int, keep_best: bool) -> None:
     """Delete all but the last `keep` checkpoints, and the one of the best accuracy."""
     found = checkpoints(run)
-    measured = [(accuracy, path) for path in found if (accuracy := manifest(path).val_accuracy) is not None]
+    measured = [(accuracy, path) for path in found if (accuracy := _accuracy(path)) is not None]
     best = {max(measured)[1]} if measured and keep_best else set()
     _delete(set(found[:-keep]) - best)
 
@@ -142,6 +153,17 @@ def forget_after(run: Path, checkpoint: Path | None) -> None:
 def _delete(folders: Iterable[Path]) -> None:
     for path in folders:
         shutil.rmtree(path)
+
+
+def _accuracy(checkpoint: Path) -> float | None:
+    try:
+        return manifest(checkpoint).val_accuracy
+    except UserError:  # damaged since
+        return None
+
+
+def _digest_of(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
