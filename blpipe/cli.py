@@ -50,7 +50,8 @@ def _main(arguments: argparse.Namespace) -> int:
         return 0
     except (StageError, PeerLostError, CheckpointError) as error:
         if not launch.under_torchrun():
-            traceback.print_exception(error.__cause__)
+            if error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)
             _report(str(error))
             return 1
         _report(str(error))  # the recorded traceback stands in torchrun's own summary

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import assert_same_run, small_config, state_of, train_in_processes, train_locally
+from conftest import assert_same_run, small_config, state_of, torchrun, train_in_processes, train_locally
 
 from blpipe import cli
 from blpipe.checkpoint.folders import checkpoints, manifest, seals, write_manifest
@@ -341,15 +341,37 @@ def test_reading_a_checkpoint_runs_nothing_from_it(folder, capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 300 kB."""
+    """A file system with room for one checkpoint, and not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], check=True)
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_is_told_of_and_training_goes_on_until_the_last_checkpoint(folder, small_disk, capsys):
-    """There is room for one checkpoint, and for a second one once some of it has been given back."""
-    (small_disk / "other").write_bytes(bytes(170_000))
-    assert run("train", "small.yaml", f"runtime.runs={small_disk}", "train.epochs=2", "checkpoint.keep=1") == 1
+FULL = r"cannot write the checkpoint \S+/disk/small/checkpoints/step_0000000%s: .*; what was saved before is still " \
+    r"there"
+
+
+def check_full_disk(code: int, out: str, errors: str, disk: Path) -> None:
+    """The second and the third checkpoint of four had no room, and the last one neither."""
+    assert code == 1
+    notes = [line for line in out.splitlines() if line.startswith("note: cannot")]
+    assert [re.fullmatch(f"note: {FULL % step}; training goes on", note) is not None
+            for step, note in zip(("06", "09"), notes, strict=True)] == [True, True], notes
+    line, = (line for line in errors.splitlines() if line.startswith("blpipe: "))
+    assert re.fullmatch(f"blpipe: {FULL % '12'}", line), line
+    assert [path.name for path in sorted((disk / "small/checkpoints").iterdir())] == ["step_000000003"]
+    assert run("eval", str(disk / "small")) == 0
+
+
+def test_a_full_disk_is_told_of_and_what_was_saved_stays(folder, small_disk, capsys):
+    capsys.readouterr()
+    code = run("train", "small.yaml", f"runtime.runs={small_disk}", "train.epochs=2")
+    check_full_disk(code, *capsys.readouterr(), small_disk)
+
+
+def test_a_full_disk_is_told_of_by_one_of_several_processes(folder, small_disk):
+    done = torchrun(3, "-m", "blpipe", "train", "small.yaml", f"runtime.runs={small_disk}", "train.epochs=2",
+                    cwd=folder)
+    check_full_disk(done.returncode, done.stdout, done.stderr, small_disk)

@@ -1,7 +1,8 @@
 """The folders of checkpoints: complete or not, intact or not, and which are kept.
 
 A checkpoint `checkpoints/step_<steps done>/` holds what DCP writes, the run's `config.yaml` and, written last,
-`checkpoint.json` with the size and the SHA-256 of every other file and its own. It is written aside, and renamed when complete.
+`checkpoint.json` with the size and the SHA-256 of every other file and its own. It is written aside, and renamed when
+complete.
 """
 
 import hashlib
