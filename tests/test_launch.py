@@ -58,14 +58,15 @@ def test_nothing_is_begun_that_has_no_time_left(tmp_path):
 
 def slurm_job(folder, srun, *arguments, **environment):
     """launch/slurm.sbatch under a Slurm that only says what it is asked; `srun` is what the run does."""
-    for name, does in (("srun", f'echo "srun $*"; {srun}'),
+    for name, does in (("srun", f'echo "srun $*"; echo $$ > srun.pid; {srun}'),
+                       ("scancel", 'echo "scancel $*"; kill -TERM "$(cat srun.pid)"'),
                        ("scontrol", 'if [ "$1" = show ]; then printf "n7\\nn9\\n"; else echo "scontrol $*"; fi')):
         (folder / name).write_text(f"#!/bin/bash\n{does}\n")
         (folder / name).chmod(0o755)
-    return subprocess.Popen(
-        ["bash", str(REPOSITORY / "launch/slurm.sbatch"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n[7,9]",
-                        "SLURM_JOB_NUM_NODES": "2", **environment})
+    asked_by = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n[7,9]",
+                "SLURM_JOB_NUM_NODES": "2"}
+    return subprocess.Popen(["bash", str(REPOSITORY / "launch/slurm.sbatch"), *arguments], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=asked_by | environment)
 
 
 def end_of(job):
@@ -83,9 +84,11 @@ def test_a_job_starts_each_node_and_ends_as_they_do(code, tmp_path):
     assert end_of(job) == (code, [NODES])
 
 
-@pytest.mark.parametrize(("code", "asked"), [(1, [NODES, "scontrol requeue 42"]), (0, [NODES])])
+@pytest.mark.parametrize(("code", "asked"), [
+    (1, [NODES, "scancel --signal=TERM 42", "scontrol requeue 42"]), (0, [NODES, "scancel --signal=TERM 42"]),
+])
 def test_a_job_whose_time_is_up_saves_and_queues_again_unless_it_is_done(code, asked, tmp_path):
-    job = slurm_job(tmp_path, f'trap "exit {code}" TERM; touch {tmp_path}/begun; while true; do sleep 0.05; done',
+    job = slurm_job(tmp_path, f'trap "exit {code}" TERM; touch begun; while true; do sleep 0.05; done',
                     "run.yaml", "seed=1", PROCESSES="4")
     while not (tmp_path / "begun").exists():
         time.sleep(0.05)
