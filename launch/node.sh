@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One node of a run on several: call it on each of them with the same words, and again on a node that was lost.
+# One node of a run on several: call it on each of them, in the same folder and with the same words, and again on one
+# that was lost.
 #   bash launch/node.sh NODES PROCESSES FIRST CONFIG [key.sub=value…]
 # NODES       how many nodes
 # PROCESSES   stages on each of them, or gpu: as many as it has GPUs
@@ -9,7 +10,6 @@
 #   ADDRESS             this node's own address; else the one from which it reaches FIRST
 #   GLOO_SOCKET_IFNAME  the network interface for the stages' messages, and NCCL_SOCKET_IFNAME; else that of ADDRESS
 #   RESTARTS            how often this node's processes are started again (3)
-#   RUN_ID              the same on all nodes, where two runs meet at one FIRST
 #   PYTHON              the interpreter that has blpipe (python3)
 # Exit codes: 0 done, 1 failed while running, 2 wrong usage.
 set -euo pipefail
@@ -55,5 +55,6 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"  
 # to come back, and 5 for FIRST to come up.
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
     --max-restarts="${RESTARTS:-3}" --local-addr="$own" --rdzv-backend=blpipe --rdzv-endpoint="$meeting:${first##*:}" \
-    --rdzv-id="${RUN_ID:-blpipe}" --rdzv-conf="is_host=$hosts,keep_alive_interval=2,keep_alive_max_attempt=5,join_timeout=1800,read_timeout=300" \
+    --rdzv-id=blpipe \
+    --rdzv-conf="is_host=$hosts,keep_alive_interval=2,keep_alive_max_attempt=5,join_timeout=1800,read_timeout=300" \
     -m blpipe train "$config" --auto-resume "$@"

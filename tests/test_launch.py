@@ -75,7 +75,7 @@ def end_of(job):
     return job.returncode, output.splitlines()
 
 
-NODES = "srun --kill-on-bad-exit=1 bash launch/node.sh 2 4 n7 run.yaml seed=1"
+NODES = "srun --kill-on-bad-exit=1 bash launch/node.sh 2 4 n7:20042 run.yaml seed=1"
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -24,6 +24,7 @@ class Network:
     """Two network namespaces with a cable between them; where they are not permitted, two loopback addresses."""
 
     def __init__(self):
+        self._started: list[Started] = []
         self._names = [f"blpipe-{uuid4().hex[:6]}-{node}" for node in (1, 2)]
         try:
             self._lay_cable(*self._names)
@@ -38,7 +39,8 @@ class Network:
 
     def start(self, node: int, folder: Path, *command: str) -> "Started":
         """A command on node 1 or 2."""
-        return Started([*self._prefixes[node - 1], *command], folder, self._environments[node - 1])
+        self._started.append(Started([*self._prefixes[node - 1], *command], folder, self._environments[node - 1]))
+        return self._started[-1]
 
     def start_where_the_host_has_a_name(self, folder: Path, *command: str) -> "Started":
         """A command on node 1; the host's name stands for its address in the network, if it has one."""
@@ -48,7 +50,9 @@ class Network:
         return self.start(1, folder, "bash", "-c", 'mount --bind hosts /etc/hosts && exec "$@"', "-", *command)
 
     def close(self) -> None:
-        """Both namespaces go, and the cable with them."""
+        """Whatever still runs is killed; both namespaces go, and the cable with them."""
+        for command in self._started:
+            command.kill()
         for name in self._names:
             with suppress(OSError):
                 subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL, timeout=10)
@@ -119,20 +123,12 @@ def readable(address_and_port: str) -> str:
 
 
 @pytest.fixture
-def network(monkeypatch):
+def network():
     """Two nodes; nothing that ran on them is left when the test ends."""
-    started, start, network = [], Network.start, Network()
-
-    def remember(*arguments):
-        started.append(start(*arguments))
-        return started[-1]
-
-    monkeypatch.setattr(Network, "start", remember)
+    network = Network()
     try:
         yield network
     finally:
-        for command in started:
-            command.kill()
         network.close()
 
 
