@@ -1,6 +1,8 @@
-"""The script for a machine with a GPU, with an interpreter that only says what it would run."""
+"""The scripts for a machine with a GPU and for Slurm, with programs that only say what they would run."""
 
+import signal
 import subprocess
+import time
 
 import pytest
 from conftest import REPOSITORY
@@ -52,3 +54,51 @@ def test_nothing_is_begun_that_has_no_time_left(tmp_path):
     done = gpu_script(tmp_path, 1, "0")
     assert "ran" not in done.stdout
     assert done.stdout.count("no time left") == 3
+
+
+def slurm_job(folder, srun, *arguments, **environment):
+    """launch/slurm.sbatch under a Slurm that only says what it is asked; `srun` is what the run does."""
+    for name, does in (("srun", f'echo "srun $*"; echo $$ > srun.pid; {srun}'),
+                       ("scancel", 'echo "scancel $*"; kill -TERM "$(cat srun.pid)"'),
+                       ("scontrol", 'if [ "$1" = show ]; then printf "n7\\nn9\\n"; else echo "scontrol $*"; fi')):
+        (folder / name).write_text(f"#!/bin/bash\n{does}\n")
+        (folder / name).chmod(0o755)
+    asked_by = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n[7,9]",
+                "SLURM_JOB_NUM_NODES": "2"}
+    return subprocess.Popen(["bash", str(REPOSITORY / "launch/slurm.sbatch"), *arguments], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=asked_by | environment)
+
+
+def end_of(job):
+    """A job's exit code, and what was asked of Slurm."""
+    output, _ = job.communicate(timeout=30)
+    return job.returncode, output.splitlines()
+
+
+NODES = "srun --kill-on-bad-exit=1 bash launch/node.sh 2 4 n7:20042 run.yaml seed=1"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_job_starts_each_node_and_ends_as_they_do(code, tmp_path):
+    job = slurm_job(tmp_path, f"exit {code}", "run.yaml", "seed=1", SLURM_GPUS_ON_NODE="4")
+    assert end_of(job) == (code, [NODES])
+
+
+@pytest.mark.parametrize(("code", "asked"), [
+    (1, [NODES, "scancel --signal=TERM 42", "scontrol requeue 42"]), (0, [NODES, "scancel --signal=TERM 42"]),
+])
+def test_a_job_whose_time_is_up_saves_and_queues_again_unless_it_is_done(code, asked, tmp_path):
+    job = slurm_job(tmp_path, f'trap "exit {code}" TERM; touch begun; while true; do sleep 0.05; done',
+                    "run.yaml", "seed=1", PROCESSES="4")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert end_of(job) == (code, asked)
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    ([], "give CONFIG, such as configs/resnet32_cifar10_k4.yaml"),
+    (["run.yaml"], "the job has no GPUs; set PROCESSES to the number of stages on a node"),
+])
+def test_a_job_that_cannot_begin_says_why(arguments, complaint, tmp_path):
+    assert end_of(slurm_job(tmp_path, "", *arguments)) == (2, [f"slurm.sbatch: {complaint}"])

@@ -75,8 +75,18 @@ class Meeting:
 def meet(timeout_seconds: float) -> Meeting:
     """Reach the store that torchrun's environment names, under a prefix of this attempt's own."""
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = os.environ.get("BLPIPE_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Meeting(dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size)
+
+
+def stay_on_this_machine() -> None:
+    """Where all processes are on one machine, they listen to each other on its loopback interface alone.
+
+    An interface that the user has named stays.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 def choose_device(kind: str) -> tuple[torch.device, bool]:
@@ -109,6 +119,7 @@ class World:
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
         self.wire = device if own_gpu else torch.device("cpu")
         shake_hands(meeting, run, contract)
+        stay_on_this_machine()
         timeout = timedelta(seconds=timeout_seconds)
         store = dist.PrefixStore(run, meeting.store)
         dist.init_process_group("nccl" if own_gpu else "gloo", store=store, rank=self.rank, world_size=self.size,
