@@ -4,4 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # what torchrun sets too, with a warning
-torchrun --rdzv-backend=blpipe --rdzv-endpoint=localhost --nproc-per-node=4 -m blpipe train configs/quickstart.yaml --overwrite "$@"
+torchrun --rdzv-backend=blpipe --rdzv-endpoint=localhost --nproc-per-node=4 \
+    -m blpipe train configs/quickstart.yaml --overwrite "$@"
