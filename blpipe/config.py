@@ -1,64 +1,22 @@
 """The config: every key, nested, typed and frozen, with what must hold between keys."""
 
-import os
-import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+from blpipe.config_types import (
+    BlockName,
+    Bytes,
+    Each,
+    FolderName,
+    Fraction,
+    NotNegative,
+    PathText,
+    Positive,
+    Processes,
+    WirePrecision,
 )
-
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-WirePrecision = Literal["full", "bf16"]  # the precision of what stages send each other
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-Processes = Annotated[int, Field(ge=0, le=4096)]  # or threads, of one machine
-
-
-def _path(value: str) -> str:
-    try:
-        encoded = os.fsencode(value)
-    except UnicodeEncodeError:
-        encoded = b"\0"
-    if b"\0" in encoded:
-        raise ValueError("holds a character that no path can")
-    if len(encoded) > 2000 or any(len(part) > 255 for part in encoded.split(b"/")):
-        raise ValueError("is longer than a path can be")
-    return value
-
-
-PathText = Annotated[str, AfterValidator(_path)]
-
-T = TypeVar("T")
-
-
-def _some(values: tuple[T, ...]) -> tuple[T, ...]:
-    if not values:
-        raise ValueError("give at least one")
-    return values
-
-
-Some = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_some)]
-"""A list with something in it."""
-
-ONE, EACH = "<one>", "<each>"  # which pydantic puts into the path of what it finds wrong
-Each = Annotated[
-    Annotated[T, Tag(ONE)] | Annotated[Some[T], Tag(EACH)],
-    Discriminator(lambda value: EACH if isinstance(value, list | tuple) else ONE)]
-"""One value for all stages, or a list with one for each."""
 
 
 class Section(BaseModel):
@@ -133,30 +91,17 @@ class DataConfig(Named):
     test_samples: Positive | None = None
 
 
-def _block_name(value: Any) -> Any:
-    return str(value) if type(value) is int else value  # an nn.Sequential's own names are numbers
-
-
-def _bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValidationError:
-        raise ValueError("must be a number of bytes, or such as 500MB or 16GiB") from None
-
-
 class PartitionConfig(Section):
     """How the blocks are cut into stages."""
 
     stages: Positive | None = None
     strategy: str = "even"
-    cuts: tuple[Annotated[str, BeforeValidator(_block_name)], ...] | None = Field(default=None, strict=False)
+    cuts: tuple[BlockName, ...] | None = Field(default=None, strict=False)
     target: str | None = None
     args: dict[str, Any] = {}
     costs: Literal["measured", "analytic"] = "measured"
     speeds: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(default=None, strict=False)
-    memory_limit: Annotated[Positive | None, BeforeValidator(_bytes)] = None
+    memory_limit: Bytes = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "PartitionConfig":
@@ -360,16 +305,10 @@ class RuntimeConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 600.0
 
 
-def _folder_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", value):
-        raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.', 200 at most")
-    return value
-
-
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, AfterValidator(_folder_name)]
+    name: FolderName
     seed: NotNegative = 0
     model: Named
     data: DataConfig = DataConfig()

@@ -9,7 +9,8 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from blpipe.config import Config, MethodConfig, WirePrecision
+from blpipe.config import Config, MethodConfig
+from blpipe.config_types import WirePrecision
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, build_head, channels_first

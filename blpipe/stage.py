@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blpipe.config import LinkConfig, WirePrecision
+from blpipe.config import LinkConfig
+from blpipe.config_types import WirePrecision
 from blpipe.device import Precision
 from blpipe.losses import Tally
 from blpipe.plan import Links

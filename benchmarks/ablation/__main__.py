@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.command import guarded
 from benchmarks.environment import environment
-from blpipe.config import Config, Positive, Section
+from blpipe.config import Config, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
+from blpipe.config_types import Positive
 from blpipe.data import open_data
 from blpipe.engines.common import Engine, train_epoch
 from blpipe.errors import ConfigError

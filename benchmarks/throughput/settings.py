@@ -7,8 +7,9 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field
 
-from blpipe.config import Config, MethodConfig, PartitionConfig, Positive, Section
+from blpipe.config import Config, MethodConfig, PartitionConfig, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml
+from blpipe.config_types import Positive
 from blpipe.data import open_data
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile

@@ -8,7 +8,8 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 
-from blpipe.config import Config, MethodConfig, PartitionConfig, WirePrecision
+from blpipe.config import Config, MethodConfig, PartitionConfig
+from blpipe.config_types import WirePrecision
 from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile

@@ -1,0 +1,84 @@
+"""Kinds of values in a config, each with what must hold of it."""
+
+import os
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+WirePrecision = Literal["full", "bf16"]  # the precision of what stages send each other
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+Processes = Annotated[int, Field(ge=0, le=4096)]  # or threads, of one machine
+
+
+def _path(value: str) -> str:
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise ValueError("holds a character that no path can")
+    if len(encoded) > 2000 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise ValueError("is longer than a path can be")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+
+T = TypeVar("T")
+
+
+def _some(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("give at least one")
+    return values
+
+
+Some = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_some)]
+"""A list with something in it."""
+
+ONE, EACH = "<one>", "<each>"  # which pydantic puts into the path of what it finds wrong
+Each = Annotated[
+    Annotated[T, Tag(ONE)] | Annotated[Some[T], Tag(EACH)],
+    Discriminator(lambda value: EACH if isinstance(value, list | tuple) else ONE)]
+"""One value for all stages, or a list with one for each."""
+
+
+def _block_name(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # an nn.Sequential's own names are numbers
+
+
+BlockName = Annotated[str, BeforeValidator(_block_name)]
+
+
+def _bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError("must be a number of bytes, or such as 500MB or 16GiB") from None
+
+
+Bytes = Annotated[Positive | None, BeforeValidator(_bytes)]
+
+
+def _folder_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", value):
+        raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.', 200 at most")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
