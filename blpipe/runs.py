@@ -200,7 +200,8 @@ def _train(engine: Engine, run: _Run) -> int | None:
         _tell(notes)
     saver, reached = Saver(run.folder, plan, engine), None
     with _stop_requests() as stop, Progress(engine, plan, start, run.meeting, run.shown) as progress:
-        horizon = Horizon(start, stop.is_set, run.meeting, plan.config.name, steps_ahead(plan))
+        ahead = steps_ahead([links.hops_in for links in plan.links], plan.delay, plan.config.train.microbatches)
+        horizon = Horizon(start, stop.is_set, run.meeting, plan.config.name, ahead)
         for reached in train(engine, plan, start, horizon, progress.tick):
             if reached.epoch is not None:
                 _tell_of(reached.epoch, run, recorder)

@@ -10,7 +10,7 @@ from conftest import assert_same_run, metrics_of, small_config, train_in_process
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines import local
-from blpipe.engines.common import train_epoch
+from blpipe.engines.common import LossWatch, train_epoch
 from blpipe.plan import make_plan
 from blpipe.trainer import open_local, set_up
 
@@ -107,7 +107,8 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
 def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
     engine = opened(on_gpu(train__precision=precision, **changes))
     train_epoch(engine, 0)  # libraries start
-    monkeypatch.setattr(local, "seconds_since", lambda started, device: 1.0)  # which waits once an epoch
+    monkeypatch.setattr(local, "seconds_since", lambda started, device: 1.0)  # which waits once an epoch, as does
+    monkeypatch.setattr(LossWatch, "look", lambda watch: None)
     with no_waiting():
         train_epoch(engine, 1)
         engine.evaluate()

@@ -1,13 +1,14 @@
 """The order of a stage's ops, by itself and with its neighbours'."""
 
 from collections import deque
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blpipe.config import LinkConfig, MethodConfig
-from blpipe.engines.pipeline import errors_ahead
+from blpipe.engines.pipeline import errors_ahead, steps_ahead
 from blpipe.plan import Step, hops
 from blpipe.program import Kind, Op, Role, evaluation_program, train_program
 
@@ -158,6 +159,70 @@ def test_with_a_delay_every_link_has_its_own_microbatch_of_a_later_step(count, d
                 assert link > ops.index(Op(Kind.SEND_ERROR, step.index, micro, 1))
                 assert link < ops.index(Op(Kind.RECEIVE, step.index, micro + 1) if micro + 1 < count
                                         else Op(Kind.STEP, step.index))
+
+
+# A program that is left between two steps, and gone on with.
+
+def cut(steps, cuts) -> list[tuple[int, int]]:
+    """The parts of these steps, from … to, that `cuts` (numbers of any size) make."""
+    first, count = steps[0].index, len(steps)
+    ends = sorted({first + each % (count + 1) for each in cuts} | {first, first + count})
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def part(steps, role, delay, start, end) -> list[Op]:
+    return list(train_program(steps, role, delay, start, lambda step: step < end))
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, role=roles, delay=delays, cuts=st.lists(st.integers(0, 99), max_size=4))
+def test_left_and_gone_on_with_it_computes_the_same_in_the_same_order(steps, role, delay, cuts):
+    """What is held is added where the link would have been."""
+    computed = {Kind.FORWARD, Kind.LOCAL_BACKWARD, Kind.LINK_BACKWARD, Kind.STEP}
+    whole = [op for op in program(steps, role, delay) if op.kind in computed]
+    ops = [op for start, end in cut(steps, cuts) for op in part(steps, role, delay, start, end)]
+    added = [op._replace(kind=Kind.LINK_BACKWARD) if op.kind is Kind.ADD_HELD else op for op in ops]
+    assert [op for op in added if op.kind in computed] == whole
+    held, taken = (sorted(op[1:] for op in ops if op.kind is kind) for kind in (Kind.HOLD_LINK, Kind.ADD_HELD))
+    assert held == taken
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=delays, weights=st.lists(st.sampled_from([0.0, 1.0]), max_size=4),
+       reach=st.sampled_from([1, 2, "all"]), cuts=st.lists(st.integers(0, 99), max_size=4))
+def test_a_pipeline_is_drained_wherever_it_is_left(steps, delay, weights, reach, cuts):
+    roles = roles_of_a_pipeline(weights, reach)
+    for start, end in cut(steps, cuts):
+        pipeline = Pipeline([part(steps, role, delay, start, end) for role in roles], roles, 1)
+        pipeline.run()
+        assert not any(pipeline.activations)
+        assert not any(pipeline.errors)
+
+
+def note_and_go_on(asked: list[int], step: int) -> bool:
+    asked.append(step)
+    return True
+
+
+@PROPERTY
+@given(steps=steps_of_any_size, delay=delays, weights=st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=4),
+       reach=st.sampled_from([1, 2, "all"]), take=st.sampled_from(["every", "farthest"]), micro=st.integers(1, 4))
+def test_no_stage_asks_further_ahead_of_the_first_than_is_promised(steps, delay, weights, reach, take, micro):
+    """A stage posts receives for the errors to come, and may be as far as the first."""
+    steps = [Step(step.index, (2,) * micro) for step in steps]
+    roles = roles_of_a_pipeline(weights, reach, take)
+    ahead = steps_ahead([role.hops_in for role in roles], delay, micro)
+    for role in roles:
+        asked: list[int] = []
+        noting = partial(note_and_go_on, asked)
+        layouts = (op for op in train_program(steps, role, delay, 0, noting) if op.kind is Kind.RECEIVE_ERROR)
+        for _ in range(errors_ahead(delay, micro, len(role.hops_in))):
+            next(layouts, None)
+        for op in program(steps, role, delay):
+            if op.kind is Kind.RECEIVE_ERROR:
+                next(layouts, None)
+            if op.kind is Kind.RECEIVE:
+                assert max(asked, default=0) <= op.step + ahead
 
 
 LETTERS = {Kind.FORWARD: "F", Kind.LOCAL_BACKWARD: "B", Kind.LINK_BACKWARD: "L", Kind.STEP: "S"}

@@ -206,11 +206,16 @@ class PipelineEngine:
         return sum(queue.wait_seconds for queue in self.queues)
 
 
-def steps_ahead(plan: Plan) -> int:
-    """How many steps ahead of the first stage any stage may ask whether one is to be done, to post its receives."""
-    farthest = max(max(links.hops_in, default=0) for links in plan.links)
-    microbatches = max(ACTIVATIONS_AHEAD, (farthest + 1) * max(plan.delay, 1) + 1)
-    return -(-microbatches // plan.config.train.microbatches) + 1
+def steps_ahead(hops_in: Sequence[Sequence[int]], delay: int, microbatches: int) -> int:
+    """How many steps ahead of the first stage any stage may ask whether one is to be done, to post its receives.
+
+    Args:
+        hops_in: the errors that come to each stage.
+        delay: in microbatches, of which a batch has so many.
+    """
+    farthest = max(max(hops, default=0) for hops in hops_in)
+    ahead = max(ACTIVATIONS_AHEAD, (farthest + 1) * max(delay, 1) + 1)
+    return -(-ahead // microbatches) + 1
 
 
 def errors_ahead(delay: int, microbatches: int, hops: int) -> int:
