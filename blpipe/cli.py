@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(_parse(argv))
     except KeyboardInterrupt:
         _report("interrupted; `train --resume RUN` goes on from the last checkpoint")
+        if launch.under_torchrun():
+            _leave(130)
         raise SystemExit(130) from None
 
 
@@ -55,8 +57,13 @@ def _main(arguments: argparse.Namespace) -> int:
             _report(str(error))
             return 1
         _report(str(error))  # the recorded traceback stands in torchrun's own summary
-        sys.stdout.flush()
-        os._exit(1)  # an ordinary exit could wait for messages that nobody sends any more
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: an ordinary exit could wait for messages that nobody sends any more."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -226,7 +226,7 @@ class Stage:
 
     def _undo(self, index: int, buffers: list[Tensor], tally: Tally) -> None:
         for buffer, before in zip(self._buffers(), buffers, strict=True):
-            buffer.copy_(before)
+            buffer.data.copy_(before)  # of .data, as the graphs of late links would take it for a change of theirs
         self.tally.take_back(tally)
         self.tally.skipped.append(index)
 

@@ -163,7 +163,7 @@ def test_checkpoints_resume_and_exports_are_plain(tmp_path):
     tree["name"] = "parts"
     parts = train_locally({**tree, "train": {**tree["train"], "epochs": 2}}, tmp_path)
     config = parse_config({**tree, "runtime": {**tree["runtime"], "runs": str(parts.parent)}})
-    train_run(config, resume=True)
+    train_run(config, resume_from=parts)
     left, right = state_of(whole), state_of(parts)
     assert all(torch.equal(left[key], right[key]) for key in left)
     export_run(whole, tmp_path / "model.pt")

@@ -58,7 +58,8 @@ class Size:
             "partition": partition if "cuts" in partition else {"stages": stages, **partition},
             "method": case.method,
             "optimizer": {"name": "sgd", "lr": 0.01, "args": {"momentum": 0.9}},
-            "train": {"batch_size": self.batch, "microbatches": microbatches}})
+            # Of tensors without values nobody can say whether a loss is finite.
+            "train": {"batch_size": self.batch, "microbatches": microbatches, "on_nonfinite": "ignore"}})
 
     def blocks(self) -> int:
         """How many blocks the network has.
