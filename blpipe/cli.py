@@ -22,7 +22,7 @@ examples:
   python -m blpipe export runs/quickstart --out model.pt
 
 exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted by Ctrl-C, 143 by SIGTERM, and
-saved"""
+saved; torchrun itself returns 1 for all but the first"""
 
 _RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
 _GRACE_SECONDS = 2.0  # between SIGTERM and the end of a process under torchrun
@@ -175,7 +175,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if not arguments.config:
         raise ConfigError("CONFIG: which config? give one, such as configs/quickstart.yaml, or --resume RUN")
     runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite,
-                   auto_resume=arguments.auto_resume or launch.is_restart())
+                   auto_resume=arguments.auto_resume)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

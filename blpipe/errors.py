@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class DamagedError(UserError):
+    """A checkpoint that is not what was written."""
+
+
 class ConfigError(UserError):
     """One or more problems with the config, each "key.path: what is wrong and what to do"."""
 
@@ -37,11 +41,11 @@ class StageError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """A stage's loss is NaN or infinite. Exit code 1."""
+    """A stage's loss is NaN or infinite, or its weights are. Exit code 1."""
 
     def __init__(self) -> None:
-        super().__init__("the loss is NaN or infinite; lower optimizer.lr, look at the data, or set train.on_nonfinite "
-                         "to skip or ignore")
+        super().__init__("its loss or weights are NaN or infinite; lower optimizer.lr, look at the data, or set "
+                         "train.on_nonfinite to skip or ignore")
 
 
 class CheckpointError(RuntimeError):

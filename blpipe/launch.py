@@ -18,6 +18,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
-def is_restart() -> bool:
-    """Whether torchrun has started these processes before, and they have failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarted_run() -> str | None:
+    """torchrun's name of this run, where it has started these processes before, and they have failed."""
+    return run_name() if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 else None
+
+
+def run_name() -> str:
+    """torchrun's name of this run; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")

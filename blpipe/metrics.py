@@ -13,7 +13,8 @@ import torch
 import blpipe
 from blpipe.config import Config
 from blpipe.engines.common import factors
-from blpipe.errors import ConfigError, UserError
+from blpipe.errors import CheckpointError, ConfigError, UserError, one_line
+from blpipe.files import write_text
 from blpipe.plan import Plan
 from blpipe.text import blocks_text, percent, table
 from blpipe.trainer import Epoch
@@ -46,7 +47,11 @@ class Recorder:
         if missing:
             raise UserError(f"{self._rows_path}: holds no rows of epoch {min(missing)}, which the checkpoint has "
                             "behind it; restore it, or train anew with --overwrite")
-        self._rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._unwritten = False  # whether rows of earlier epochs could not be written
+        try:
+            self._write_all()
+        except OSError as error:
+            raise UserError(f"{self._rows_path}: cannot be written: {error.strerror}; mend that, and go on") from error
         self._board: Any = None
         if plan.config.runtime.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -54,28 +59,46 @@ class Recorder:
             # What an interrupted run left of later steps is dropped.
             self._board = SummaryWriter(run / "tensorboard", purge_step=epochs_done * len(plan.step_sizes) + 1)
 
-    def add(self, epoch: Epoch) -> None:
-        """Append a row for every stage."""
+    def add(self, epoch: Epoch) -> list[str]:
+        """Append a row for every stage; returns what a user may want to know of that."""
         assert epoch.reports is not None
         last_step = (epoch.index + 1) * len(self._plan.step_sizes) - 1
         lr = self._plan.config.optimizer.lr * factors(self._plan, last_step).lr
         rows = [{"epoch": epoch.index + 1, "stage": number, "lr": lr,
                  "samples_per_second": self._plan.samples_per_epoch / report.train_seconds, **asdict(report)}
                 for number, report in enumerate(epoch.reports, start=1)]
-        with self._rows_path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
         self._rows += rows
+        notes = self._append(rows)
         if self._board is not None:
             for row in rows:
                 for key, value in row.items():
                     if isinstance(value, int | float) and key not in ("epoch", "stage"):
                         self._board.add_scalar(f"{key}/stage {row['stage']}", value, last_step + 1)
             self._board.flush()
+        return notes
+
+    def _append(self, rows: list[dict[str, Any]]) -> list[str]:
+        try:
+            if self._unwritten:
+                self._write_all()
+            else:
+                with self._rows_path.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            self._unwritten = True
+            return [f"cannot write {self._rows_path}: {error.strerror}; training goes on, and its rows are kept"]
+        self._unwritten = False
+        return []
+
+    def _write_all(self) -> None:
+        write_text(self._rows_path, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def finish(self) -> dict[str, Any]:
         """Write and return the result."""
         plan, stages = self._plan, len(self._plan.stages)
-        last = self._rows[-stages:]
+        last = [row for row in self._rows if row["epoch"] == self._rows[-1]["epoch"]]
+        if len(last) != stages:
+            raise UserError(f"partition: the run is done, with {len(last)} stages; give it more epochs, or evaluate it")
         seconds = sum(row["train_seconds"] for row in self._rows if row["stage"] == 1)
         result = {
             "engine": self._engine,
@@ -93,7 +116,12 @@ class Recorder:
             "versions": {"blpipe": blpipe.__version__, "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
         }
-        self._result_path.write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            self._write_all()
+            write_text(self._result_path, json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._result_path}: {error.strerror}; go on with "
+                                  f"`train --resume {self._result_path.parent}`") from error
         if self._board is not None:
             self._board.close()
         return result
@@ -113,7 +141,10 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`; a last line that an interruption cut short is left out."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged: {one_line(error)}; restore it, or train anew with --overwrite") from error
 
 
 def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:

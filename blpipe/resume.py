@@ -1,6 +1,6 @@
 """Where a run begins: at the start, or with a checkpoint; and whether its config is still that of the checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from blpipe.config_file import load_config
 from blpipe.errors import ConfigError, UserError
 
 _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
-_CHANGEABLE = ("partition", "data.root", "data.download", "data.workers", "data.place", "data.bad_samples",
-               "train.epochs", "train.eval_batch_size", "train.eval_every_epochs")
+_CHANGEABLE = ("partition", "optimizer.lr", "schedule", "data.root", "data.download", "data.workers", "data.place",
+               "data.bad_samples", "train.epochs", "train.eval_batch_size", "train.eval_every_epochs",
+               "train.on_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -38,28 +39,27 @@ def find(path: Path) -> Beginning:
 
 
 def run_of(path: Path) -> Path:
-    """The run folder of a run folder or of one of its checkpoints."""
-    return path.parent.parent if _is_checkpoint(path) else path
+    """The run folder of a run folder or of one of its checkpoints; it has a name."""
+    run = path.parent.parent if _is_checkpoint(path) else path
+    return run if run.name not in ("", "..") else run.resolve()
 
 
-def config_of_run(run: Path) -> Config:
-    """The config of a run folder. Raises UserError where it is none."""
+def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run folder, with changes. Raises UserError where it is none."""
     if not (run / "config.yaml").exists():
         raise UserError(f"{run}: is no run folder (it has no config.yaml); runs are in runs/<name> unless "
                         "runtime.runs says otherwise")
-    return load_config(run / "config.yaml")
+    return load_config(run / "config.yaml", overrides)
 
 
-def resumed_config(path: Path, overrides: list[str]) -> Config:
+def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
     """The config of the run to go on with, with changes, set so that it goes on in this very folder.
 
     Raises:
-        UserError: no run, or no checkpoint in it.
+        UserError: no run.
     """
     run = run_of(path)
-    config_of_run(run)
-    find(path)
-    config = load_config(run / "config.yaml", overrides)
+    config = config_of_run(run, overrides)
     return config.model_copy(update={
         "name": run.name, "runtime": config.runtime.model_copy(update={"runs": str(run.parent)})})
 
@@ -101,7 +101,7 @@ def is_of(run: Path, config: Config) -> bool:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.parent.name == "checkpoints"
+    return path.parent.name == "checkpoints" and path.name.startswith("step_")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from blpipe import launch
 from blpipe.checkpoint.folders import checkpoints, forget_after
 from blpipe.config import Config
 from blpipe.config_file import dump_config
 from blpipe.errors import ConfigError
+from blpipe.files import write_text
 from blpipe.resume import Beginning, is_of
 
+_LOCK, _LAUNCH = ".lock", ".launch"  # the latter holds torchrun's name of the run that the folder is of
 _PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "tensorboard", "checkpoints")
 
 
@@ -26,7 +29,7 @@ class How:
     auto_resume: bool = False
 
 
-def folder_of(config: Config) -> Path:
+def run_folder_of(config: Config) -> Path:
     """Where a run's folder is."""
     return Path(config.runtime.runs) / config.name
 
@@ -34,10 +37,10 @@ def folder_of(config: Config) -> Path:
 @contextmanager
 def claimed(config: Config, how: How, beginning: Beginning) -> Iterator[Path]:
     """The run folder, this process's alone, which holds nothing that is to be kept. Raises ConfigError."""
-    run = folder_of(config)
+    run = run_folder_of(config)
     with _writing_to(run):
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
+        lock = (run / _LOCK).open("w")
     with lock:
         try:
             with _writing_to(run):
@@ -45,7 +48,7 @@ def claimed(config: Config, how: How, beginning: Beginning) -> Iterator[Path]:
             _refuse_another_run(run, config, how, beginning)
             yield run
         finally:
-            if not any(path.name != ".lock" for path in run.iterdir()):  # nothing came of it
+            if not any(path.name != _LOCK for path in run.iterdir()):  # nothing came of it
                 shutil.rmtree(run)
 
 
@@ -57,9 +60,14 @@ def make_ready(run: Path, config: Config, beginning: Beginning) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         else:
             forget_after(run, beginning.checkpoint)
-        partial = run / ".config.yaml.partial"
-        partial.write_text(dump_config(config))
-        partial.replace(run / "config.yaml")
+        write_text(run / "config.yaml", dump_config(config))
+        write_text(run / _LAUNCH, launch.run_name())
+
+
+def is_being_restarted(run: Path) -> bool:
+    """Whether torchrun has started these processes again, and what the run folder holds is of the time before."""
+    noted, name = run / _LAUNCH, launch.restarted_run()
+    return name is not None and noted.exists() and noted.read_text() == name
 
 
 @contextmanager
@@ -79,7 +87,8 @@ def _take(lock: TextIO, run: Path) -> None:
 
 
 def _refuse_another_run(run: Path, config: Config, how: How, beginning: Beginning) -> None:
-    if not _parts(run) or how.overwrite or beginning.checkpoint or (how.auto_resume and is_of(run, config)):
+    own = (how.auto_resume or is_being_restarted(run)) and is_of(run, config) and not any(run.glob("checkpoints/[!.]*"))
+    if not _parts(run) or how.overwrite or beginning.checkpoint or own:
         return
     go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""
     raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another name=…")

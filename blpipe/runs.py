@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -17,7 +17,7 @@ from blpipe.checkpoint.saver import Saver
 from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
 from blpipe.data import Data, DataSpec, open_data
-from blpipe.engines.common import Engine
+from blpipe.engines.common import Engine, check_weights
 from blpipe.engines.pipeline import steps_ahead
 from blpipe.errors import StoppedError, UserError
 from blpipe.forecast.costs import profile
@@ -26,7 +26,7 @@ from blpipe.metrics import Recorder, check_tensorboard, epoch_line, stage_rows, 
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.progress import Progress
 from blpipe.resume import Beginning
-from blpipe.run_folder import How, claimed, folder_of, make_ready
+from blpipe.run_folder import How, claimed, is_being_restarted, make_ready, run_folder_of
 from blpipe.trace import write_trace
 from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, set_up, train
 from blpipe.transport.horizon import Horizon
@@ -131,10 +131,13 @@ def _prepare(config: Config, how: How) -> tuple[Plan, Data, Beginning]:
     """Check everything that can be checked; writes nothing."""
     check_tensorboard(config)
     beginning = Beginning()
-    if how.resume_from is not None:
+    run = run_folder_of(config)
+    if is_being_restarted(run):  # from the last checkpoint, whatever it began with
+        config, beginning = resume.go_on_if_there(config, run)
+    elif how.resume_from is not None:
         config, beginning = resume.go_on(config, how.resume_from)
     elif how.auto_resume:
-        config, beginning = resume.go_on_if_there(config, folder_of(config))
+        config, beginning = resume.go_on_if_there(config, run)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
     if config.partition.unsettled:
@@ -190,39 +193,50 @@ def _has_terminal(config: Config) -> bool:
 def _train(engine: Engine, run: _Run) -> int | None:
     """Train to the end; returns the step after which SIGTERM stopped it, if it did."""
     plan, start, notes = run.plan, 0, [*notices(run.plan), *run.beginning.notes]
-    if run.beginning.checkpoint is not None:
-        start = manifest(run.beginning.checkpoint).steps_done
-        notes += load(run.beginning.checkpoint, plan, engine)
+    found, per_epoch = run.beginning.checkpoint, len(run.plan.step_sizes)
+    if found is not None:
+        start = manifest(found).steps_done
+        notes += load(found, plan, engine)
     recorder = None
     if launch.rank() == 0:
         make_ready(run.folder, plan.config, run.beginning)
-        recorder = Recorder(run.folder, plan, engine.name, start // len(plan.step_sizes))
+        recorder = Recorder(run.folder, plan, engine.name, start // per_epoch)
         _tell(notes)
-    saver, reached = Saver(run.folder, plan, engine), None
-    with _stop_requests() as stop, Progress(engine, plan, start, run.meeting, run.shown) as progress:
-        ahead = steps_ahead([links.hops_in for links in plan.links], plan.delay, plan.config.train.microbatches)
-        horizon = Horizon(start, stop.is_set, run.meeting, plan.config.name, ahead)
-        for reached in train(engine, plan, start, horizon, progress.tick):
-            if reached.epoch is not None:
-                _tell_of(reached.epoch, run, recorder)
-                if plan.config.runtime.trace and reached.epoch.index == start // len(plan.step_sizes):
-                    _write_trace(run.folder, engine, plan)
-            if _is_save_due(plan, reached):
-                saver.save(reached.steps_done, _val_accuracy(reached))
-    saver.finish()
-    if reached is not None and reached.stopped:
-        return reached.steps_done
-    if recorder is not None:
-        result = recorder.finish()
-        print(stage_table(result["stages"], result["stage_val_accuracy"]))
-        print(f"run folder: {run.folder}")
-    return None
+    reached = Reached(start, None, stopped=False)
+    with _stop_requests() as stop, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:
+        with Progress(engine, plan, start, run.meeting, run.shown) as progress:
+            for reached in train(engine, plan, start, _horizon(run, start, stop), progress.tick):
+                if reached.epoch is not None:
+                    _tell_of(reached.epoch, run, recorder)
+                    if plan.config.runtime.trace and reached.epoch.index == start // per_epoch:
+                        _write_trace(run.folder, engine, plan)
+                if _is_save_due(plan, reached):
+                    check_weights(plan, engine.stages, reached.steps_done)
+                    saver.save(reached.steps_done, _val_accuracy(reached))
+        saver.finish()
+        if recorder is not None and not reached.stopped:
+            _finish(recorder, run.folder)
+    return reached.steps_done if reached.stopped else None
+
+
+def _horizon(run: _Run, start: int, stop: Event) -> Horizon:
+    plan = run.plan
+    if run.meeting is None:
+        return Horizon(start, stop.is_set)
+    ahead = steps_ahead([links.hops_in for links in plan.links], plan.delay, plan.config.train.microbatches)
+    return Horizon(start, stop.is_set, run.meeting, plan.config.name, ahead)
+
+
+def _finish(recorder: Recorder, folder: Path) -> None:
+    result = recorder.finish()
+    print(stage_table(result["stages"], result["stage_val_accuracy"]))
+    print(f"run folder: {folder}")
 
 
 def _tell_of(epoch: Epoch, run: _Run, recorder: Recorder | None) -> None:
-    if recorder is not None and run.data is not None:
+    if recorder is not None and run.data is not None:  # in the first process
         plan = run.plan
-        recorder.add(epoch)
+        _tell(recorder.add(epoch))
         tqdm.write(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
         for line in run.data.notes():
             tqdm.write(f"note: {line}")

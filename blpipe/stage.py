@@ -195,13 +195,12 @@ class Stage:
 
     def step(self, index: int, lr_factor: float) -> None:
         """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
-        if self.optimizer is None:
-            return
         if self._before is not None and not self._is_finite():
             self._undo(index, *self._before)
-        else:
+        elif self.optimizer is not None:
             self._update(lr_factor)
-        self.optimizer.zero_grad()
+        for parameter in self._trained():
+            parameter.grad = None
         self._sums.clear()
         self._snapshot = None
         self._remember()

@@ -17,6 +17,13 @@ def conv_net(in_channels: int = 2, classes: int = 4, dropout: float = 0.2) -> nn
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)))
 
 
+def wider_net() -> nn.Sequential:
+    """`conv_net` for weights of another shape."""
+    net = conv_net()
+    net[0][0] = nn.Conv2d(2, 6, 5, 1, 2)
+    return net
+
+
 class Fails(nn.Module):
     """Passes its input on, and raises at the given real forward."""
 

@@ -13,18 +13,20 @@ import torch
 import yaml
 from conftest import assert_same_run, small_config, state_of, torchrun, train_in_processes, train_locally
 
-from blpipe import cli
+from blpipe import cli, runs
 from blpipe.checkpoint.folders import checkpoints, manifest, seals, write_manifest
 from blpipe.checkpoint.state import load, read
 from blpipe.checkpoint.state import state_of as state_of_engine
 from blpipe.config_file import load_config, parse_config, set_key
 from blpipe.data import open_data
 from blpipe.errors import UserError
+from blpipe.files import write_text
 from blpipe.metrics import read_rows
 from blpipe.plan import make_plan
 from blpipe.resume import resumed_config
 from blpipe.runs import train_run
 from blpipe.trainer import open_local
+from blpipe.transport.horizon import Horizon
 
 DEEP = {"length": "all", "reach": "all"}
 METHODS = {
@@ -206,7 +208,7 @@ def test_the_last_ones_and_the_best_are_kept(folder):
 # A config that is no longer the checkpoint's.
 
 @pytest.mark.parametrize(("key", "value", "message"), [
-    ("optimizer.lr", "0.5", r"blpipe: optimizer\.lr: 0\.5, but 0\.05 in runs/small/checkpoints/step_000000006; set"),
+    ("optimizer.args", "{momentum: 0.5}", r"blpipe: optimizer\.args\.momentum: 0\.5, but 0\.9 in runs/small/checkpoin"),
     ("seed", "3", r"blpipe: seed: 3, but 0 in runs/small/"),
     ("train.batch_size", "8", r"blpipe: train\.batch_size: 8, but 16 in runs/small/"),
 ])
@@ -251,6 +253,75 @@ def test_cuts_that_were_found_are_kept(folder):
     shutil.rmtree(checkpoints(folder / "runs/cut")[-1])
     assert run("train", "cut.yaml", "--auto-resume") == 0
     assert load_config("runs/cut/config.yaml").partition.cuts == cuts is not None
+
+
+def test_what_may_change_is_said(folder, capsys):
+    shutil.rmtree(checkpoints(Path("runs/small"))[-1])
+    assert run("train", "--resume", "runs/small", "optimizer.lr=0.01", "train.on_nonfinite=skip") == 0
+    said = capsys.readouterr().out
+    assert "note: optimizer.lr: 0.01, was 0.05 before" in said
+    assert "note: train.on_nonfinite: 'skip', was 'stop' before" in said
+
+
+def test_a_done_run_in_other_stages_is_no_run(folder, capsys):
+    before = (folder / "runs/small/result.json").read_text()
+    assert run("train", "--resume", "runs/small", "partition={stages: 2}") == 2
+    assert "blpipe: partition: the run is done, with 3 stages; give it more epochs" in capsys.readouterr().err
+    assert (folder / "runs/small/result.json").read_text() == before
+
+
+@pytest.mark.parametrize("runs_in", ["checkpoints", "."])
+def test_a_run_folder_may_be_named_in_any_way(folder, monkeypatch, runs_in):
+    assert run("train", "small.yaml", f"runtime.runs={runs_in}", "name=other") == 0
+    assert run("train", "--resume", f"{runs_in}/other", "train.epochs=2") == 0
+    monkeypatch.chdir(folder / runs_in / "other")
+    assert run("train", "--resume", ".", "train.epochs=3") == 0
+    assert load_config("config.yaml").name == "other"
+
+
+def test_a_stop_right_after_a_resume_leaves_the_checkpoint_as_it_was(folder, monkeypatch):
+    newest = checkpoints(Path("runs/small"))[-1]
+    before = manifest(newest)
+    assert before.val_accuracy is not None
+    monkeypatch.setattr(runs, "_horizon", lambda run, start, stop: Horizon(start, lambda: True))
+    assert run("train", "--resume", "runs/small", "train.epochs=2") == 143
+    assert manifest(newest) == before
+
+
+# torchrun starts the processes again, under the name that it gave them.
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As by torchrun: the how-manieth time, and under which name."""
+    def launch(restarts, name="this"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    return launch
+
+
+def test_a_restart_goes_on_with_its_own_run_alone(folder, launched, capsys):
+    launched(1)
+    assert run("train", "small.yaml") == 2
+    assert "blpipe: name: runs/small already holds a run" in capsys.readouterr().err
+    launched(0)
+    assert run("train", "small.yaml", "--overwrite") == 0
+    shutil.rmtree(checkpoints(Path("runs/small"))[-1])
+    (checkpoints(Path("runs/small"))[-1] / "mark").touch()
+    launched(1)
+    assert run("train", "small.yaml", "--overwrite") == 0
+    assert (checkpoints(Path("runs/small"))[0] / "mark").exists()
+    shutil.rmtree(folder / "runs/small/checkpoints")
+    assert run("train", "small.yaml") == 0  # it had died before there was one
+
+
+def test_a_restart_goes_on_from_the_last_checkpoint_wherever_it_began(folder, launched):
+    first, last = checkpoints(Path("runs/small"))
+    launched(0)
+    assert run("train", "--resume", str(first)) == 0
+    (last / "mark").touch()
+    launched(1)
+    assert run("train", "--resume", str(first), "train.epochs=2") == 0
+    assert (last / "mark").exists()
 
 
 # Damage.
@@ -306,6 +377,28 @@ def test_where_none_is_intact_it_is_said(folder, capsys):
         assert last == "blpipe: runs/small: holds no intact checkpoint; train it anew, with --overwrite"
 
 
+def test_checkpoints_of_another_layout_are_kept(folder, capsys):
+    old = folder / "runs/small/checkpoints/epoch_00001"
+    checkpoints(folder / "runs/small")[-1].rename(old)
+    shutil.rmtree(checkpoints(folder / "runs/small")[0])
+    assert run("train", "--resume", "runs/small") == 2
+    assert "holds checkpoints of another version of blpipe" in capsys.readouterr().err
+    assert run("train", "small.yaml", "--auto-resume") == 2
+    assert old.exists()
+
+
+def test_a_model_that_has_changed_is_one_line(folder, capsys):
+    config = folder / "runs/small/config.yaml"
+    config.write_text(config.read_text().replace("conv_net", "wider_net"))
+    path = checkpoints(Path("runs/small"))[-1]
+    (path / "config.yaml").write_text(config.read_text())
+    found = manifest(path)
+    write_manifest(path, replace(found, files=found.files | seals(path, "config.yaml")))
+    assert run("eval", "runs/small") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert re.match(r"blpipe: runs/small/checkpoints/step_000000006: does not fit the model: .*size mismatch", line)
+
+
 def test_what_was_not_completed_is_no_checkpoint_and_is_cleared_away(folder):
     partial = folder / "runs/small/checkpoints/.step_000000009.partial"
     shutil.copytree(checkpoints(folder / "runs/small")[-1], partial)
@@ -347,6 +440,15 @@ def small_disk(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], check=True)
     yield disk
     subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(small_disk):
+    path = small_disk / "rows"
+    write_text(path, "before")
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "x" * 500_000)
+    assert path.read_text() == "before"
+    assert list(small_disk.iterdir()) == [path]
 
 
 FULL = r"cannot write the checkpoint \S+/disk/small/checkpoints/step_0000000%s: .*; what was saved before is still " \

@@ -6,9 +6,11 @@ from conftest import metrics_of, small_config, state_of, train_locally
 from test_stage import make_stage, microbatch
 
 from blpipe.config_file import parse_config
-from blpipe.engines.common import LossWatch
+from blpipe.data import open_data
+from blpipe.engines.common import LossWatch, check_weights
 from blpipe.errors import StageError
 from blpipe.metrics import read_rows
+from blpipe.plan import make_plan
 from blpipe.trainer import open_local
 
 AT = 9  # with two microbatches a step, the first one of step 4
@@ -24,8 +26,8 @@ def test_the_run_stops_and_names_stage_and_step(method, tmp_path):
     """The first stage that ends its step: without a delay, a stage waits for the one after it."""
     named = r"^stage 3 \(rank 2, blocks block4…block5\)" if method == {"link": {"delay": 0}} else \
         r"^stage 2 \(rank 1, blocks block2…block3\)"
-    with pytest.raises(StageError, match=named + r" failed at step 4: NonFiniteError: the loss is NaN or infinite; "
-                                         r"lower optimizer\.lr, .*train\.on_nonfinite"):
+    with pytest.raises(StageError, match=named + r" failed at step 4: NonFiniteError: its loss or weights are NaN or "
+                                         r"infinite; lower optimizer\.lr, .*train\.on_nonfinite"):
         train_locally(config_of("stop", method=method), tmp_path)
 
 
@@ -36,9 +38,6 @@ def test_bp_names_the_stage_of_its_loss(tmp_path):
 
 def test_what_is_not_looked_at_in_every_step_is_named_all_the_same(tmp_path):
     """As on a GPU."""
-    from blpipe.data import open_data
-    from blpipe.plan import make_plan
-
     config = parse_config(config_of("stop"))
     data = open_data(config.data, config.seed)
     engine = open_local(make_plan(config, data.spec), data)
@@ -88,3 +87,26 @@ def test_a_late_error_that_is_nan_is_skipped_in_the_step_that_it_comes_to():
 def test_by_config_it_goes_on(tmp_path):
     run = train_locally(config_of("ignore"), tmp_path)
     assert any(value != value for row in metrics_of(run) for value in row)
+
+
+def test_weights_that_are_nan_are_not_saved(tmp_path):
+    """The loss of the last step before the checkpoint was still finite."""
+    config = parse_config(config_of("stop"))
+    data = open_data(config.data, config.seed)
+    engine = open_local(make_plan(config, data.spec), data)
+    check_weights(engine.plan, engine.stages, 6)
+    next(engine.stages[1].blocks.parameters()).data[0] = torch.nan
+    with pytest.raises(StageError, match=r"^stage 2 .* failed at step 5: NonFiniteError"):
+        check_weights(engine.plan, engine.stages, 6)
+
+
+def test_a_stage_that_trains_nothing_skips_too():
+    stage = make_stage(skip_nonfinite=True)
+    stage.optimizer = None
+    stage.train(True)
+    x, targets = microbatch(0)
+    stage.forward(x * torch.nan)
+    stage.local_backward(targets, 1.0)
+    stage.step(0, 1.0)
+    assert stage.tally.skipped == [0]
+    assert all(torch.isfinite(buffer).all() for buffer in stage.blocks.buffers())

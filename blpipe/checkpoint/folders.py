@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from blpipe.config import Config
 from blpipe.config_file import load_config
-from blpipe.errors import UserError, one_line
+from blpipe.errors import DamagedError, UserError, one_line
 
 CONFIG, _MANIFEST = "config.yaml", "checkpoint.json"
 
@@ -45,8 +45,8 @@ class Manifest:
     files: dict[str, FileSeal]
 
 
-def folder_of(run: Path, steps_done: int) -> Path:
-    """Where the checkpoint after so many steps is."""
+def checkpoint_after(run: Path, steps_done: int) -> Path:
+    """Where the checkpoint after so many steps is, or will be."""
     return run / "checkpoints" / f"step_{steps_done:09d}"
 
 
@@ -63,8 +63,10 @@ def seals(folder: Path, pattern: str) -> dict[str, FileSeal]:
 def complete(checkpoint: Path, manifest: Manifest) -> None:
     """Give what was written aside its manifest, and its name. Raises OSError."""
     partial = aside(checkpoint)
+    missing = [name for name in manifest.files if not (partial / name).exists()]
+    if missing:
+        raise OSError(f"{missing[0]} is not there; all nodes must see the run folder")
     write_manifest(partial, manifest)
-    shutil.rmtree(checkpoint, ignore_errors=True)
     partial.rename(checkpoint)
 
 
@@ -90,8 +92,8 @@ def manifest(checkpoint: Path) -> Manifest:
             raise ValueError("is not what was written")
         return TypeAdapter(Manifest).validate_python(tree["manifest"])
     except FileNotFoundError:
-        raise UserError(f"{checkpoint}: is no checkpoint, or was not completed (it has no {_MANIFEST})") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedError(f"{checkpoint}: is no checkpoint, or was not completed (it has no {_MANIFEST})") from None
+    except (IsADirectoryError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(checkpoint, f"{_MANIFEST} ({type(error).__name__}: {one_line(error)})") from error
 
 
@@ -101,7 +103,12 @@ def config_of(checkpoint: Path) -> Config:
 
 
 def check(checkpoint: Path) -> None:
-    """Compare every file's size and checksum with the manifest. Raises UserError."""
+    """Compare every file's size and checksum with the manifest.
+
+    Raises:
+        DamagedError: they differ.
+        UserError: a file cannot be read.
+    """
     for name, (size, digest) in manifest(checkpoint).files.items():
         path = checkpoint / name
         try:
@@ -109,13 +116,15 @@ def check(checkpoint: Path) -> None:
                 raise damaged(checkpoint, f"{name} has {path.stat().st_size:,} bytes of {size:,}")
             if _digest(path) != digest:
                 raise damaged(checkpoint, f"{name} is not what was written (its SHA-256 differs)")
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise damaged(checkpoint, f"{name}: {error.strerror}") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; try again") from error
 
 
-def damaged(checkpoint: Path, what: str) -> UserError:
+def damaged(checkpoint: Path, what: str) -> DamagedError:
     """The error that says so."""
-    return UserError(f"{checkpoint}: is damaged: {what}")
+    return DamagedError(f"{checkpoint}: is damaged: {what}")
 
 
 def newest_intact(run: Path) -> tuple[Path, list[str]]:
@@ -128,12 +137,15 @@ def newest_intact(run: Path) -> tuple[Path, list[str]]:
     for checkpoint in reversed(checkpoints(run)):
         try:
             check(checkpoint)
-        except UserError as error:
+        except DamagedError as error:
             problems.append(str(error))
             continue
         return checkpoint, problems
     if problems:
         raise UserError("\n".join([*problems, f"{run}: holds no intact checkpoint; train it anew, with --overwrite"]))
+    if any(run.glob("checkpoints/[!.]*")):
+        raise UserError(f"{run}: holds checkpoints of another version of blpipe; go on with that one, or train anew, "
+                        "with --overwrite")
     raise UserError(f"{run}: holds no checkpoint yet; train it from the start, with --overwrite")
 
 
@@ -145,15 +157,18 @@ def prune(run: Path, keep: int, keep_best: bool) -> None:
     _delete(set(found[:-keep]) - best)
 
 
-def forget_after(run: Path, checkpoint: Path | None) -> None:
-    """Delete what an interrupted run left half-written, and the checkpoints after `checkpoint` (None: all)."""
-    later = [path for path in run.glob("checkpoints/step_*") if checkpoint is None or path.name > checkpoint.name]
-    _delete([*run.glob("checkpoints/.*.partial"), *later])
-
-
-def _delete(folders: Iterable[Path]) -> None:
-    for path in folders:
+def forget_after(run: Path, checkpoint: Path) -> None:
+    """Delete what an interrupted run left half-written, and the checkpoints after `checkpoint`. Raises OSError."""
+    for path in run.glob("checkpoints/.*.partial"):
         shutil.rmtree(path)
+    _delete(path for path in run.glob("checkpoints/step_*") if path.name > checkpoint.name)
+
+
+def _delete(checkpoints: Iterable[Path]) -> None:
+    for path in list(checkpoints):
+        gone = aside(path)  # so that what is left of one, should this be cut short, is no checkpoint
+        path.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _accuracy(checkpoint: Path) -> float | None:

@@ -3,15 +3,16 @@
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from blpipe.checkpoint.folders import CONFIG, FileSeal, Manifest, aside, complete, folder_of, prune, seals
+from blpipe.checkpoint.folders import CONFIG, FileSeal, Manifest, aside, checkpoint_after, complete, prune, seals
 from blpipe.checkpoint.state import state_of, without_warning
 from blpipe.config_file import dump_config
 from blpipe.engines.common import Engine
@@ -19,20 +20,25 @@ from blpipe.errors import CheckpointError, one_line
 from blpipe.models.build import plain_metadata
 from blpipe.plan import Plan
 
+T = TypeVar("T")
+
 
 class Saver:
     """Saves checkpoints of a run, one at a time, each process its own stages.
 
     `save` copies the state to the host, and a thread of its own writes it: nothing of training waits for files. A
     checkpoint that cannot be written is told of, and training goes on, but the last one is an error.
+
+    Args:
+        newest: steps of the checkpoint that is there already; −1 for none.
     """
 
-    def __init__(self, run: Path, plan: Plan, engine: Engine):
+    def __init__(self, run: Path, plan: Plan, engine: Engine, newest: int):
         self._run, self._plan, self._engine, self._group = run, plan, engine, engine.group
         self._rank = 0 if self._group is None else dist.get_rank()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[str | None] | None = None
-        self._newest = -1
+        self._newest = newest
 
     def save(self, steps_done: int, val_accuracy: float | None = None) -> None:
         """Begin to save; waits for the checkpoint before, and for the device."""
@@ -52,20 +58,26 @@ class Saver:
         if problem is not None:
             raise CheckpointError(problem)
 
+    def close(self) -> None:
+        """Let go of the thread. In one process, wait for it: nothing else may come to the folder while it writes."""
+        self._thread.shutdown(wait=self._group is None)
+
     def _wait(self) -> str | None:
-        """Returns what went wrong, the same in all processes."""
+        """Returns what went wrong, in every process something."""
         writing, self._writing = self._writing, None
         return None if writing is None else writing.result()
 
     def _write(self, steps_done: int, state: dict[str, Tensor], val_accuracy: float | None) -> str | None:
-        target = folder_of(self._run, steps_done)
+        target = checkpoint_after(self._run, steps_done)
         try:
             self._on_leader(partial(_begin, aside(target), self._plan))
             with without_warning():
-                dcp.save(state, checkpoint_id=aside(target), process_group=self._group, no_dist=self._group is None)
-            files = self._gather(seals(aside(target), f"__{self._rank}_*"))
+                # Without copies ahead: the state is on the host, and CUDA is not for this thread.
+                writer = dcp.FileSystemWriter(aside(target), per_thread_copy_ahead=0)
+                dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            files = self._gather(partial(seals, aside(target), f"__{self._rank}_*"))
             self._on_leader(partial(self._complete, target, steps_done, val_accuracy, files))
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        except (Exception, dcp.CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(aside(target), ignore_errors=True)
             return (f"cannot write the checkpoint {target}: {one_line(_cause(error))}; "
@@ -77,28 +89,35 @@ class Saver:
         names = [self._plan.block_names(k) for k in range(len(self._plan.stages))]
         complete(target, Manifest(steps_done, val_accuracy, names, plain_metadata(self._plan.model), files))
         kept = self._plan.config.checkpoint
-        prune(self._run, kept.keep, kept.best)
+        with suppress(OSError):  # what cannot be deleted stays
+            prune(self._run, kept.keep, kept.best)
 
     def _on_leader(self, work: Callable[[], None]) -> None:
         """Do it in the first process; its error is everybody's."""
-        problem: list[Any] = [None]
-        if self._rank == 0:
-            try:
-                work()
-            except OSError as error:
-                problem = [error]
+        problem: list[Any] = [_tried(work) if self._rank == 0 else None]
         if self._group is not None:
             dist.broadcast_object_list(problem, src=0, group=self._group)
-        if problem[0] is not None:
+        if isinstance(problem[0], Exception):
             raise problem[0]
 
-    def _gather(self, files: dict[str, FileSeal]) -> dict[str, FileSeal]:
-        """The files of all processes, in the first one."""
-        if self._group is None:
-            return files
-        gathered: list[Any] | None = [None] * dist.get_world_size(self._group) if self._rank == 0 else None
-        dist.gather_object(files, gathered, dst=0, group=self._group)
-        return {name: seal for each in gathered or [] for name, seal in each.items()}
+    def _gather(self, find: Callable[[], dict[str, FileSeal]]) -> dict[str, FileSeal]:
+        """What all processes find; an error is everybody's."""
+        found: list[Any] = [_tried(find)]
+        if self._group is not None:
+            everyones: list[Any] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(everyones, found[0], group=self._group)
+            found = everyones
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return {name: seal for each in found for name, seal in each.items()}
+
+
+def _tried(work: Callable[[], T]) -> T | Exception:
+    try:
+        return work()
+    except Exception as error:
+        return error
 
 
 def _begin(folder: Path, plan: Plan) -> None:

@@ -92,7 +92,10 @@ def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module, names: 
     state = read(checkpoint, keys.__contains__)
     if state.keys() != keys:
         raise UserError(f"{checkpoint}: holds no {min(keys - state.keys())}; it belongs to another model or partition")
-    module.load_state_dict({name: state[prefix + stored] for name, stored in names.items()})
+    try:
+        module.load_state_dict({name: state[prefix + stored] for name, stored in names.items()})
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint}: does not fit the model: {one_line(error)}") from error
 
 
 def model_state(checkpoint: Path) -> dict[str, Tensor]:

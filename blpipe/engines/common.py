@@ -145,6 +145,18 @@ class LossWatch:
                 raise blame(self._plan, index, f"step {int(bad)}", NonFiniteError())
 
 
+def check_weights(plan: Plan, stages: dict[int, Stage], steps_done: int) -> None:
+    """Look at the weights that a checkpoint would keep, where `train.on_nonfinite` is `stop`; waits for the device.
+
+    Raises:
+        StageError: some are NaN or infinite.
+    """
+    if plan.config.train.on_nonfinite == "stop":
+        for index, stage in stages.items():
+            if not torch.nn.utils.get_total_norm(p.detach() for p in stage.blocks.parameters()).isfinite():
+                raise blame(plan, index, f"step {steps_done - 1}", NonFiniteError())
+
+
 def train_epoch(engine: Engine, epoch: int, on_step: OnStep = lambda: None) -> None:
     """Train all steps of one epoch, from 0."""
     engine.train(epoch, engine.plan.train_steps(epoch)[0].index, always, on_step)
@@ -174,6 +186,25 @@ def train_microbatches(data: Data, plan: Plan, epoch: int, start: int,
     for step, (x, targets) in zip(steps[first:], batches, strict=True):
         x, targets = transfer(x, device), transfer(targets, device)
         yield from zip(x.split(step.sizes), targets.split(step.sizes), strict=True)
+
+
+class TrainFeed:
+    """The first stage's microbatches. While steps of an epoch follow each other it is one feed, with its workers."""
+
+    def __init__(self, data: Data, plan: Plan, device: torch.device):
+        self._data, self._plan, self._device = data, plan, device
+        self._at: tuple[int, int] | None = None
+        self._feed: Feed | None = None
+
+    def begin(self, epoch: int, start: int) -> Feed:
+        """From step `start` of the run on, in this epoch."""
+        if self._feed is None or self._at != (epoch, start):
+            self._feed = Feed(train_microbatches(self._data, self._plan, epoch, start, self._device))
+        return self._feed
+
+    def leave(self, epoch: int, step: int) -> None:
+        """All of it has been taken up to this step."""
+        self._at = epoch, step
 
 
 def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,6 +21,7 @@ from blpipe.engines.common import (
     SoFar,
     StageProgress,
     StageReport,
+    TrainFeed,
     blame,
     build_stage,
     factors,
@@ -29,7 +30,6 @@ from blpipe.engines.common import (
     role,
     seconds_since,
     test_microbatches,
-    train_microbatches,
 )
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
@@ -68,6 +68,7 @@ class LocalEngine:
         self._busy = [0.0] * len(self.stages)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
+        self._feed = TrainFeed(data, plan, device)
         self._losses = LossWatch(plan, at_once=device.type == "cpu")
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
@@ -82,12 +83,13 @@ class LocalEngine:
             next_step += 1
             on_step()
 
-        microbatches = train_microbatches(self.data, self.plan, epoch, start, self.device)
+        feed = self._feed.begin(epoch, start)
         if self.plan.config.method.name == "bp":
-            self._backpropagate(steps[start - steps[0].index:], microbatches, goes_on, count)
+            self._backpropagate(steps[start - steps[0].index:], feed, goes_on, count)
         else:
             programs = [train_program(steps, role(self.plan, k), self.plan.delay, start, goes_on) for k in self.stages]
-            self._run(programs, Feed(microbatches), steps, count, self._busy)
+            self._run(programs, feed, steps, count, self._busy)
+        self._feed.leave(epoch, next_step)
         self._train_seconds += seconds_since(started, self.device)
         self._losses.look()
         return next_step
@@ -199,8 +201,7 @@ class LocalEngine:
                     k -= 1
             assert not running or now != before, "the stages' programs wait for each other"
 
-    def _backpropagate(self, steps: Sequence[Step], microbatches: Iterator[tuple[Tensor, Tensor]], goes_on: GoesOn,
-                       on_step: OnStep) -> None:
+    def _backpropagate(self, steps: Sequence[Step], feed: Feed, goes_on: GoesOn, on_step: OnStep) -> None:
         """Plain end-to-end backpropagation of the last stage's loss."""
         stages = list(self.stages.values())
         for step in steps:
@@ -209,7 +210,7 @@ class LocalEngine:
             stage = stages[0]
             try:
                 for size in step.sizes:
-                    x, targets = next(microbatches)
+                    x, targets = feed.get()
                     for stage in stages:
                         with stage.stream:
                             x = stage.forward_with_graph(x)

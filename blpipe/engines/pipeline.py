@@ -16,6 +16,7 @@ from blpipe.engines.common import (
     SoFar,
     StageProgress,
     StageReport,
+    TrainFeed,
     blame,
     build_stage,
     factors,
@@ -24,7 +25,6 @@ from blpipe.engines.common import (
     role,
     seconds_since,
     test_microbatches,
-    train_microbatches,
 )
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step, TensorSpec
@@ -63,6 +63,7 @@ class PipelineEngine:
         self._train_seconds = self._wait_seconds = 0.0  # in the epoch, without the part under way
         self._started = self._waited_before = 0.0  # of that part
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
+        self._feed = TrainFeed(data, plan, world.device) if data is not None else None
         self._losses = LossWatch(plan, at_once=world.device.type == "cpu")
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
@@ -77,9 +78,7 @@ class PipelineEngine:
             next_step += 1
             on_step()
 
-        feed = None
-        if self.data is not None:
-            feed = Feed(train_microbatches(self.data, self.plan, epoch, start, self.world.device))
+        feed = self._feed.begin(epoch, start) if self._feed is not None else None
         self._waited_before, self._started = self._waited(), perf_counter()
         left = steps[start - steps[0].index:]
         if self._backprop is not None:
@@ -89,6 +88,8 @@ class PipelineEngine:
                                       for size in step.sizes), self.plan.activation)
             self._expect_errors(steps, start, goes_on)
             self._run(self._program(steps, start, goes_on), feed, steps, count)
+        if self._feed is not None:
+            self._feed.leave(epoch, next_step)
         self._wait_seconds += self._waited() - self._waited_before
         self._train_seconds += seconds_since(self._started, self.world.device)
         self._losses.look()

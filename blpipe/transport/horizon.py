@@ -1,10 +1,12 @@
 """How far the stages go before they stop together, where they are asked to."""
 
 from collections.abc import Callable
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
 
+from blpipe.errors import PeerLostError
 from blpipe.transport.world import Meeting
 
+_PATIENCE = 5.0  # seconds, of a process that has been told to end
 _SECONDS = 1.0  # about as far ahead as the first stage promises steps
 
 
@@ -56,6 +58,12 @@ class Horizon:
         if self._stop_wanted() and not self._asked:
             self._asked = True
             meeting.ask_to_stop(self._run)
-        promise = meeting.promised(self._run, self._promises)
+        began = monotonic()
+        while (promise := meeting.promised(self._run, self._promises)) is None:
+            patience = _PATIENCE if self._stop_wanted() else meeting.timeout_seconds
+            if monotonic() - began > patience:
+                raise PeerLostError(f"rank {meeting.rank} waiting for rank 0 to promise steps: that process ended, or "
+                                    "did not answer within runtime.timeout_seconds")
+            sleep(0.01)  # not in the store, where no signal is heard
         self._promises += 1
         self._until, self._ends = promise["until"], promise["ends"]

@@ -22,6 +22,7 @@ class Meeting:
     store: dist.Store
     rank: int
     size: int
+    timeout_seconds: float = 600.0
 
     def announce(self, run: str, message: dict[str, Any]) -> None:
         """Rank 0 tells the others, of the run with this name."""
@@ -52,10 +53,11 @@ class Meeting:
         with lost_peer(f"rank {self.rank} promising steps"):
             self.store.set(f"{run}/promises/{number}", json.dumps(message))
 
-    def promised(self, run: str, number: int) -> dict[str, Any]:
-        """What the first stage told for the how-manieth time; waits for it."""
-        with lost_peer(f"rank {self.rank} waiting for rank 0 to promise steps"):
-            return json.loads(self.store.get(f"{run}/promises/{number}"))
+    def promised(self, run: str, number: int) -> dict[str, Any] | None:
+        """What the first stage told for the how-manieth time; None if it has not yet."""
+        key = f"{run}/promises/{number}"
+        with lost_peer(f"rank {self.rank} looking for rank 0's promise of steps"):
+            return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def ask_to_stop(self, run: str) -> None:
         """Ask the first stage to stop promising."""
@@ -76,7 +78,7 @@ def meet(timeout_seconds: float) -> Meeting:
     """Reach the store that torchrun's environment names, under a prefix of this attempt's own."""
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     attempt = os.environ.get("BLPIPE_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Meeting(dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size)
+    return Meeting(dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size, timeout_seconds)
 
 
 def stay_on_this_machine() -> None:
