@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import assert_same_run, small_config, state_of, torchrun, train_in_processes, train_locally
+from test_cli import run
 
 from blpipe import cli, runs
 from blpipe.checkpoint.folders import checkpoints, manifest, seals, write_manifest
@@ -89,14 +90,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(saved_config("small", 3, train__epochs=1)))
     assert cli.main(["train", "small.yaml"]) == 0
     return tmp_path
-
-
-def run(*arguments):
-    """The exit code of a subcommand in this process."""
-    try:
-        return cli.main(arguments)
-    except SystemExit as stop:
-        return stop.code
 
 
 # A run that goes on is the run that was not interrupted.
