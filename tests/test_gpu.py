@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import assert_same_run, metrics_of, small_config, train_in_processes, train_locally
+from test_checkpoints import METHODS, go_on, rewound, saved_config
 
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
@@ -65,6 +66,18 @@ def test_the_pipeline_equals_the_local_engine_bit_for_bit(environment, tmp_path,
     try:
         for tree, run in zip(trees, runs, strict=True):
             assert_same_run(run, train_locally(tree, tmp_path))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["three_late", "far", "bp"])
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path, monkeypatch):
+    """With deterministic algorithms; dropout's random stream is the GPU's."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = train_locally(saved_config(name, runtime__device="cuda", **METHODS[name]), tmp_path)
+        assert_same_run(whole, go_on(rewound(whole, 5, tmp_path / "resumed")))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import assert_same_run, child_environment, small_config, torchrun_command, train_locally
+from conftest import assert_same_run, child_environment, small_config, torchrun, torchrun_command, train_locally
+from test_processes import exit_codes
 
 from blpipe.checkpoint.folders import checkpoints
 
@@ -130,6 +131,18 @@ def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder):
     assert run.end() == 0, run.said
     assert "blpipe: stopped by SIGTERM after step" in run.said
     assert_same_run(train_locally(tree, folder), folder / "runs/run")
+
+
+def test_where_the_first_process_cannot_go_on_the_others_do_not_wait_for_it(folder):
+    """They have connected, and wait for its word on how far to go."""
+    tree = config_of(partition__stages=3, train__epochs=2)
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    run = train_locally(tree, folder)
+    (run / "metrics.jsonl").unlink()
+    done = torchrun(3, "-m", "blpipe", "train", "--resume", str(run), "train.epochs=4", cwd=folder)
+    line, = (line for line in done.stderr.splitlines() if line.startswith("blpipe: "))
+    assert re.match(r"blpipe: \S+/metrics\.jsonl: holds no rows of epoch 1", line)
+    assert sorted(exit_codes(done.stderr)) == [1, 1, 2]  # torchrun has killed none, which it does after 30 s
 
 
 def test_two_runs_in_one_folder_are_one_too_many(folder):
