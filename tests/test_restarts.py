@@ -17,7 +17,6 @@ from test_processes import exit_codes
 from blpipe.checkpoint.folders import checkpoints
 
 TRAIN = ["-m", "blpipe", "train", "run.yaml"]
-KILLS = 20
 
 
 def config_of(**changes):
@@ -78,20 +77,21 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(600)
-def test_a_run_whose_stages_are_killed_twenty_times_ends_as_if_they_had_not_been(folder, monkeypatch):
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, folder, monkeypatch):
     """At random steps, one stage or the other; torchrun starts them again, and they go on from the last checkpoint."""
     dice = random.Random(0)
-    deaths = [[0] * KILLS, [0] * KILLS]
-    for kill in range(KILLS):
+    deaths = [[0] * kills, [0] * kills]
+    for kill in range(kills):
         deaths[dice.randrange(2)][kill] = dice.randint(3, 30)  # forwards, two a step
     tree = config_of(model={"target": "models_under_test:mortal_net", "args": {"first": deaths[0], "last": deaths[1]}},
                      train__epochs=30)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    run = Started(restarting(KILLS), folder)
+    run = Started(restarting(kills), folder)
     assert run.end(560) == 0, run.said
     # torchrun names the one whose end it sees first, and the other has lost its neighbour.
-    assert len(re.findall(r"failed \(exitcode: (?:-9|1)\)", run.said)) == KILLS, run.said
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(KILLS))  # where none is to die
+    assert len(re.findall(r"failed \(exitcode: (?:-9|1)\)", run.said)) == kills, run.said
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(kills))  # where none is to die
     assert_same_run(train_locally(tree, folder), folder / "runs/run")
 
 
