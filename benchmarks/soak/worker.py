@@ -3,6 +3,8 @@
     python -m benchmarks.soak.worker JOB.json
 """
 
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -84,6 +86,12 @@ class Disturbance:
         count.longest = max(count.longest, stalled)
 
 
+def give_back() -> None:
+    """Give the system what nobody holds: else the resident size shows what the allocator keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident_bytes() -> int:
     """Of this process, now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -105,6 +113,7 @@ def main(job: dict[str, Any]) -> None:
             config = parse_config(tree(case, f"run{number}-{position}", job["epochs"], job["runs"]))
             with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
                 train_run(config)
+                give_back()
             if meeting.rank == 0 and not same(outcome(Path(job["runs"]) / config.name), expected[case]):
                 raise AssertionError(f"round {number + 1}: {case}: not the results of the undisturbed run")
         rounds.append(disturbance.resident)
