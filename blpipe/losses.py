@@ -1,5 +1,6 @@
 """Local losses: from (logits, targets), and a stage's output too, to a scalar, the mean over the batch."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -190,10 +191,13 @@ def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str
 
 
 class Tally:
-    """Sums over an epoch, kept on the device so that counting never waits for it."""
+    """Sums over an epoch, kept on the device so that counting never waits for it.
+
+    `loss_sum` is the sum of the losses of all samples, a new float64 scalar with every microbatch.
+    """
 
     def __init__(self) -> None:
-        self._loss: Tensor | float = 0.0
+        self.loss_sum: Tensor | float = 0.0
         self._correct: Tensor | int = 0
         self._samples = 0
         self._targets = 0
@@ -201,14 +205,17 @@ class Tally:
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Count a microbatch: its mean loss, and the targets [B, …] with the largest of the logits [B, …, classes]."""
-        self._loss = self._loss + loss.detach().double() * len(targets)
+        before = self.loss_sum
+        if not isinstance(before, Tensor):
+            before = loss.new_full((), before, dtype=torch.double)
+        self.loss_sum = torch.add(before, loss.detach(), alpha=len(targets))
         self._correct = self._correct + (logits.detach().argmax(-1) == targets).sum()
         self._samples += len(targets)
         self._targets += targets.numel()
 
-    def is_finite(self) -> Tensor:
-        """Whether every loss counted was, as a scalar on the device."""
-        return torch.isfinite(torch.as_tensor(self._loss))
+    def is_finite(self) -> bool:
+        """Whether every loss counted was; waits for the device."""
+        return math.isfinite(self.loss_sum)
 
     def take_back(self, before: "Tally") -> None:
         """Be again what a copy of this tally is."""
@@ -216,20 +223,20 @@ class Tally:
 
     def state(self) -> list[float]:
         """The sums, as numbers; waits for the device."""
-        return [float(self._loss), float(self._correct), self._samples, self._targets, *self.skipped]
+        return [float(self.loss_sum), float(self._correct), self._samples, self._targets, *self.skipped]
 
     @classmethod
     def of(cls, state: Sequence[float]) -> "Tally":
         """A tally that goes on from the sums of `state`."""
         tally = cls()
-        tally._loss, tally._correct = state[0], int(state[1])
+        tally.loss_sum, tally._correct = state[0], int(state[1])
         tally._samples, tally._targets, *tally.skipped = map(int, state[2:])
         return tally
 
     @property
     def loss(self) -> float | None:
         """Mean loss over the samples counted; None if there were none."""
-        return float(self._loss) / self._samples if self._samples else None
+        return float(self.loss_sum) / self._samples if self._samples else None
 
     @property
     def accuracy(self) -> float | None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,7 +96,9 @@ class Stage:
         compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
         self._run_blocks, self._run_body = compiled(blocks), compiled(self.body)
         self._run_head: Any = compiled(head) if head is not None else None
-        self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,)))
+        self._first_names = _first_names(self.tail)
+        self._run_tail_live = compiled(self.tail)
+        self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,), tie_weights=False))
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
@@ -271,16 +274,20 @@ class Stage:
             parameters = self._tail_live  # the link's backward comes before the step that changes them
         else:
             parameters = self._snapshot = self._snapshot or {
-                name: p.detach().clone().requires_grad_() for name, p in self._tail_live.items()}
+                name: copy.requires_grad_() for name, copy in _copies(self._tail_live).items()}
         cut = h.detach().requires_grad_(h.requires_grad)
         random_state, buffers = [], {}
         if self.link.keep == "recompute":
             random_state = self.stream.read()
-            buffers = {name: buffer.clone() for name, buffer in self.tail.named_buffers()}
+            buffers = _copies(dict(self.tail.named_buffers()))
         return TailRun(parameters, cut, self._tail_with(parameters, cut), random_state, buffers)
 
     def _tail_with(self, tensors: dict[str, Tensor], h: Tensor) -> Tensor:
-        return self.precision.run(partial(self._run_tail_with, tensors), h)
+        """The tail's output, with `tensors` in place of its own."""
+        if tensors is self._tail_live:
+            return self.precision.run(self._run_tail_live, h)
+        every_name = {name: tensors[first] for name, first in self._first_names.items() if first in tensors}
+        return self.precision.run(partial(self._run_tail_with, every_name), h)
 
     def _local_backward_of_tail(self, run: TailRun, error: Tensor | None, goes_on: bool) -> Tensor | None:
         """Returns ∂L_k/∂h, or None if nothing before the tail wants it."""
@@ -298,7 +305,7 @@ class Stage:
 
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
-        buffers = {name: buffer.clone() for name, buffer in run.buffers.items()}  # a forward may write to them
+        buffers = _copies(run.buffers)  # a forward may write to them
         with self.stream.rewound_to(run.random_state):
             return self._tail_with({**run.parameters, **buffers}, h)
 
@@ -327,6 +334,22 @@ class Stage:
         """An error as it goes to the stage before."""
         error = torch.zeros_like(x) if error is None else error
         return _narrowed(error, self.link.wire)
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Of every name of a parameter or buffer, the first name of the same tensor: some layers share them."""
+    first: dict[Tensor, str] = {}
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(tensor, name) for name, tensor in named}
+
+
+@torch.no_grad()
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies by name, with the layouts of the originals; all in one kernel on a GPU."""
+    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    if copies:
+        torch._foreach_copy_([*copies.values()], [*tensors.values()])
+    return copies
 
 
 def _widened(x: Tensor, wire: WirePrecision) -> Tensor:

@@ -79,8 +79,9 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
         print("note: there are more stages than GPUs here; stages share them, and send through host memory")
     _use(device)
     data = None if data is None else data.to(device)
-    return PipelineEngine(plan, data, World(meeting, plan.config.name, device, own_gpu,
-                                            plan.config.runtime.timeout_seconds, contract(plan)))
+    config = plan.config
+    return PipelineEngine(plan, data, World(meeting, config.name, device, own_gpu, config.runtime.timeout_seconds,
+                                            contract(plan), config.train.channels_last))
 
 
 def _use(device: torch.device) -> None:

@@ -69,15 +69,14 @@ def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: fl
     jobs = folder / f"jobs{stages}.json"
     jobs.write_text(json.dumps([{**tree, "runtime": {**tree["runtime"], "runs": str(folder / "pipeline")}}
                                 for tree in trees]))
-    ranks = subprocess.Popen([sys.executable, str(REPOSITORY / "tests" / "ranks.py"), str(stages), str(jobs)],
-                             env=child_environment() | environment, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output, _ = ranks.communicate(timeout=timeout)
-    finally:
-        if ranks.returncode is None:
-            os.killpg(ranks.pid, signal.SIGKILL)
-            ranks.wait()
+    with subprocess.Popen([sys.executable, str(REPOSITORY / "tests" / "ranks.py"), str(stages), str(jobs)],
+                          env=child_environment() | environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as ranks:
+        try:
+            output, _ = ranks.communicate(timeout=timeout)
+        finally:
+            if ranks.returncode is None:
+                os.killpg(ranks.pid, signal.SIGKILL)
     assert ranks.returncode == 0, output
     return [folder / "pipeline" / tree["name"] for tree in trees]
 

@@ -27,7 +27,8 @@ def rank(index: int, trees: list[dict]) -> None:
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(index)
     if "NCCL_ON_ONE_GPU" in os.environ:
         # As on machines of one GPU each. NCCL refuses two ranks on a GPU of what it takes for one host.
-        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", NCCL_HOSTID=f"host{index}")
+        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", NCCL_HOSTID=f"host{index}",
+                          NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
     if "DETERMINISTIC" in os.environ:
         torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)

@@ -54,11 +54,11 @@ def test_bad_input_is_said_in_one_line(change, said, measure, capsys):
     assert not results.exists()
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_the_shipped_configs_are_sound(name, monkeypatch, measure):
+@pytest.mark.parametrize(("name", "device"), [("cpu", "cpu"), ("gpu", "cuda"), ("gpu_compiled", "cuda")])
+def test_the_shipped_configs_are_sound(name, device, monkeypatch):
     monkeypatch.setattr(ablation, "open_local", lambda plan, data: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     settings = ablation.parse_as(ablation.AblationConfig, ablation.read_yaml(
         REPOSITORY / f"benchmarks/ablation/{name}.yaml"))
     for row in settings.rows:
-        assert ablation._open(settings, row).config.runtime.device == {"cpu": "cpu", "gpu": "cuda"}[name]
+        assert ablation._open(settings, row).config.runtime.device == device

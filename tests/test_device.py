@@ -13,9 +13,10 @@ from blpipe.device import Precision, transfer, use_channels_last, use_precision
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
 from blpipe.forecast.memory import Rehearsal
-from blpipe.plan import make_network, make_plan
+from blpipe.plan import TensorSpec, make_network, make_plan
 from blpipe.runs import export_run, train_run
 from blpipe.transport.memory import MemoryQueue
+from blpipe.transport.messages import message_bytes, views
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 IMAGES = {"name": "synthetic", "args": {"shape": [3, 8, 6], "classes": 4, "samples": 50},
@@ -155,6 +156,23 @@ def test_a_message_has_the_strides_that_a_transfer_gives():
     queue = MemoryQueue()
     queue.put(torch.randn(2, 3, 1, 1).to(memory_format=torch.channels_last), torch.randn(2, 3, 4, 4).mT)
     assert [tensor.stride() for tensor in queue.get()] == [(3, 1, 1, 1), (48, 16, 4, 1)]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_maps_have_one_layout_in_every_queue(channels_last):
+    """And where a model is laid out channels last, nothing is copied for it."""
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    others = [torch.randn(2, 3, 1, 1), torch.randn(2, 3, 4, 4), torch.randn(2, 5), torch.randn(3, 4).mT]
+    queue = MemoryQueue(channels_last)
+    queue.put(x, *others)
+    got = queue.get()
+    layout = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in (x, *others))
+    through = views(torch.zeros(message_bytes(layout), dtype=torch.uint8), layout, channels_last)
+    for view, tensor in zip(through, (x, *others), strict=True):
+        view.copy_(tensor)
+    assert [t.stride() for t in got] == [t.stride() for t in through]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(got, through, (x, *others), strict=True))
+    assert (got[0].data_ptr() == x.data_ptr()) == channels_last
 
 
 def test_checkpoints_resume_and_exports_are_plain(tmp_path):

@@ -17,10 +17,12 @@ CPU = torch.device("cpu")
 
 
 def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, compile=False,
-               skip_nonfinite=False, **links):
+               skip_nonfinite=False, tied=False, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
+    if tied:
+        blocks[2][0].weight, blocks[2][1].running_mean = blocks[1][0].weight, blocks[1][1].running_mean
     head = nn.Linear(5, 3)
     parameters = [*blocks.parameters(), *head.parameters()]
     made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
@@ -36,10 +38,11 @@ def microbatch(seed):
     return torch.randn(8, 5, generator=generator), torch.randint(3, (8,), generator=generator)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("keep", ["graph", "recompute"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
-def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, optimizer):
-    stage = make_stage(keep, delay=1, optimizer=optimizer)
+def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, optimizer, tied):
+    stage = make_stage(keep, delay=1, optimizer=optimizer, tied=tied)
     before = copy.deepcopy(stage.blocks)
     x, targets = microbatch(0)
     stage.forward(x)

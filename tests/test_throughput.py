@@ -13,7 +13,7 @@ from benchmarks.throughput.methods import make_configs
 from benchmarks.throughput.settings import METHODS, Cuts, case_tree, load_settings
 from blpipe.data import open_data
 from blpipe.plan import make_plan
-from blpipe.transport.queues import message_bytes
+from blpipe.transport.messages import message_bytes
 
 QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
 FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"

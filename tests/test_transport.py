@@ -14,7 +14,8 @@ from blpipe.errors import ConfigError, UserError
 from blpipe.plan import TensorSpec
 from blpipe.trainer import choose_engine
 from blpipe.transport.memory import MemoryQueue
-from blpipe.transport.queues import SendQueue, message_bytes, views
+from blpipe.transport.messages import message_bytes, views
+from blpipe.transport.queues import SendQueue
 from blpipe.transport.world import Meeting, shake_hands
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]

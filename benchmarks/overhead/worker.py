@@ -21,7 +21,7 @@ from blpipe.engines.pipeline import PipelineEngine, contract
 from blpipe.plan import make_plan
 from blpipe.stage import Stage
 from blpipe.trainer import set_up
-from blpipe.transport.queues import message_bytes
+from blpipe.transport.messages import message_bytes
 from blpipe.transport.world import World, meet
 
 ROUNDS, STEPS, BATCH = 7, 300, 8

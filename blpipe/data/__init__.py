@@ -79,7 +79,7 @@ class Data:
 
         def requests() -> Iterator[Request]:
             for step in range(start_step, steps):
-                yield derive_seed(seed, "sample", epoch, step), order_N[step * batch_size:(step + 1) * batch_size]
+                yield (seed, "sample", epoch, step), order_N[step * batch_size:(step + 1) * batch_size]
 
         for step, (x, y) in enumerate(self._source.train.batches(requests()), start_step):
             if self._augment.crop or self._augment.flip:
@@ -90,7 +90,7 @@ class Data:
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every test sample once, in order, as `train_batches` gives them but not augmented."""
         count = len(self._source.test)
-        requests = ((derive_seed(0, "sample", start), torch.arange(start, min(start + batch_size, count)))
+        requests = (((0, "sample", start), torch.arange(start, min(start + batch_size, count)))
                     for start in range(0, count, batch_size))
         for x, y in self._source.test.batches(requests):
             yield prepare.normalise(x, self._mean, self._std), y

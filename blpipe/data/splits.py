@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from blpipe.config import DataConfig
 from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
+from blpipe.seeds import derive_seed
 
-Request = tuple[int, Tensor]
-"""One batch to fetch: a seed for whatever is random in fetching it, and the samples' indices, int64 [B]."""
+Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
+"""One batch to fetch: of what to derive the seed for whatever is random in fetching it, and indices, int64 [B]."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class DatasetSplit:
             UserError: a sample cannot be read and is not skipped, or does not fit; in a worker, too, one line.
         """
         # A loader without a generator of its own would draw from the global stream, which is a stage's.
-        indices = ((seed, index_B.tolist()) for seed, index_B in requests)
+        indices = ((derive_seed(*labels), index_B.tolist()) for labels, index_B in requests)
         loader = DataLoader(_Batches(self), batch_size=None, sampler=indices, num_workers=self.workers,
                             generator=torch.Generator())
         for batch in loader:

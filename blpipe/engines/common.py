@@ -1,6 +1,7 @@
 """What the engines share: how a stage is made, what feeds the first one, and what each reports."""
 
 import resource
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -121,28 +122,33 @@ class LossWatch:
         at_once: whether to look in every step, which waits for the device; if not, `look` says which step it was.
     """
 
+    MOST = 1000  # steps not looked at
+
     def __init__(self, plan: Plan, at_once: bool):
         self._plan, self._at_once = plan, at_once
         self._on = plan.config.train.on_nonfinite == "stop"
-        self._bad: dict[int, Tensor] = {}  # by stage: the first bad step, or −1
+        self._sums: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)  # by stage: steps, and losses up to them
 
     def note(self, index: int, stage: Stage, step: int) -> None:
-        """The losses of this step have been counted. Raises NonFiniteError."""
+        """The losses of this step have been counted. Raises NonFiniteError, or what `look` does."""
         if not self._on:
             return
-        finite = stage.tally.is_finite()
-        if not self._at_once:
-            bad = torch.where(finite, -1, step)
-            before = self._bad.get(index, bad)
-            self._bad[index] = torch.where(before < 0, bad, before)
-        elif not finite:
-            raise NonFiniteError
+        if self._at_once:
+            if not stage.tally.is_finite():
+                raise NonFiniteError
+            return
+        self._sums[index].append((step, torch.as_tensor(stage.tally.loss_sum)))
+        if len(self._sums[index]) >= self.MOST:
+            self.look()
 
     def look(self) -> None:
         """Waits for the device. Raises a StageError that names stage and step."""
-        for index, bad in self._bad.items():
-            if int(bad) >= 0:
-                raise blame(self._plan, index, f"step {int(bad)}", NonFiniteError())
+        for index, noted in self._sums.items():
+            finite = torch.stack([total for _, total in noted]).isfinite().tolist()
+            for (step, _), is_finite in zip(noted, finite, strict=True):
+                if not is_finite:
+                    raise blame(self._plan, index, f"step {step}", NonFiniteError())
+        self._sums.clear()
 
 
 def check_weights(plan: Plan, stages: dict[int, Stage], steps_done: int) -> None:

@@ -21,7 +21,8 @@ from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
 from blpipe.plan import Links, Network, Plan, Step, fitting, make_plan, stage_links
 from blpipe.program import Factors, Ports, execute, train_program
-from blpipe.transport.queues import Layout, SendQueue, message_bytes, views
+from blpipe.transport.messages import Layout, message_bytes, views
+from blpipe.transport.queues import SendQueue
 
 
 class Rehearsal:
@@ -44,7 +45,7 @@ class Rehearsal:
         Args:
             links: of that stage; without, as if each block before and after it were a stage.
         """
-        with self._mode:
+        with self._mode, self._device:  # where heads are made too: fake tensors cannot be moved
             peak = self._rehearse(start, end, links)
         for parameter in self._network.model.parameters():
             parameter.grad = None
@@ -82,8 +83,9 @@ def train_alone(plan: Plan, index: int, device: torch.device) -> None:
     given = plan.activation(size, index - 1) if index else plan.input(size)
     count = rehearsed_steps(plan.config, max(hops_in, default=0))
     steps = [Step(i, (size,) * train.microbatches) for i in range(count)]
-    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device)
-    errors_in = _Inbox((plan.error(size, index),), errors_ahead(plan.delay, train.microbatches, len(hops_in)), device)
+    ahead = errors_ahead(plan.delay, train.microbatches, len(hops_in))
+    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, train.channels_last)
+    errors_in = _Inbox((plan.error(size, index),), ahead, device, train.channels_last)
     ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
                      lambda step: Factors(), lambda op: None):
@@ -162,10 +164,10 @@ def state_copies(config: OptimizerConfig) -> int:
 class _Inbox:
     """Receives a message whenever asked; so many buffers wait at any time, as in `ReceiveQueue`."""
 
-    def __init__(self, layout: Layout, ahead: int, device: torch.device):
+    def __init__(self, layout: Layout, ahead: int, device: torch.device, channels_last: bool):
         size = message_bytes(layout)
         self._new: Callable[[], tuple[Tensor, ...]] = lambda: views(
-            torch.empty(size, dtype=torch.uint8, device=device), layout)
+            torch.empty(size, dtype=torch.uint8, device=device), layout, channels_last)
         self._posted = deque(self._new() for _ in range(ahead))
 
     def has_message(self) -> bool:

@@ -4,11 +4,14 @@ from collections import deque
 
 from torch import Tensor
 
+from blpipe.transport.messages import as_sent
+
 
 class MemoryQueue:
-    """Both ends of a queue."""
+    """Both ends of a queue; see `as_sent` for `channels_last`."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels_last: bool = False) -> None:
+        self._channels_last = channels_last
         self._messages: deque[tuple[Tensor, ...]] = deque()
 
     def has_message(self) -> bool:
@@ -16,9 +19,8 @@ class MemoryQueue:
         return bool(self._messages)
 
     def put(self, *tensors: Tensor) -> None:
-        """Append a message: contiguous, as after a transfer, so that kernels take the same path in every engine."""
-        # Through one dimension, for the strides of axes of length 1 too: they say what layout a map has.
-        self._messages.append(tuple(tensor.contiguous().view(-1).view(tensor.shape) for tensor in tensors))
+        """Append a message."""
+        self._messages.append(tuple(as_sent(tensor, self._channels_last) for tensor in tensors))
 
     def get(self) -> tuple[Tensor, ...]:
         """The oldest message."""

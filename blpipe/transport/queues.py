@@ -1,15 +1,14 @@
 """Queues between two processes, over torch.distributed point-to-point.
 
-A message is a fixed list of tensors in one flat buffer, so that it costs one send, whatever it holds. Both
-ends derive the same layouts before the first message (`world.shake_hands` compares them); nothing is
-described on the wire. A process issues all of its communication from one thread.
+A message is one flat buffer, so that it costs one send, whatever it holds. Both ends derive the same layouts
+before the first message (`world.shake_hands` compares them). A process issues all of its communication from one
+thread.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from math import prod
 from time import perf_counter
 
 import torch
@@ -18,29 +17,7 @@ from torch import Tensor
 
 from blpipe.errors import PeerLostError
 from blpipe.plan import TensorSpec
-
-Layout = tuple[TensorSpec, ...]
-_ALIGNMENT = 64  # bytes, as of torch's own allocations, so that kernels take the same path in every engine
-
-
-def message_bytes(layout: Layout) -> int:
-    """Size of a message's buffer."""
-    return _offsets(layout)[-1]
-
-
-def views(buffer: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    """The tensors of a message, as views of its uint8 buffer."""
-    return tuple(buffer[start:start + prod(spec.shape) * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
-                 for start, spec in zip(_offsets(layout), layout, strict=False))
-
-
-def _offsets(layout: Layout) -> list[int]:
-    """Where each tensor begins, and the end of the last one."""
-    offsets = [0]
-    for shape, dtype in layout:
-        size = prod(shape) * dtype.itemsize
-        offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-    return offsets
+from blpipe.transport.messages import Layout, message_bytes, views
 
 
 @contextmanager
@@ -61,11 +38,13 @@ class _End:
         peer: rank of the other process.
         name: of the stages at both ends, for messages.
         device: where the tensors live; `wire` is where they are sent from (CPU for gloo).
+        channels_last: how maps are laid out on their way.
     """
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, name: str, device: torch.device, wire: torch.device):
+    def __init__(self, group: dist.ProcessGroup, peer: int, name: str, device: torch.device, wire: torch.device,
+                 channels_last: bool = False):
         self._group, self._peer, self._name = group, peer, name
-        self._device, self._wire = device, wire
+        self._device, self._wire, self._channels_last = device, wire, channels_last
         self._pin = device.type == "cuda" and wire.type == "cpu"  # page-locked memory is copied to a GPU at full speed
         self.wait_seconds = 0.0
         self.sent_bytes = 0
@@ -101,7 +80,7 @@ class SendQueue(_End):
         size, buffer = message_bytes(layout), self._free.pop()
         if len(buffer) < size:
             buffer = self._buffer(size)
-        for view, tensor in zip(views(buffer, layout), tensors, strict=True):
+        for view, tensor in zip(views(buffer, layout, self._channels_last), tensors, strict=True):
             view.copy_(tensor)
         with lost_peer(self._name):
             work = dist.isend(buffer[:size], self._peer, self._group)
@@ -150,7 +129,8 @@ class ReceiveQueue(_End):
         self._wait(work)
         for following in islice(self._layouts, 1):
             self._post(following)
-        return tuple(tensor.to(self._device, non_blocking=self._pin) for tensor in views(buffer, layout))
+        return tuple(tensor.to(self._device, non_blocking=self._pin)
+                     for tensor in views(buffer, layout, self._channels_last))
 
     def _post(self, layout: Layout) -> None:
         buffer = self._buffer(message_bytes(layout))
