@@ -60,6 +60,9 @@ class Op(NamedTuple):
     hop: int = 0
 
 
+ACTIVATIONS_AHEAD = 2  # receives of activations posted before they are asked for
+
+
 @dataclass(frozen=True)
 class Role:
     """What a stage exchanges with its neighbours."""
@@ -150,6 +153,29 @@ def _links(links: Iterable[_Link], role: Role, start: int, hold: bool = False) -
         yield Op(Kind.HOLD_LINK if hold else Kind.LINK_BACKWARD, step, micro, hop)
         if hop + 1 in role.hops_out:
             yield Op(Kind.SEND_ERROR, step, micro, hop + 1)
+
+
+def steps_ahead(hops_in: Sequence[Sequence[int]], delay: int, microbatches: int) -> int:
+    """How many steps ahead of the first stage any stage may ask whether one is to be done, to post its receives.
+
+    Args:
+        hops_in: the errors that come to each stage.
+        delay: in microbatches, of which a batch has so many.
+    """
+    farthest = max(max(hops, default=0) for hops in hops_in)
+    ahead = max(ACTIVATIONS_AHEAD, (farthest + 1) * max(delay, 1) + 1)
+    return -(-ahead // microbatches) + 1
+
+
+def errors_ahead(delay: int, microbatches: int, hops: int) -> int:
+    """Receives of errors posted ahead: as many as can be under way, if no stage waits, before the flush.
+
+    Args:
+        delay: in microbatches.
+        microbatches: of a batch, after which d = 0 has a flush.
+        hops: how many errors come for each microbatch.
+    """
+    return hops * (delay + 1 if delay else min(2, microbatches))
 
 
 class Inbox(Protocol):

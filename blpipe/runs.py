@@ -18,12 +18,12 @@ from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
 from blpipe.data import Data, DataSpec, open_data
 from blpipe.engines.common import Engine, check_weights
-from blpipe.engines.pipeline import steps_ahead
 from blpipe.errors import StoppedError, UserError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
 from blpipe.metrics import Recorder, check_tensorboard, epoch_line, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
+from blpipe.program import steps_ahead
 from blpipe.progress import Progress
 from blpipe.resume import Beginning
 from blpipe.run_folder import How, claimed, is_being_restarted, make_ready, run_folder_of

@@ -16,7 +16,6 @@ from blpipe.config import LinkConfig, MethodConfig
 from blpipe.config_file import load_config, parse_config
 from blpipe.data import open_data
 from blpipe.engines.common import build_stage, role
-from blpipe.engines.pipeline import errors_ahead
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.forecast import Forecaster
@@ -24,7 +23,7 @@ from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import WIRES, Wire
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
 from blpipe.plan import Links, Step, make_network, make_plan
-from blpipe.program import Factors, Ports, execute, train_program
+from blpipe.program import Factors, Ports, errors_ahead, execute, train_program
 
 CPU = torch.device("cpu")
 MLP = {"name": "mlp", "args": {"hidden": [32] * 6, "batch_norm": False}}

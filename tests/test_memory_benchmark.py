@@ -10,8 +10,8 @@ from torch.profiler import profile as torch_profile
 from benchmarks.memory import cases, measure, report
 from benchmarks.memory.__main__ import main
 from benchmarks.memory.results import Results
+from blpipe.engines.alone import rehearsed_steps
 from blpipe.engines.common import train_epoch
-from blpipe.forecast.memory import rehearsed_steps
 from blpipe.plan import make_network, make_plan
 
 CPU = torch.device("cpu")

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blpipe.config import LinkConfig, MethodConfig
-from blpipe.engines.pipeline import errors_ahead, steps_ahead
 from blpipe.plan import Step, hops
-from blpipe.program import Kind, Op, Role, evaluation_program, train_program
+from blpipe.program import Kind, Op, Role, errors_ahead, evaluation_program, steps_ahead, train_program
 
 LINKED = Role(sends=True, hops_out=(1,), hops_in=(1,))
 PROPERTY = settings(deadline=None, max_examples=120)

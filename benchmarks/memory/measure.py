@@ -22,12 +22,13 @@ from benchmarks.memory.cases import BP, GOAL, GREEDY, Case, Size, Task
 from blpipe.balance import best_starts
 from blpipe.config import Config
 from blpipe.data import DataSpec
+from blpipe.engines.alone import rehearsed_steps
 from blpipe.engines.common import train_epoch
 from blpipe.engines.local import LocalEngine
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile, profile
 from blpipe.forecast.ledger import Ledger, without_values
-from blpipe.forecast.memory import estimated_bytes, rehearsed_steps, train_alone
+from blpipe.forecast.memory import estimated_bytes, train_alone
 from blpipe.forecast.stages import settle, stage_cost
 from blpipe.partition import even_starts
 from blpipe.plan import Network, Plan, make_network, make_plan

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from blpipe.data import Data
+from blpipe.engines.alone import load_kernels
 from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import (
     TRACED_STEPS,
@@ -28,11 +29,19 @@ from blpipe.engines.common import (
 )
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step, TensorSpec
-from blpipe.program import Inbox, Kind, Op, Ports, evaluation_program, execute, train_program
+from blpipe.program import (
+    ACTIVATIONS_AHEAD,
+    Inbox,
+    Kind,
+    Op,
+    Ports,
+    errors_ahead,
+    evaluation_program,
+    execute,
+    train_program,
+)
 from blpipe.trace import Span, SpanLog
 from blpipe.transport.world import World
-
-ACTIVATIONS_AHEAD = 2  # receives of activations posted before they are asked for
 
 
 class PipelineEngine:
@@ -65,6 +74,8 @@ class PipelineEngine:
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
         self._feed = TrainFeed(data, plan, world.device) if data is not None else None
         self._losses = LossWatch(plan, at_once=world.device.type == "cpu")
+        if world.wire.type == "cuda" and self._backprop is None:
+            load_kernels(self.stage, plan, k, world.device, data)
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
         """See `Engine`."""
@@ -205,29 +216,6 @@ class PipelineEngine:
 
     def _waited(self) -> float:
         return sum(queue.wait_seconds for queue in self.queues)
-
-
-def steps_ahead(hops_in: Sequence[Sequence[int]], delay: int, microbatches: int) -> int:
-    """How many steps ahead of the first stage any stage may ask whether one is to be done, to post its receives.
-
-    Args:
-        hops_in: the errors that come to each stage.
-        delay: in microbatches, of which a batch has so many.
-    """
-    farthest = max(max(hops, default=0) for hops in hops_in)
-    ahead = max(ACTIVATIONS_AHEAD, (farthest + 1) * max(delay, 1) + 1)
-    return -(-ahead // microbatches) + 1
-
-
-def errors_ahead(delay: int, microbatches: int, hops: int) -> int:
-    """Receives of errors posted ahead: as many as can be under way, if no stage waits, before the flush.
-
-    Args:
-        delay: in microbatches.
-        microbatches: of a batch, after which d = 0 has a flush.
-        hops: how many errors come for each microbatch.
-    """
-    return hops * (delay + 1 if delay else min(2, microbatches))
 
 
 def contract(plan: Plan) -> dict[str, Any]:

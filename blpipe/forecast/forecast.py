@@ -10,15 +10,15 @@ from math import prod
 
 from blpipe.config import Config, MethodConfig, PartitionConfig
 from blpipe.config_types import WirePrecision
-from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
+from blpipe.engines.alone import rehearsed_steps
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import Rehearsal, estimated_bytes, rehearsed_steps
+from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import Timeline, Wire, simulate
 from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
 from blpipe.partition import even_starts
 from blpipe.plan import Links, Plan, Step, fitting, stage_links
-from blpipe.program import Kind, Op, Role, train_program
+from blpipe.program import ACTIVATIONS_AHEAD, Kind, Op, Role, errors_ahead, train_program
 
 # Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few.
 _STEPS, _DRAINED_STEPS, _MANY_STAGES = 8, 2, 64

@@ -1,9 +1,6 @@
 """The peak memory of a stage: its own program, run on tensors without values."""
 
-from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -13,15 +10,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blpipe.balance import Table
-from blpipe.config import Config, LinkConfig, MethodConfig, OptimizerConfig
-from blpipe.engines.common import build_stage, role
-from blpipe.engines.pipeline import ACTIVATIONS_AHEAD, errors_ahead
+from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig
+from blpipe.engines.alone import rehearsed_steps, run_alone
+from blpipe.engines.common import build_stage
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
 from blpipe.plan import Links, Network, Plan, Step, fitting, make_plan, stage_links
-from blpipe.program import Factors, Ports, execute, train_program
-from blpipe.transport.messages import Layout, message_bytes, views
+from blpipe.program import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.transport.queues import SendQueue
 
 
@@ -74,28 +70,12 @@ class Rehearsal:
 def train_alone(plan: Plan, index: int, device: torch.device) -> None:
     """Build the stage with this index, from 0, and train it as in a process of its own, without neighbours.
 
-    Its program runs for as many steps as it takes to have every link under way. Its queues give and take at once,
-    and hold as many buffers as those between processes.
+    It does as many steps as it takes to have every link under way.
     """
-    stage, train = build_stage(plan, index, device), plan.config.train
-    stage.train(True)
-    size, hops_in = train.microbatch_size, plan.links[index].hops_in
-    given = plan.activation(size, index - 1) if index else plan.input(size)
-    count = rehearsed_steps(plan.config, max(hops_in, default=0))
-    steps = [Step(i, (size,) * train.microbatches) for i in range(count)]
-    ahead = errors_ahead(plan.delay, train.microbatches, len(hops_in))
-    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, train.channels_last)
-    errors_in = _Inbox((plan.error(size, index),), ahead, device, train.channels_last)
-    ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
-    for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
-                     lambda step: Factors(), lambda op: None):
-        pass
-
-
-def rehearsed_steps(config: Config, farthest: int = 1) -> int:
-    """How many steps it takes to have every link under way, the farthest hop being given."""
-    micro = config.train.microbatches
-    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2
+    train = plan.config.train
+    count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0))
+    steps = [Step(i, (train.microbatch_size,) * train.microbatches) for i in range(count)]
+    run_alone(build_stage(plan, index, device), plan, index, steps, device)
 
 
 def most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
@@ -159,35 +139,3 @@ def state_copies(config: OptimizerConfig) -> int:
     optimizer.step()
     return sum(value.shape == parameter.shape for value in optimizer.state[parameter].values()
                if isinstance(value, Tensor))
-
-
-class _Inbox:
-    """Receives a message whenever asked; so many buffers wait at any time, as in `ReceiveQueue`."""
-
-    def __init__(self, layout: Layout, ahead: int, device: torch.device, channels_last: bool):
-        size = message_bytes(layout)
-        self._new: Callable[[], tuple[Tensor, ...]] = lambda: views(
-            torch.empty(size, dtype=torch.uint8, device=device), layout, channels_last)
-        self._posted = deque(self._new() for _ in range(ahead))
-
-    def has_message(self) -> bool:
-        """Always."""
-        return True
-
-    def get(self) -> tuple[Tensor, ...]:
-        """A message."""
-        self._posted.append(self._new())
-        return self._posted.popleft()
-
-
-class _Outbox:
-    """Keeps the buffers of the last few messages, as `SendQueue` does."""
-
-    def __init__(self) -> None:
-        self._sent: deque[list[Tensor]] = deque()
-
-    def put(self, *tensors: Tensor) -> None:
-        """Send a message, once the oldest has made room."""
-        if len(self._sent) >= SendQueue.IN_FLIGHT:
-            self._sent.popleft()
-        self._sent.append([torch.empty_like(tensor) for tensor in tensors])

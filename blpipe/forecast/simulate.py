@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from blpipe.engines.pipeline import ACTIVATIONS_AHEAD
-from blpipe.program import Kind, Op
+from blpipe.program import ACTIVATIONS_AHEAD, Kind, Op
 from blpipe.trace import Span
 from blpipe.transport.queues import SendQueue
 

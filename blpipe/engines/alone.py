@@ -1,0 +1,108 @@
+"""A stage's program without neighbours: for the memory that it takes, and to have a GPU load what it runs."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import chain
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from blpipe.config import Config
+from blpipe.data import Data
+from blpipe.engines.common import role, train_microbatches
+from blpipe.plan import Plan, Step
+from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
+from blpipe.stage import Stage
+from blpipe.transport.messages import Layout, message_bytes, views
+from blpipe.transport.queues import SendQueue
+
+
+def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], device: torch.device) -> None:
+    """Train a new stage, of this index from 0, on zeros. Its microbatches are those of `steps`, of one size.
+
+    Its queues give and take at once, and hold as many buffers as those between processes.
+    """
+    stage.train(True)
+    train, hops_in = plan.config.train, plan.links[index].hops_in
+    size = steps[0].sizes[0]
+    given = plan.activation(size, index - 1) if index else plan.input(size)
+    ahead = errors_ahead(plan.delay, train.microbatches, len(hops_in))
+    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, train.channels_last)
+    errors_in = _Inbox((plan.error(size, index),), ahead, device, train.channels_last)
+    ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
+    for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
+                     lambda step: Factors(), lambda op: None):
+        pass
+
+
+def rehearsed_steps(config: Config, farthest: int = 1) -> int:
+    """How many steps it takes to have every link under way, the farthest hop being given."""
+    micro = config.train.microbatches
+    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2
+
+
+def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, data: Data | None) -> None:
+    """Run once all that a new stage, of this index from 0, will run on a GPU, and have it be as new again.
+
+    CUDA loads a kernel when it is first used, and may wait for all that runs on the GPU before it does ("Lazy
+    Loading" in the CUDA C++ Programming Guide). A receive that was posted ahead runs there too, until its message
+    comes; it may wait for this very stage, which then never gets to send.
+    """
+    tensors = [tensor.detach() for part in (stage.blocks, stage.head, stage.loss) if part is not None
+               for tensor in chain(part.parameters(), part.buffers())]
+    before, stream = [tensor.clone() for tensor in tensors], stage.stream.state
+    for sizes in dict.fromkeys(plan.step_sizes):
+        for size in dict.fromkeys(sizes):
+            count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0))
+            run_alone(stage, plan, index, [Step(i, (size,) * len(sizes)) for i in range(count)], device)
+    stage.train(False)
+    for size in dict.fromkeys(plan.evaluation_sizes()):
+        given = plan.outputs[size][index - 1] if index else plan.input(size)
+        stage.evaluate(*_zeros((given, plan.targets(size)), device, plan.config.train.channels_last))
+    if data is not None:
+        for step in (plan.train_steps(0)[0], plan.train_steps(0)[-1]):
+            next(train_microbatches(data, plan, 0, step.index, device))
+    for tensor, values in zip(tensors, before, strict=True):
+        tensor.copy_(values)
+    stage.stream.state = stream
+    if stage.optimizer is not None:
+        stage.optimizer.state.clear()
+    stage.train(True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+class _Inbox:
+    """Receives zeros whenever asked; so many buffers wait at any time, as in `ReceiveQueue`."""
+
+    def __init__(self, layout: Layout, ahead: int, device: torch.device, channels_last: bool):
+        self._new: Callable[[], tuple[Tensor, ...]] = lambda: _zeros(layout, device, channels_last)
+        self._posted = deque(self._new() for _ in range(ahead))
+
+    def has_message(self) -> bool:
+        """Always."""
+        return True
+
+    def get(self) -> tuple[Tensor, ...]:
+        """A message."""
+        self._posted.append(self._new())
+        return self._posted.popleft()
+
+
+class _Outbox:
+    """Keeps the buffers of the last few messages, as `SendQueue` does."""
+
+    def __init__(self) -> None:
+        self._sent: deque[list[Tensor]] = deque()
+
+    def put(self, *tensors: Tensor) -> None:
+        """Send a message, once the oldest has made room."""
+        if len(self._sent) >= SendQueue.IN_FLIGHT:
+            self._sent.popleft()
+        self._sent.append([torch.empty_like(tensor) for tensor in tensors])
+
+
+def _zeros(layout: Layout, device: torch.device, channels_last: bool) -> tuple[Tensor, ...]:
+    return views(torch.zeros(message_bytes(layout), dtype=torch.uint8, device=device), layout, channels_last)

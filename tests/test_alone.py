@@ -1,0 +1,57 @@
+"""A stage without neighbours: what has a GPU load its kernels leaves no trace."""
+
+import pytest
+import torch
+from conftest import small_config
+
+from blpipe.config_file import parse_config
+from blpipe.data import open_data
+from blpipe.engines.alone import load_kernels
+from blpipe.engines.common import train_epoch
+from blpipe.engines.local import LocalEngine
+from blpipe.plan import make_plan
+
+CPU = torch.device("cpu")
+WAYS = {
+    "late": {"method__link": {"delay": 1, "length": 2}, "train__microbatches": 2},
+    "far": {"method__link": {"length": "all", "reach": 2, "keep": "recompute"}, "method__local_weight": 0.5},
+    "exact, adamw": {"method__link": {"delay": 0}, "optimizer": {"name": "adamw", "lr": 0.01}},
+    "greedy, skipping": {"method__name": "greedy", "train__on_nonfinite": "skip"},
+    "supcon, channels last": {"method__loss": "supcon", "train__channels_last": True},
+}
+
+
+def engine(changes):
+    config = parse_config(small_config("alone", train__eval_batch_size=10, **changes))
+    data = open_data(config.data, config.seed)
+    return LocalEngine(make_plan(config, data.spec), data, CPU)
+
+
+def learned(engine):
+    return [tensor for stage in engine.stages.values() for part in (stage.blocks, stage.head, stage.loss)
+            for tensor in part.state_dict().values()]
+
+
+@pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS)
+def test_a_stage_whose_kernels_were_loaded_learns_as_a_new_one(changes):
+    new, loaded = engine(changes), engine(changes)
+    torch.manual_seed(3)
+    for index, stage in loaded.stages.items():
+        load_kernels(stage, loaded.plan, index, CPU, loaded.data if index == 0 else None)
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+    for each in (new, loaded):
+        train_epoch(each, 0)
+        each.evaluate()
+    assert all(torch.equal(a, b) for a, b in zip(learned(new), learned(loaded), strict=True))
+    assert [(r.train_loss, r.val_loss) for r in new.reports()] == [(r.train_loss, r.val_loss) for r in loaded.reports()]
+
+
+def test_all_sizes_of_microbatches_and_of_evaluations_are_run():
+    run = engine({"method__link": {"delay": 1}})
+    stage, sizes, evaluated = run.stages[1], set(), set()
+    forward, evaluate = stage.forward, stage.evaluate
+    stage.forward = lambda x: sizes.add(len(x)) or forward(x)
+    stage.evaluate = lambda x, targets: evaluated.add(len(x)) or evaluate(x, targets)
+    load_kernels(stage, run.plan, 1, CPU, None)
+    assert sizes == {size for step in run.plan.step_sizes for size in step} and len(sizes) > 1
+    assert evaluated == set(run.plan.evaluation_sizes()) and len(evaluated) > 1
