@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blpipe.checkpoint.folders import check, checkpoints, config_of, newest_intact
+from blpipe.checkpoint.folders import check, checkpoints, config_of, manifest, newest_intact
 from blpipe.config import Config
 from blpipe.config_file import load_config
 from blpipe.errors import ConfigError, UserError
+from blpipe.plan import Plan
 
 _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
 _CHANGEABLE = ("partition", "optimizer.lr", "schedule", "data.root", "data.download", "data.workers", "data.place",
@@ -89,6 +90,15 @@ def go_on(config: Config, path: Path) -> tuple[Config, Beginning]:
 def go_on_if_there(config: Config, run: Path) -> tuple[Config, Beginning]:
     """As `go_on` where the run folder holds a checkpoint; else the same run begins anew."""
     return go_on(config, run) if checkpoints(run) else (config, Beginning())
+
+
+def refuse_if_done(beginning: Beginning, plan: Plan) -> None:
+    """Raises ConfigError where nothing is left to train and the stages would be others: nobody evaluates those."""
+    found, last_step = beginning.checkpoint, plan.config.train.epochs * len(plan.step_sizes)
+    if found is not None and manifest(found).steps_done >= last_step:
+        before = config_of(found).partition.stage_count
+        if before != len(plan.stages):
+            raise ConfigError(f"partition: the run is done, with {before} stages; give it more epochs, or evaluate it")
 
 
 def is_of(run: Path, config: Config) -> bool:

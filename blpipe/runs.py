@@ -145,6 +145,7 @@ def _prepare(config: Config, how: How) -> tuple[Plan, Data, Beginning]:
         costs = profile(network, device, data if config.partition.costs == "measured" else None)
         config = settle(config, network, costs)
     plan = make_plan(config, data.spec, network)
+    resume.refuse_if_done(beginning, plan)
     data.check_labels(plan.classes)
     return plan, data, beginning
 

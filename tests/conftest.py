@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,42 @@ def torchrun(processes: int, *arguments: str, timeout: float = 110, **kwargs) ->
     """torchrun on this machine, with a time-out."""
     return subprocess.run(torchrun_command(processes, *arguments), env=child_environment(), capture_output=True,
                           text=True, timeout=timeout, **kwargs)
+
+
+class Started:
+    """A command in the background, in a process group of its own; what it says goes to a file."""
+
+    def __init__(self, command: list[str], folder: Path):
+        self.folder, self.log = folder, folder / f"said_{time.monotonic_ns()}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, env=child_environment(), stdout=log,
+                                            stderr=subprocess.STDOUT, start_new_session=True)
+
+    @property
+    def said(self) -> str:
+        """All that it has said so far."""
+        return self.log.read_text()
+
+    def workers(self) -> list[int]:
+        """Process ids of torchrun's ranks, in their order."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(child) for child in children if "train" in Path(f"/proc/{child}/cmdline").read_text().split("\0")]
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        """Until the condition holds, while it runs."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < end, self.said
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 60) -> int:
+        """Wait for it to end, for so long; returns the exit code."""
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def torchrun_command(processes: int, *arguments: str) -> list[str]:

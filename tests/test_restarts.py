@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import assert_same_run, child_environment, small_config, torchrun, torchrun_command, train_locally
+from conftest import (
+    Started,
+    assert_same_run,
+    child_environment,
+    small_config,
+    torchrun,
+    torchrun_command,
+    train_locally,
+)
 from test_processes import exit_codes
 
 from blpipe.checkpoint.folders import checkpoints
@@ -33,40 +41,9 @@ def restarting(restarts: int) -> list[str]:
     return [*command[:at], f"--max-restarts={restarts}", *command[at:]]
 
 
-class Started:
-    """A command in the background, in a process group of its own; what it says goes to a file."""
-
-    def __init__(self, command, folder):
-        self.folder, self.log = folder, folder / f"said_{time.monotonic_ns()}"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=folder, env=child_environment(), stdout=log,
-                                            stderr=subprocess.STDOUT, start_new_session=True)
-
-    @property
-    def said(self) -> str:
-        """All that it has said so far."""
-        return self.log.read_text()
-
-    def workers(self) -> list[int]:
-        """Process ids of torchrun's ranks, in their order."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children if "train" in Path(f"/proc/{child}/cmdline").read_text().split("\0")]
-
-    def wait_for_checkpoint(self, seconds: float = 60) -> None:
-        """Until the run has one."""
-        end = time.monotonic() + seconds
-        while not checkpoints(self.folder / "runs/run"):
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < end, self.said
-            time.sleep(0.05)
-
-    def end(self, seconds: float = 60) -> int:
-        """Wait for it to end, for so long; returns the exit code."""
-        try:
-            return self.process.wait(seconds)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
+def wait_for_checkpoint(run: Started) -> None:
+    """Until the run has one."""
+    run.wait_until(lambda: checkpoints(run.folder / "runs/run"))
 
 
 @pytest.fixture
@@ -105,7 +82,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(command, link, folder):
     tree = config_of(method__link=link, train__epochs=10_000, checkpoint={"every_epochs": 0, "every_steps": 100})
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = Started(command, folder)
-    run.wait_for_checkpoint()
+    wait_for_checkpoint(run)
     time.sleep(0.3)
     ranks = run.workers() if command is PIPELINE else [run.process.pid]
     run.process.terminate()
@@ -126,7 +103,7 @@ def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder):
     tree = config_of(train__epochs=60)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = Started(restarting(1), folder)
-    run.wait_for_checkpoint()
+    wait_for_checkpoint(run)
     os.kill(run.workers()[1], signal.SIGTERM)
     assert run.end() == 0, run.said
     assert "blpipe: stopped by SIGTERM after step" in run.said
@@ -149,7 +126,7 @@ def test_two_runs_in_one_folder_are_one_too_many(folder):
     (folder / "run.yaml").write_text(yaml.safe_dump(config_of(train__epochs=10_000)))
     first = Started([sys.executable, *TRAIN], folder)
     try:
-        first.wait_for_checkpoint()
+        wait_for_checkpoint(first)
         second = Started([sys.executable, *TRAIN, "--overwrite"], folder)
         assert second.end() == 2
         assert second.said == ("blpipe: name: another process is training in runs/run; wait for it, or choose another "
