@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from benchmarks.environment import REPOSITORY
 from blpipe.errors import UserError
+
+if TYPE_CHECKING:  # the sweep of accuracies does without torch
+    import torch
 
 
 def guarded(name: str, run: Callable[[], int], interrupted: str) -> int:
@@ -31,6 +35,19 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
+
+
+def device_for(wanted: str, stages: int) -> "torch.device":
+    """Where so many processes compute: each on a GPU of its own, or on the CPU. Raises UserError."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    if gpus < stages:
+        raise UserError(f"--device: {wanted}, but {stages} stages need a GPU each, and torch sees {gpus} here; give "
+                        "--device cpu, or fewer --stages")
+    return torch.device("cuda")
 
 
 def run_processes(processes: int, module: str, argument: str) -> int:

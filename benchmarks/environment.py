@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ def device_name(device: "torch.device") -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def folder_name(device: "torch.device") -> str:
+    """Device and cores, as the name of the folder that results of this machine go into."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{device_name(device)} {os.cpu_count()} cores".lower()).strip("-")
 
 
 def cpu_name() -> str:

@@ -184,7 +184,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from blpipe.forecast.picture import draw
     _refuse_torchrun()
     config = load_config(arguments.config, arguments.overrides)
-    found = report.make_report(config, _numbers("--stages", arguments.stages), arguments.latency, arguments.bandwidth)
+    stages = whole_numbers("--stages", arguments.stages)
+    found = report.make_report(config, stages, arguments.latency, arguments.bandwidth)
     if arguments.out:
         draw(found, Path(arguments.out))
     if arguments.trace:
@@ -192,7 +193,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(json.dumps(report.as_json(found), indent=2) if arguments.json else report.as_text(found))
 
 
-def _numbers(option: str, text: str | None) -> list[int]:
+def whole_numbers(option: str, text: str | None) -> list[int]:
+    """The numbers of an option such as `--stages 1,2,4`, in order; none where it was not given.
+
+    Raises:
+        ConfigError: others than whole numbers from 1 on.
+    """
     from blpipe.errors import ConfigError
     words = [word for word in (text or "").split(",") if word]
     if not all(word.isdecimal() and int(word) > 0 for word in words):

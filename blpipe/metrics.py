@@ -97,7 +97,9 @@ class Recorder:
         """Write and return the result."""
         plan, stages = self._plan, len(self._plan.stages)
         last = [row for row in self._rows if row["epoch"] == self._rows[-1]["epoch"]]
-        assert len(last) == stages
+        if len(last) != stages:
+            raise UserError(f"{self._rows_path}: lacks rows of the last epoch; restore it, or train anew with "
+                            "--overwrite")
         seconds = sum(row["train_seconds"] for row in self._rows if row["stage"] == 1)
         result = {
             "engine": self._engine,

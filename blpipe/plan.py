@@ -168,6 +168,14 @@ class Plan:
         spec = self.outputs[size][stage]
         return spec._replace(dtype=torch.bfloat16) if wire == "bf16" else spec
 
+    def channels_last(self, stage: int) -> bool:
+        """Whether the map between the stage with this index, from 0, and the next one is laid out channels last.
+
+        So it is where the model is, and the map's channels come first in its shape.
+        """
+        boundary = self.boundaries[stage]
+        return self.config.train.channels_last and boundary.is_map and not boundary.channels_last
+
     def targets(self, size: int) -> TensorSpec:
         """The targets that travel with the activations, for `size` samples."""
         return TensorSpec((size, *self.data.target_shape), torch.int64)

@@ -60,9 +60,6 @@ class Op(NamedTuple):
     hop: int = 0
 
 
-ACTIVATIONS_AHEAD = 2  # receives of activations posted before they are asked for
-
-
 @dataclass(frozen=True)
 class Role:
     """What a stage exchanges with its neighbours."""
@@ -153,6 +150,9 @@ def _links(links: Iterable[_Link], role: Role, start: int, hold: bool = False) -
         yield Op(Kind.HOLD_LINK if hold else Kind.LINK_BACKWARD, step, micro, hop)
         if hop + 1 in role.hops_out:
             yield Op(Kind.SEND_ERROR, step, micro, hop + 1)
+
+
+ACTIVATIONS_AHEAD = 2  # receives of activations posted before they are asked for
 
 
 def steps_ahead(hops_in: Sequence[Sequence[int]], delay: int, microbatches: int) -> int:

@@ -94,11 +94,13 @@ def go_on_if_there(config: Config, run: Path) -> tuple[Config, Beginning]:
 
 def refuse_if_done(beginning: Beginning, plan: Plan) -> None:
     """Raises ConfigError where nothing is left to train and the stages would be others: nobody evaluates those."""
-    found, last_step = beginning.checkpoint, plan.config.train.epochs * len(plan.step_sizes)
-    if found is not None and manifest(found).steps_done >= last_step:
-        before = config_of(found).partition.stage_count
-        if before != len(plan.stages):
-            raise ConfigError(f"partition: the run is done, with {before} stages; give it more epochs, or evaluate it")
+    if beginning.checkpoint is None:
+        return
+    found, steps = manifest(beginning.checkpoint), plan.config.train.epochs * len(plan.step_sizes)
+    if found.steps_done >= steps and found.stages != [plan.block_names(k) for k in range(len(plan.stages))]:
+        raise ConfigError(f"partition: the run is done, with {len(found.stages)} stages"
+                          f"{', cut elsewhere' * (len(found.stages) == len(plan.stages))}; give it more epochs, or "
+                          "evaluate it")
 
 
 def is_of(run: Path, config: Config) -> bool:

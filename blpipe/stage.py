@@ -217,7 +217,7 @@ class Stage:
     def _is_finite(self) -> bool:
         """Whether the losses and gradients of this step are."""
         gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        return bool(self.tally.is_finite()) and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return self.tally.is_finite() and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
@@ -274,7 +274,7 @@ class Stage:
             parameters = self._tail_live  # the link's backward comes before the step that changes them
         else:
             parameters = self._snapshot = self._snapshot or {
-                name: copy.requires_grad_() for name, copy in _copies(self._tail_live).items()}
+                name: own.requires_grad_() for name, own in _copies(self._tail_live).items()}
         cut = h.detach().requires_grad_(h.requires_grad)
         random_state, buffers = [], {}
         if self.link.keep == "recompute":
@@ -337,15 +337,21 @@ class Stage:
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
-    """Of every name of a parameter or buffer, the first name of the same tensor: some layers share them."""
+    """Of every parameter and buffer of every layer, the name, and the first name of the same tensor.
+
+    Layers may share a tensor. A layer that is there more than once has one name: to put another tensor in its place,
+    and later its own back, works once.
+    """
     first: dict[Tensor, str] = {}
-    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    named = (each for prefix, layer in module.named_modules()
+             for each in chain(layer.named_parameters(prefix, recurse=False, remove_duplicate=False),
+                               layer.named_buffers(prefix, recurse=False, remove_duplicate=False)))
     return {name: first.setdefault(tensor, name) for name, tensor in named}
 
 
 @torch.no_grad()
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies by name, with the layouts of the originals; all in one kernel on a GPU."""
+    """Copies by name, with the layouts of the originals; on a GPU in one kernel, where they have one type."""
     copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     if copies:
         torch._foreach_copy_([*copies.values()], [*tensors.values()])

@@ -118,11 +118,27 @@ class Started:
 
     def end(self, seconds: float = 60) -> int:
         """Wait for it to end, for so long; returns the exit code."""
-        try:
-            return self.process.wait(seconds)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        """End all of it, if it has not ended."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start():
+    """Starts commands, and leaves none behind."""
+    runs = []
+
+    def begin(command: list[str], folder: Path) -> Started:
+        runs.append(Started(command, folder))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.kill()
 
 
 def torchrun_command(processes: int, *arguments: str) -> list[str]:

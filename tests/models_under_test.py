@@ -47,6 +47,27 @@ def failing_net(at: int = 3, in_channels: int = 2) -> dict[str, nn.Module]:
     return blocks
 
 
+class Averages(nn.Module):
+    """Subtracts a running mean, a buffer that every forward in training replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The difference."""
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x - self.mean
+
+
+def averaging_net() -> dict[str, nn.Module]:
+    """`conv_net` whose third block averages."""
+    blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
+    blocks["block2"] = nn.Sequential(blocks["block2"], Averages())
+    return blocks
+
+
 class Explodes(nn.Module):
     """Passes its input on, but for NaN at the given real forward in training."""
 

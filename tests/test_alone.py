@@ -18,6 +18,9 @@ WAYS = {
     "exact, adamw": {"method__link": {"delay": 0}, "optimizer": {"name": "adamw", "lr": 0.01}},
     "greedy, skipping": {"method__name": "greedy", "train__on_nonfinite": "skip"},
     "supcon, channels last": {"method__loss": "supcon", "train__channels_last": True},
+    "adagrad, bf16 on the wire": {"optimizer": {"name": "adagrad", "lr": 0.01}, "train__wire": "bf16",
+                                  "method__link": {"wire": "bf16", "schedule": {"name": "cosine"}}},
+    "a buffer replaced": {"model": {"target": "models_under_test:averaging_net"}},
 }
 
 
@@ -28,8 +31,14 @@ def engine(changes):
 
 
 def learned(engine):
-    return [tensor for stage in engine.stages.values() for part in (stage.blocks, stage.head, stage.loss)
-            for tensor in part.state_dict().values()]
+    found = []
+    for stage in engine.stages.values():
+        for part in (stage.blocks, stage.head, stage.loss):
+            found += part.state_dict().values()
+        for state in stage.optimizer.state.values():
+            found += (value for value in state.values() if isinstance(value, torch.Tensor))
+        found += stage.stream.state
+    return found
 
 
 @pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS)
@@ -39,6 +48,7 @@ def test_a_stage_whose_kernels_were_loaded_learns_as_a_new_one(changes):
     for index, stage in loaded.stages.items():
         load_kernels(stage, loaded.plan, index, CPU, loaded.data if index == 0 else None)
     assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+    assert all(torch.equal(a, b) for a, b in zip(learned(new), learned(loaded), strict=True))
     for each in (new, loaded):
         train_epoch(each, 0)
         each.evaluate()
@@ -55,3 +65,27 @@ def test_all_sizes_of_microbatches_and_of_evaluations_are_run():
     load_kernels(stage, run.plan, 1, CPU, None)
     assert sizes == {size for step in run.plan.step_sizes for size in step} and len(sizes) > 1
     assert evaluated == set(run.plan.evaluation_sizes()) and len(evaluated) > 1
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_what_is_run_has_the_layouts_of_a_run(index):
+    """Another one would take other kernels."""
+    run = engine({"train__channels_last": True, "method__link": {"delay": 1, "length": "all"}})
+    stage, seen = run.stages[index], set()
+
+    def watched(name):
+        function = getattr(stage, name)
+
+        def watch(x, *given):
+            seen.add((name, x.dtype, tuple(x.shape), x.stride()))
+            return function(x, *given)
+        return watch
+
+    for name in ("forward", "link_backward", "evaluate"):
+        setattr(stage, name, watched(name))
+    train_epoch(run, 0)
+    run.evaluate()
+    before = set(seen)
+    seen.clear()
+    load_kernels(stage, run.plan, index, CPU, None)
+    assert seen == before

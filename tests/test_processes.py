@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
@@ -37,11 +36,14 @@ def assert_bad_usage(done: subprocess.CompletedProcess) -> None:
     assert set(codes) <= {2, -signal.SIGTERM, -signal.SIGALRM}  # torchrun ends the others, or their grace is over
 
 
-def started(folder: Path, *overrides: str) -> Started:
-    """torchrun with three ranks, past their first epoch."""
-    run = Started(torchrun_command(3, "-m", "blpipe", "train", "long.yaml", *overrides), folder)
-    run.wait_until(lambda: "epoch 1/" in run.said)
-    return run
+@pytest.fixture
+def train(folder, start):
+    """Starts three ranks under torchrun, up to their first epoch."""
+    def begin(*overrides: str) -> Started:
+        run = start(torchrun_command(3, "-m", "blpipe", "train", "long.yaml", *overrides), folder)
+        run.wait_until(lambda: "epoch 1/" in run.said)
+        return run
+    return begin
 
 
 def assert_gone(pids: list[int]) -> None:
@@ -64,8 +66,8 @@ def test_what_the_first_rank_alone_can_find_ends_all_of_them(folder):
     assert not (folder / "runs").exists()
 
 
-def test_a_failing_stage_is_reported_once_and_ends_the_run(folder):
-    run = started(folder, "model={target: 'models_under_test:failing_net', args: {at: 320}}")
+def test_a_failing_stage_is_reported_once_and_ends_the_run(train):
+    run = train("model={target: 'models_under_test:failing_net', args: {at: 320}}")
     workers = run.workers()
     run.end(10)
     assert said_by_blpipe(run.said) == ["blpipe: stage 2 (rank 1, blocks block2…block3) failed at step 269: "
@@ -75,8 +77,8 @@ def test_a_failing_stage_is_reported_once_and_ends_the_run(folder):
 
 
 @pytest.mark.parametrize(("method", "killed"), [("backlink", 1), ("greedy", 2), ("bp", 1)])
-def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(folder, method, killed):
-    run = started(folder, f"method={method}")
+def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(train, method, killed):
+    run = train(f"method={method}")
     workers = run.workers()
     assert len(workers) == 3
     os.kill(workers[killed], signal.SIGKILL)
@@ -90,8 +92,8 @@ def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(folder, method, kill
     assert_gone(workers)
 
 
-def test_an_interrupt_ends_all_processes_at_once(folder):
-    run = started(folder)
+def test_an_interrupt_ends_all_processes_at_once(train):
+    run = train()
     workers = run.workers()
     os.killpg(run.process.pid, signal.SIGINT)
     run.end(10)

@@ -55,7 +55,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, folder, monkeypatch):
+def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, folder, start, monkeypatch):
     """At random steps, one stage or the other; torchrun starts them again, and they go on from the last checkpoint."""
     dice = random.Random(0)
     deaths = [[0] * kills, [0] * kills]
@@ -64,7 +64,7 @@ def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, folde
     tree = config_of(model={"target": "models_under_test:mortal_net", "args": {"first": deaths[0], "last": deaths[1]}},
                      train__epochs=30)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    run = Started(restarting(kills), folder)
+    run = start(restarting(kills), folder)
     assert run.end(560) == 0, run.said
     # torchrun names the one whose end it sees first, and the other has lost its neighbour.
     assert len(re.findall(r"failed \(exitcode: (?:-9|1)\)", run.said)) == kills, run.said
@@ -77,11 +77,11 @@ LATE, PIPELINE = {"delay": 2, "length": "all"}, torchrun_command(2, *TRAIN)
 
 @pytest.mark.parametrize(("command", "link"), [([sys.executable, *TRAIN], LATE), (PIPELINE, LATE),
                                                (PIPELINE, {"delay": 0})], ids=["local", "late", "in time"])
-def test_sigterm_saves_and_the_next_start_goes_on(command, link, folder):
+def test_sigterm_saves_and_the_next_start_goes_on(command, link, folder, start):
     """Wherever it is: there is no checkpoint due for a long time."""
     tree = config_of(method__link=link, train__epochs=10_000, checkpoint={"every_epochs": 0, "every_steps": 100})
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    run = Started(command, folder)
+    run = start(command, folder)
     wait_for_checkpoint(run)
     time.sleep(0.3)
     ranks = run.workers() if command is PIPELINE else [run.process.pid]
@@ -99,10 +99,10 @@ def test_sigterm_saves_and_the_next_start_goes_on(command, link, folder):
     assert_same_run(train_locally({**tree, "train": tree["train"] | {"epochs": epochs}}, folder), folder / "runs/run")
 
 
-def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder):
+def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder, start):
     tree = config_of(train__epochs=60)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    run = Started(restarting(1), folder)
+    run = start(restarting(1), folder)
     wait_for_checkpoint(run)
     os.kill(run.workers()[1], signal.SIGTERM)
     assert run.end() == 0, run.said
@@ -122,17 +122,14 @@ def test_where_the_first_process_cannot_go_on_the_others_do_not_wait_for_it(fold
     assert sorted(exit_codes(done.stderr)) == [1, 1, 2]  # torchrun has killed none, which it does after 30 s
 
 
-def test_two_runs_in_one_folder_are_one_too_many(folder):
+def test_two_runs_in_one_folder_are_one_too_many(folder, start):
     (folder / "run.yaml").write_text(yaml.safe_dump(config_of(train__epochs=10_000)))
-    first = Started([sys.executable, *TRAIN], folder)
-    try:
-        wait_for_checkpoint(first)
-        second = Started([sys.executable, *TRAIN, "--overwrite"], folder)
-        assert second.end() == 2
-        assert second.said == ("blpipe: name: another process is training in runs/run; wait for it, or choose another "
-                               "name=…\n")
-    finally:
-        first.process.kill()
-        first.end()
-    again = Started([sys.executable, *TRAIN, "--overwrite", "train.epochs=1"], folder)
+    first = start([sys.executable, *TRAIN], folder)
+    wait_for_checkpoint(first)
+    second = start([sys.executable, *TRAIN, "--overwrite"], folder)
+    assert second.end() == 2
+    assert second.said == ("blpipe: name: another process is training in runs/run; wait for it, or choose another "
+                           "name=…\n")
+    first.kill()
+    again = start([sys.executable, *TRAIN, "--overwrite", "train.epochs=1"], folder)
     assert again.end() == 0  # a lock goes with its process

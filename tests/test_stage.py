@@ -17,12 +17,14 @@ CPU = torch.device("cpu")
 
 
 def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, compile=False,
-               skip_nonfinite=False, tied=False, **links):
+               skip_nonfinite=False, tied="", **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
-    if tied:
+    if tied == "tensors":
         blocks[2][0].weight, blocks[2][1].running_mean = blocks[1][0].weight, blocks[1][1].running_mean
+    if tied == "layers":
+        blocks[2] = blocks[1]
     head = nn.Linear(5, 3)
     parameters = [*blocks.parameters(), *head.parameters()]
     made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
@@ -38,7 +40,7 @@ def microbatch(seed):
     return torch.randn(8, 5, generator=generator), torch.randint(3, (8,), generator=generator)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", ["", "tensors", "layers"])
 @pytest.mark.parametrize("keep", ["graph", "recompute"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
 def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, optimizer, tied):
@@ -54,6 +56,7 @@ def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep,
     tail = before[1:]
     expected = torch.autograd.grad(tail(h), list(tail.parameters()), error)
     live = list(stage.blocks[1:].parameters())
+    assert set(live) <= {parameter for group in stage.optimizer.param_groups for parameter in group["params"]}
     assert not torch.equal(live[0], next(tail.parameters()))
     for parameter, gradient in zip(live, expected, strict=True):
         assert torch.equal(parameter.grad, gradient)

@@ -22,6 +22,7 @@ from blpipe.engines.pipeline import PipelineEngine
 from blpipe.optim import build_optimizer
 from blpipe.plan import Plan
 from blpipe.program import Factors, Kind, Op, Ports, execute, train_program
+from blpipe.transport.messages import as_sent
 from blpipe.transport.world import World
 
 OnStep = Callable[[], None]  # called before each optimizer step of this process
@@ -48,6 +49,10 @@ class Method:
     threads: int = 1
 
 
+LAST_LOSS = {"name": "backlink", "local_weight": 0.0, "link": {
+    "length": "all", "reach": "all", "take": "farthest", "delay": 1, "delay_unit": "microbatch"}}
+
+
 class Batches:
     """The batches of every method and process, ready on the device; an engine reads them as its data."""
 
@@ -56,6 +61,7 @@ class Batches:
         self.spec = data.spec
         self.batches = [(transfer(x, device), transfer(y, device))
                         for x, y in data.train_batches(config.seed, 0, train.batch_size, drop_last=True)]
+        self.device = device
 
     def train_batches(self, *_: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """All of them, whatever the seed, the epoch and the size asked for."""
@@ -90,6 +96,7 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "BackLink d=1": variant({"name": "backlink", "link": {"delay": 1}}, 1),
         "BackLink d=1/M": variant({"name": "backlink", "link": {"delay": 1, "delay_unit": "microbatch"}}),
         "BackLink d=0": variant({"name": "backlink", "link": {"delay": 0}}),
+        "last loss d=1/M": variant(LAST_LOSS),
         "greedy": variant({"name": "greedy"}, 1),
         **{name: variant({"name": "bp"}, cuts=cuts.virtual if schedule.virtual else cuts.stages)
            for name, schedule in SCHEDULES.items()},
@@ -130,8 +137,8 @@ def _program_alone(engine: PipelineEngine, data: Batches, on_step: OnStep) -> No
     size = plan.config.train.microbatch_size
     x, targets = (tensor[:size] for tensor in data.batches[0])
     if k > 0:
-        x = torch.randn(plan.outputs[size][k - 1].shape, device=x.device)
-    errors = 1e-4 * torch.randn(plan.outputs[size][k].shape, device=x.device)
+        x = as_sent(torch.randn(plan.outputs[size][k - 1].shape, device=x.device), plan.channels_last(k - 1))
+    errors = as_sent(1e-4 * torch.randn(plan.outputs[size][k].shape, device=x.device), plan.channels_last(k))
     steps = plan.train_steps(0)
     ports = Ports(Constant(x, targets), Constant(), Constant(errors), Constant())
 

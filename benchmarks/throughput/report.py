@@ -64,7 +64,7 @@ def summary(case: Case) -> dict[str, dict[str, Any]]:
         "busy": shares(case, method, "busy"),
         "waiting": shares(case, method, "waiting"),
         "sent_bytes": sent_bytes(case, method),
-    } for method in METHODS}
+    } for method in METHODS if method in case["rounds"][0]}
 
 
 def as_markdown(cases: dict[str, Case]) -> str:

@@ -17,8 +17,8 @@ from blpipe.forecast.stages import settle
 from blpipe.plan import make_network
 from blpipe.plugins import did_you_mean
 
-METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "greedy", "GPipe", "1F1B", "interleaved 1F1B",
-           "zero-bubble", "DDP", "one process")
+METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "last loss d=1/M", "greedy", "GPipe", "1F1B",
+           "interleaved 1F1B", "zero-bubble", "DDP", "one process")
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
 

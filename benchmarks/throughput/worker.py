@@ -75,7 +75,7 @@ def main(job: dict[str, Any]) -> None:
              for name, each in make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"]).items()}
     timeout = config.runtime.timeout_seconds
     world = World(meet(timeout), config.name, device, own_gpu, timeout,
-                  {name: contract(plan) for name, plan in plans.items()}, config.train.channels_last)
+                  {name: contract(plan) for name, plan in plans.items()})
     methods = make_methods(plans, data, world)
     rounds = []
     for number in range(job["rounds"] + 1):  # one to warm up

@@ -63,6 +63,11 @@ class Data:
                             f"{human_bytes(free)} free; leave it out")
         return Data(self._source.on(device), self._config, self._key)
 
+    @property
+    def device(self) -> torch.device:
+        """Where training batches are."""
+        return self._source.train.device
+
     def train_batches(self, seed: int, epoch: int, batch_size: int, drop_last: bool,
                       start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from `start_step` on, in random order and augmented.

@@ -18,7 +18,7 @@ from blpipe.errors import ConfigError, UserError, one_line
 from blpipe.seeds import derive_seed
 
 Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
-"""One batch to fetch: of what to derive the seed for whatever is random in fetching it, and indices, int64 [B]."""
+"""One batch to fetch: what the seed of all that is random in fetching it derives from, and indices, int64 [B]."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from itertools import chain
 from math import ceil
 
@@ -10,30 +11,36 @@ from torch import Tensor
 
 from blpipe.config import Config
 from blpipe.data import Data
+from blpipe.device import transfer
 from blpipe.engines.common import role, train_microbatches
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan, Step, TensorSpec
 from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
 from blpipe.stage import Stage
 from blpipe.transport.messages import Layout, message_bytes, views
 from blpipe.transport.queues import SendQueue
 
 
-def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], device: torch.device) -> None:
+def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], device: torch.device,
+              link_factor: float = 1.0) -> None:
     """Train a new stage, of this index from 0, on zeros. Its microbatches are those of `steps`, of one size.
 
     Its queues give and take at once, and hold as many buffers as those between processes.
     """
     stage.train(True)
-    train, hops_in = plan.config.train, plan.links[index].hops_in
-    size = steps[0].sizes[0]
+    size, before, after = steps[0].sizes[0], _maps_last(plan, index - 1), _maps_last(plan, index)
     given = plan.activation(size, index - 1) if index else plan.input(size)
-    ahead = errors_ahead(plan.delay, train.microbatches, len(hops_in))
-    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, train.channels_last)
-    errors_in = _Inbox((plan.error(size, index),), ahead, device, train.channels_last)
-    ports = Ports(inbox, _Outbox(), errors_in, _Outbox())
+    ahead = errors_ahead(plan.delay, plan.config.train.microbatches, len(plan.links[index].hops_in))
+    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, before)
+    errors_in = _Inbox((plan.error(size, index),), ahead, device, after)
+    ports = Ports(inbox, _Outbox(after), errors_in, _Outbox(before))
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
-                     lambda step: Factors(), lambda op: None):
+                     lambda step: Factors(link=link_factor), lambda op: None):
         pass
+
+
+def _maps_last(plan: Plan, stage: int) -> bool:
+    """How messages from this stage to the next and back are laid out; what the data give is as it is."""
+    return stage >= 0 and plan.channels_last(stage)
 
 
 def rehearsed_steps(config: Config, farthest: int = 1) -> int:
@@ -47,31 +54,53 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
 
     CUDA loads a kernel when it is first used, and may wait for all that runs on the GPU before it does ("Lazy
     Loading" in the CUDA C++ Programming Guide). A receive that was posted ahead runs there too, until its message
-    comes; it may wait for this very stage, which then never gets to send.
+    comes; it may wait for this very stage, which then never gets to send. What a user's modules keep outside of
+    parameters and buffers stays as the run leaves it.
+
+    Args:
+        data: of the first stage.
     """
-    tensors = [tensor.detach() for part in (stage.blocks, stage.head, stage.loss) if part is not None
-               for tensor in chain(part.parameters(), part.buffers())]
-    before, stream = [tensor.clone() for tensor in tensors], stage.stream.state
+    before = [tensor.detach().clone() for tensor in _tensors(stage)]
+    stream = stage.stream.state
+    optimizer = deepcopy(stage.optimizer.state_dict()) if stage.optimizer is not None else {}
     for sizes in dict.fromkeys(plan.step_sizes):
         for size in dict.fromkeys(sizes):
             count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0))
-            run_alone(stage, plan, index, [Step(i, (size,) * len(sizes)) for i in range(count)], device)
+            steps = [Step(i, (size,) * len(sizes)) for i in range(count)]
+            run_alone(stage, plan, index, steps, device, link_factor=0.5)  # multiplies by it, as a schedule may
     stage.train(False)
     for size in dict.fromkeys(plan.evaluation_sizes()):
         given = plan.outputs[size][index - 1] if index else plan.input(size)
-        stage.evaluate(*_zeros((given, plan.targets(size)), device, plan.config.train.channels_last))
+        stage.evaluate(*_zeros((given, plan.targets(size)), device, _maps_last(plan, index - 1)))
+    torch.stack([torch.as_tensor(stage.tally.loss_sum)]).isfinite()  # as the watch over losses does
     if data is not None:
-        for step in (plan.train_steps(0)[0], plan.train_steps(0)[-1]):
-            next(train_microbatches(data, plan, 0, step.index, device))
-    for tensor, values in zip(tensors, before, strict=True):
-        tensor.copy_(values)
+        _load_batches(plan, data, device)
+    for tensor, values in zip(_tensors(stage), before, strict=True):
+        tensor.detach().copy_(values)
     stage.stream.state = stream
     if stage.optimizer is not None:
-        stage.optimizer.state.clear()
+        stage.optimizer.load_state_dict(optimizer)
     stage.train(True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _tensors(stage: Stage) -> list[Tensor]:
+    return [tensor for part in (stage.blocks, stage.head, stage.loss) if part is not None
+            for tensor in chain(part.parameters(), part.buffers())]
+
+
+def _load_batches(plan: Plan, data: Data, device: torch.device) -> None:
+    """Make a batch of each size where the GPU does; else transfer one."""
+    steps = {step.sizes: step for step in plan.train_steps(0)}
+    if data.device.type == "cuda":
+        for step in steps.values():
+            next(train_microbatches(data, plan, 0, step.index, device))
+    else:
+        for size in map(sum, steps):
+            for spec in (plan.input(size), plan.targets(size)):
+                transfer(torch.zeros(spec.shape, dtype=spec.dtype), device)
 
 
 class _Inbox:
@@ -92,16 +121,20 @@ class _Inbox:
 
 
 class _Outbox:
-    """Keeps the buffers of the last few messages, as `SendQueue` does."""
+    """Fills and keeps the buffers of the last few messages, as `SendQueue` does."""
 
-    def __init__(self) -> None:
-        self._sent: deque[list[Tensor]] = deque()
+    def __init__(self, channels_last: bool):
+        self._channels_last = channels_last
+        self._sent: deque[tuple[Tensor, ...]] = deque()
 
     def put(self, *tensors: Tensor) -> None:
         """Send a message, once the oldest has made room."""
         if len(self._sent) >= SendQueue.IN_FLIGHT:
             self._sent.popleft()
-        self._sent.append([torch.empty_like(tensor) for tensor in tensors])
+        layout = tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+        self._sent.append(_zeros(layout, tensors[0].device, self._channels_last))
+        for buffer, tensor in zip(self._sent[-1], tensors, strict=True):
+            buffer.copy_(tensor)
 
 
 def _zeros(layout: Layout, device: torch.device, channels_last: bool) -> tuple[Tensor, ...]:

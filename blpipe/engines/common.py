@@ -122,7 +122,7 @@ class LossWatch:
         at_once: whether to look in every step, which waits for the device; if not, `look` says which step it was.
     """
 
-    MOST = 1000  # steps not looked at
+    MOST = 1000  # steps noted before it looks by itself
 
     def __init__(self, plan: Plan, at_once: bool):
         self._plan, self._at_once = plan, at_once

@@ -156,8 +156,7 @@ class LocalEngine:
             busy: where the seconds that each stage takes are added.
         """
         edges = range(len(self.stages) - 1)
-        last = self.plan.config.train.channels_last
-        forward, errors = ([MemoryQueue(last) for _ in edges] for _ in range(2))
+        forward, errors = ([MemoryQueue(self.plan.channels_last(k)) for k in edges] for _ in range(2))
         now = {k: Op(Kind.RECEIVE, steps[0].index if steps else 0) for k in range(len(programs))}
         log = self._log if steps else None
 

@@ -61,10 +61,10 @@ class PipelineEngine:
         self.stages = {k: self.stage}
         self.role = role(plan, k)
         first, last = k == 0, k == world.size - 1
-        self._activations_in = None if first else world.receiver(k - 1)
-        self._activations_out = None if last else world.sender(k + 1)
-        self._errors_in = None if last else world.receiver(k + 1)
-        self._errors_out = None if first else world.sender(k - 1)
+        self._activations_in = None if first else world.receiver(k - 1, plan.channels_last(k - 1))
+        self._activations_out = None if last else world.sender(k + 1, plan.channels_last(k))
+        self._errors_in = None if last else world.receiver(k + 1, plan.channels_last(k))
+        self._errors_out = None if first else world.sender(k - 1, plan.channels_last(k - 1))
         queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out]
         self.queues = [queue for queue in queues if queue is not None]
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
@@ -75,7 +75,10 @@ class PipelineEngine:
         self._feed = TrainFeed(data, plan, world.device) if data is not None else None
         self._losses = LossWatch(plan, at_once=world.device.type == "cpu")
         if world.wire.type == "cuda" and self._backprop is None:
-            load_kernels(self.stage, plan, k, world.device, data)
+            try:
+                load_kernels(self.stage, plan, k, world.device, data)
+            except Exception as error:
+                raise blame(plan, k, "start", error) from error
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
         """See `Engine`."""

@@ -1,8 +1,8 @@
 """What a message looks like: a fixed list of tensors, in one flat buffer where it goes from process to process.
 
-Both ends derive the same layouts before the first message; nothing is described on the wire. Where the model is laid
-out channels last, so are the maps [B, C, H, W] on their way: a tensor comes out with the same strides whatever
-queue it went through, so that kernels take the same path in every engine.
+Both ends derive the same layouts before the first message; nothing is described on the wire. A queue may lay its maps
+[B, C, H, W] out channels last, as a model may be. A tensor comes out with the same strides whatever queue it went
+through, so that kernels take the same path in every engine.
 """
 
 from itertools import accumulate

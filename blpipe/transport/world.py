@@ -114,12 +114,10 @@ class World:
     Args:
         run: the run's name.
         contract: what both ends of every edge must agree on; compared before the first message.
-        channels_last: how the stages' queues lay maps out.
     """
 
     def __init__(self, meeting: Meeting, run: str, device: torch.device, own_gpu: bool, timeout_seconds: float,
-                 contract: dict[str, Any], channels_last: bool = False):
-        self._channels_last = channels_last
+                 contract: dict[str, Any]):
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
         self.wire = device if own_gpu else torch.device("cpu")
         shake_hands(meeting, run, contract)
@@ -136,15 +134,15 @@ class World:
         self._error: list[Any] = [dist.new_group(edge, timeout=timeout) for edge in edges]
         self._warm_up()
 
-    def sender(self, to: int) -> SendQueue:
+    def sender(self, to: int, channels_last: bool = False) -> SendQueue:
         """The queue to a neighbour: activations to the next rank, errors to the one before."""
         return SendQueue(self._group(self.rank, to), to, self._name("sending to", to), self.device, self.wire,
-                         self._channels_last)
+                         channels_last)
 
-    def receiver(self, source: int) -> ReceiveQueue:
+    def receiver(self, source: int, channels_last: bool = False) -> ReceiveQueue:
         """The queue from a neighbour: activations from the rank before, errors from the next one."""
         return ReceiveQueue(self._group(source, self.rank), source, self._name("receiving from", source),
-                            self.device, self.wire, self._channels_last)
+                            self.device, self.wire, channels_last)
 
     def control_sender(self, to: int) -> SendQueue:
         """A queue to any rank through host memory, beside the stages' own."""
