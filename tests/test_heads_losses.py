@@ -322,4 +322,4 @@ def test_a_tally_counts_as_a_loop_over_all_samples_would(sizes, positions, seed)
 def test_a_tally_keeps_no_graph():
     logits, tally = torch.randn(2, 3, requires_grad=True), Tally()
     tally.add(cross_entropy()(logits, torch.tensor([0, 1])), logits, torch.tensor([0, 1]))
-    assert not tally._loss.requires_grad
+    assert not tally.loss_sum.requires_grad
