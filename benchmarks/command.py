@@ -4,7 +4,8 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from benchmarks.environment import REPOSITORY
@@ -48,6 +49,19 @@ def device_for(wanted: str, stages: int) -> "torch.device":
         raise UserError(f"--device: {wanted}, but {stages} stages need a GPU each, and torch sees {gpus} here; give "
                         "--device cpu, or fewer --stages")
     return torch.device("cuda")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread, as a stage does on a CPU, and afterwards with as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_processes(processes: int, module: str, argument: str) -> int:

@@ -13,10 +13,10 @@ from blpipe.device import Precision, transfer, use_channels_last, use_precision
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
 from blpipe.forecast.memory import Rehearsal
-from blpipe.plan import TensorSpec, make_network, make_plan
+from blpipe.plan import make_network, make_plan
 from blpipe.runs import export_run, train_run
 from blpipe.transport.memory import MemoryQueue
-from blpipe.transport.messages import message_bytes, views
+from blpipe.transport.messages import layout_of, message_bytes, views
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 IMAGES = {"name": "synthetic", "args": {"shape": [3, 8, 6], "classes": 4, "samples": 50},
@@ -166,7 +166,7 @@ def test_maps_have_one_layout_in_every_queue(channels_last):
     queue = MemoryQueue(channels_last)
     queue.put(x, *others)
     got = queue.get()
-    layout = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in (x, *others))
+    layout = layout_of((x, *others))
     through = views(torch.zeros(message_bytes(layout), dtype=torch.uint8), layout, channels_last)
     for view, tensor in zip(through, (x, *others), strict=True):
         view.copy_(tensor)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import device_for, guarded
+from benchmarks.command import device_for, guarded, one_thread
 from benchmarks.environment import environment, folder_name
 from benchmarks.scaling.picture import draw
 from benchmarks.scaling.report import as_markdown
@@ -97,11 +97,10 @@ def _config(settings: ThroughputConfig, name: str, device: torch.device, microba
 
 def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts: list[int]) -> dict[str, Any]:
     """samples/s by K and method; BackLink d=1 and one device with whole batches, all else with microbatches."""
-    threads = torch.get_num_threads()
-    whole = make_report(_config(settings, name, device), counts)
-    parts = make_report(_config(settings, name, device, settings.microbatches), counts)
-    last = make_report(_config(settings, name, device, settings.microbatches, method=LAST_LOSS), counts)
-    torch.set_num_threads(threads)
+    with one_thread():
+        whole = make_report(_config(settings, name, device), counts)
+        parts = make_report(_config(settings, name, device, settings.microbatches), counts)
+        last = make_report(_config(settings, name, device, settings.microbatches, method=LAST_LOSS), counts)
     names = {"backlink d=0": "BackLink d=0", f"backlink d=1/{settings.microbatches}": "BackLink d=1/M",
              "GPipe": "GPipe", "1F1B": "1F1B", "zero-bubble": "zero-bubble"}
     found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second}}
@@ -115,18 +114,16 @@ def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts
 
 def _one_device(settings: ThroughputConfig, name: str, device: torch.device) -> float:
     """samples/s of end-to-end backpropagation of whole batches, reading them included; one thread on a CPU."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     config = _config(settings, name, device, method="bp", partition={"stages": 1})
     set_up(config)
     data = open_data(config.data, config.seed)
     engine = open_local(make_plan(config, data.spec), data)
     seconds = []
-    for epoch in range(settings.rounds + 1):
-        started = perf_counter()
-        train_epoch(engine, epoch)
-        seconds.append(perf_counter() - started)
-    torch.set_num_threads(threads)
+    with one_thread():
+        for epoch in range(settings.rounds + 1):
+            started = perf_counter()
+            train_epoch(engine, epoch)
+            seconds.append(perf_counter() - started)
     return engine.plan.samples_per_epoch / median(seconds[1:])  # the first warms up
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import blpipe
-from benchmarks.command import run_processes
+from benchmarks.command import one_thread, run_processes
 from benchmarks.environment import environment
 from benchmarks.throughput.settings import ThroughputConfig, case_tree, find_cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES
@@ -23,10 +23,8 @@ def measure_case(settings: ThroughputConfig, name: str, device: torch.device) ->
     """A case's settings, environment and rounds; None where its processes failed, who say why."""
     tree = case_tree(settings, name, device.type)
     measured_on = environment(device) | {"load": os.getloadavg()[0], "blpipe": blpipe.__version__}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the stages will have
-    cuts = find_cuts(parse_config(tree), device)
-    torch.set_num_threads(threads)
+    with one_thread():
+        cuts = find_cuts(parse_config(tree), device)
     rounds = _launch({"case": name, "config": tree, "cuts": cuts._asdict(), **_lengths(settings)}, settings.stages)
     if rounds is None:
         return None

@@ -13,10 +13,10 @@ from blpipe.config import Config
 from blpipe.data import Data
 from blpipe.device import transfer
 from blpipe.engines.common import role, train_microbatches
-from blpipe.plan import Plan, Step, TensorSpec
+from blpipe.plan import Plan, Step
 from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
 from blpipe.stage import Stage
-from blpipe.transport.messages import Layout, message_bytes, views
+from blpipe.transport.messages import Layout, layout_of, message_bytes, views
 from blpipe.transport.queues import SendQueue
 
 
@@ -131,8 +131,7 @@ class _Outbox:
         """Send a message, once the oldest has made room."""
         if len(self._sent) >= SendQueue.IN_FLIGHT:
             self._sent.popleft()
-        layout = tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-        self._sent.append(_zeros(layout, tensors[0].device, self._channels_last))
+        self._sent.append(_zeros(layout_of(tensors), tensors[0].device, self._channels_last))
         for buffer, tensor in zip(self._sent[-1], tensors, strict=True):
             buffer.copy_(tensor)
 

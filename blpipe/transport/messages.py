@@ -5,6 +5,7 @@ Both ends derive the same layouts before the first message; nothing is described
 through, so that kernels take the same path in every engine.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate
 from math import prod
 
@@ -14,6 +15,11 @@ from blpipe.plan import TensorSpec
 
 Layout = tuple[TensorSpec, ...]
 _ALIGNMENT = 64  # bytes, as of torch's own allocations
+
+
+def layout_of(tensors: Iterable[Tensor]) -> Layout:
+    """The layout of a message of these tensors."""
+    return tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
 
 
 def message_bytes(layout: Layout) -> int:

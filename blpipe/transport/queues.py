@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blpipe.errors import PeerLostError
-from blpipe.plan import TensorSpec
-from blpipe.transport.messages import Layout, message_bytes, views
+from blpipe.transport.messages import Layout, layout_of, message_bytes, views
 
 
 @contextmanager
@@ -76,7 +75,7 @@ class SendQueue(_End):
         """Send a message; waits for an earlier one where too many are under way."""
         if not self._free:
             self._complete_one()
-        layout = tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+        layout = layout_of(tensors)
         size, buffer = message_bytes(layout), self._free.pop()
         if len(buffer) < size:
             buffer = self._buffer(size)
