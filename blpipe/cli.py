@@ -169,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> None:
         path, overrides = Path(arguments.resume), [*filter(None, [arguments.config]), *arguments.overrides]
         if any("=" not in override for override in overrides):
             raise ConfigError("--resume: goes on with the run's own config; give no CONFIG, only keys to change, such "
-                              "as partition.stages=2")
+                              "as 'partition={stages: 2}'")
         runs.train_run(resume.resumed_config(path, overrides), resume_from=path)
         return
     if not arguments.config:
@@ -186,11 +186,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     stages = whole_numbers("--stages", arguments.stages)
     found = report.make_report(config, stages, arguments.latency, arguments.bandwidth)
+    print(json.dumps(report.as_json(found), indent=2) if arguments.json else report.as_text(found))
     if arguments.out:
         draw(found, Path(arguments.out))
     if arguments.trace:
         report.save_trace(found, Path(arguments.trace))
-    print(json.dumps(report.as_json(found), indent=2) if arguments.json else report.as_text(found))
 
 
 def whole_numbers(option: str, text: str | None) -> list[int]:

@@ -114,6 +114,11 @@ class PartitionConfig(Section):
             raise ValueError("give stages (how many) or cuts (the block that each later stage begins with)")
         if self.speeds is not None and len(self.speeds) != self.stage_count:
             raise ValueError(f"{len(self.speeds)} speeds for {self.stage_count} stages; give one a stage, or none")
+        if self.target is not None and self.strategy != "even":
+            raise ValueError(f"give a target or strategy: {self.strategy}, not both")
+        if self.args and self.target is None and self.strategy in ("even", "balanced"):
+            raise ValueError(f"args {self.args} are for a target, or for a strategy that a package registered; leave "
+                             "them out")
         if self.memory_limit is not None and self.strategy != "balanced":
             raise ValueError("memory_limit needs strategy: balanced, which finds the cuts that keep it")
         return self

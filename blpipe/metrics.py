@@ -4,6 +4,7 @@ import json
 import platform
 from dataclasses import asdict
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter
 
             # What an interrupted run left of later steps is dropped.
-            self._board = SummaryWriter(run / "tensorboard", purge_step=epochs_done * len(plan.step_sizes) + 1)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=epochs_done * len(plan.step_sizes) + 1)
 
     def add(self, epoch: Epoch) -> list[str]:
         """Append a row for every stage; returns what a user may want to know of that."""
@@ -68,14 +69,22 @@ class Recorder:
                  "samples_per_second": self._plan.samples_per_epoch / report.train_seconds, **asdict(report)}
                 for number, report in enumerate(epoch.reports, start=1)]
         self._rows += rows
-        notes = self._append(rows)
-        if self._board is not None:
+        return [*self._append(rows), *self._draw(rows, last_step + 1)]
+
+    def _draw(self, rows: list[dict[str, Any]], steps_done: int) -> list[str]:
+        """Give TensorBoard the numbers of the rows."""
+        if self._board is None:
+            return []
+        try:
             for row in rows:
                 for key, value in row.items():
                     if isinstance(value, int | float) and key not in ("epoch", "stage"):
-                        self._board.add_scalar(f"{key}/stage {row['stage']}", value, last_step + 1)
+                        self._board.add_scalar(f"{key}/stage {row['stage']}", value, steps_done)
             self._board.flush()
-        return notes
+        except OSError as error:
+            folder, self._board = self._board.log_dir, None
+            return [f"cannot write {folder}: {error.strerror}; training goes on without TensorBoard"]
+        return []
 
     def _append(self, rows: list[dict[str, Any]]) -> list[str]:
         try:
@@ -83,7 +92,7 @@ class Recorder:
                 self._write_all()
             else:
                 with self._rows_path.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                    file.writelines(map(_line, rows))
         except OSError as error:
             self._unwritten = True
             return [f"cannot write {self._rows_path}: {error.strerror}; training goes on, and its rows are kept"]
@@ -91,7 +100,7 @@ class Recorder:
         return []
 
     def _write_all(self) -> None:
-        write_text(self._rows_path, "".join(json.dumps(row) + "\n" for row in self._rows))
+        write_text(self._rows_path, "".join(map(_line, self._rows)))
 
     def finish(self) -> dict[str, Any]:
         """Write and return the result."""
@@ -132,6 +141,12 @@ class Recorder:
         return None if None in values else sum(values)
 
 
+def _line(row: dict[str, Any]) -> str:
+    """A row as a line of JSON, which knows no NaN."""
+    return json.dumps({key: None if isinstance(value, float) and not isfinite(value) else value
+                       for key, value in row.items()}) + "\n"
+
+
 def stage_rows(plan: Plan) -> list[dict[str, Any]]:
     """The blocks and the number of parameters (heads not counted) of every stage."""
     return [{"blocks": plan.block_names(k), "params": sum(p.numel() for p in stage.parameters())}
@@ -153,7 +168,8 @@ def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:
     assert epoch.reports is not None
     accuracies = " ".join(percent(report.val_accuracy) for report in epoch.reports)
     last = epoch.reports[-1]
-    return (f"epoch {epoch.index + 1}/{epochs}  loss {last.train_loss:.4f}  accuracy by stage {accuracies}  "
+    loss = "–" if last.train_loss is None else f"{last.train_loss:.4f}"  # every step was skipped
+    return (f"epoch {epoch.index + 1}/{epochs}  loss {loss}  accuracy by stage {accuracies}  "
             f"{samples / last.train_seconds:,.0f} samples/s")
 
 

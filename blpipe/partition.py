@@ -40,6 +40,7 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
     stages = [nn.Sequential(OrderedDict(items[start:stop]))
               for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
     _refuse_shared_parameters(stages)
+    _refuse_shared_statistics(stages)
     return stages
 
 
@@ -136,3 +137,13 @@ def _refuse_shared_parameters(stages: list[nn.Sequential]) -> None:
             if first != number:
                 raise ConfigError(f"partition: {first_name} (stage {first}) and {plain[name]} (stage {number}) are one "
                                   "parameter; cut so that both are in one stage, or untie them")
+
+
+def _refuse_shared_statistics(stages: list[nn.Sequential]) -> None:
+    """Each stage would go on with its own, where one process has one."""
+    owner: dict[nn.Module, int] = {}
+    for number, stage in enumerate(stages, start=1):
+        for name, module in stage.named_modules():
+            if getattr(module, "running_mean", None) is not None and owner.setdefault(module, number) != number:
+                raise ConfigError(f"partition: {name} (stage {number}) is in stage {owner[module]} too, and has "
+                                  "running statistics; cut so that both are in one stage, or use two modules")

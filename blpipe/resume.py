@@ -92,11 +92,23 @@ def go_on_if_there(config: Config, run: Path) -> tuple[Config, Beginning]:
     return go_on(config, run) if checkpoints(run) else (config, Beginning())
 
 
-def refuse_if_done(beginning: Beginning, plan: Plan) -> None:
-    """Raises ConfigError where nothing is left to train and the stages would be others: nobody evaluates those."""
+def refuse_other_lengths(beginning: Beginning, plan: Plan) -> None:
+    """Compare the steps that the checkpoint has behind it with those of the run that goes on.
+
+    Raises:
+        ConfigError: an epoch has other steps than before, or more is done than is to be; or nothing is left to train
+            and the stages would be others, which nobody would evaluate.
+    """
     if beginning.checkpoint is None:
         return
-    found, steps = manifest(beginning.checkpoint), plan.config.train.epochs * len(plan.step_sizes)
+    found, per_epoch = manifest(beginning.checkpoint), len(plan.step_sizes)
+    steps = plan.config.train.epochs * per_epoch
+    if found.steps_per_epoch not in (None, per_epoch):
+        raise ConfigError(f"data: an epoch has {per_epoch} steps, but {found.steps_per_epoch} in "
+                          f"{beginning.checkpoint}; give the data that it had, or train anew under another name")
+    if found.steps_done > steps:
+        raise ConfigError(f"train.epochs: {plan.config.train.epochs} are {steps} steps, but {found.steps_done} are "
+                          f"done in {beginning.checkpoint}; give more, or resume from an earlier checkpoint")
     if found.steps_done >= steps and found.stages != [plan.block_names(k) for k in range(len(plan.stages))]:
         raise ConfigError(f"partition: the run is done, with {len(found.stages)} stages"
                           f"{', cut elsewhere' * (len(found.stages) == len(plan.stages))}; give it more epochs, or "

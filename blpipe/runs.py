@@ -145,7 +145,7 @@ def _prepare(config: Config, how: How) -> tuple[Plan, Data, Beginning]:
         costs = profile(network, device, data if config.partition.costs == "measured" else None)
         config = settle(config, network, costs)
     plan = make_plan(config, data.spec, network)
-    resume.refuse_if_done(beginning, plan)
+    resume.refuse_other_lengths(beginning, plan)
     data.check_labels(plan.classes)
     return plan, data, beginning
 
@@ -248,9 +248,13 @@ def _tell_of(epoch: Epoch, run: _Run, recorder: Recorder | None) -> None:
 
 
 def _write_trace(run: Path, engine: Engine, plan: Plan) -> None:
-    spans = engine.spans()  # all processes take part
-    if spans is not None:
-        write_trace(run / "trace.json", spans, plan.stage_names)
+    spans, path = engine.spans(), run / "trace.json"  # all processes take part
+    if not spans:  # of a run that goes on, the steps that are traced have been
+        return
+    try:
+        write_trace(path, spans, plan.stage_names)
+    except OSError as error:
+        _tell([f"cannot write {path}: {error.strerror}; training goes on"])
 
 
 def _is_save_due(plan: Plan, reached: Reached) -> bool:

@@ -33,10 +33,10 @@ within() {  # SECONDS COMMAND…: at most so long, and not beyond the end
 
 within 200 "$python" -m pytest tests/test_gpu.py
 tested=$?
-within 120 "$python" -m benchmarks.ablation benchmarks/ablation/gpu.yaml
-within 90 "$python" -m benchmarks.memory --device cuda
+within 150 "$python" -m benchmarks.ablation benchmarks/ablation/gpu_compiled.yaml
+within 90 "$python" -m benchmarks.memory --device cuda --precision tf32 --channels-last
 if [ "$gpus" -ge 2 ]; then
-    within 150 "$python" -m benchmarks.throughput --device cuda --stages $((gpus < 4 ? 2 : 4))
+    within 150 "$python" -m benchmarks.throughput benchmarks/throughput/gpu.yaml --device cuda --stages $((gpus < 4 ? 2 : 4))
 fi
 minutes=$(((end - SECONDS) / 60))
 [ "$minutes" -lt 1 ] || within 3600 "$python" -m benchmarks.accuracy benchmarks/accuracy/gpu.yaml --minutes "$minutes"

@@ -8,6 +8,7 @@ import yaml
 from conftest import REPOSITORY
 
 from benchmarks.ablation import __main__ as ablation
+from benchmarks.environment import folder_name
 
 SMALL = {
     "base": {"model": {"name": "mlp", "args": {"hidden": [4, 4]}}, "partition": {"stages": 2},
@@ -24,7 +25,7 @@ def measure(tmp_path):
     def run(tree):
         path = tmp_path / "small.yaml"
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
-        return ablation.main([str(path)]), tmp_path / "results"
+        return ablation.main([str(path)]), tmp_path / "results" / folder_name(torch.device("cpu"))
     return run
 
 
@@ -36,7 +37,7 @@ def test_every_row_is_measured_in_every_round_and_compared_with_the_first(measur
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in found["rows"].values())
     table = (results / "small.md").read_text().splitlines()
     assert table[2].startswith("| nothing | – | ")
-    assert table[2].endswith(" | 1.00 | – |")
+    assert table[2].endswith(" | 1.00 | 1.00 … 1.00 | – |")
     assert table[3].startswith("| greedy | `method.name: greedy` | ")
     assert "round 2 of 2" in capsys.readouterr().out
 

@@ -259,6 +259,14 @@ def test_in_the_pipeline_a_run_has_a_process_for_each_stage(folder):
     assert execute._command(run, options, resumed=True)[-2:] == ["--resume", f"{run.id}-pipeline"]
 
 
+def test_runs_at_the_same_time_are_on_places_of_their_own(folder, capsys, monkeypatch):
+    """By its place, a process chooses among the machine's GPUs."""
+    stand_in(monkeypatch, "import os, time; print('place', os.environ['LOCAL_RANK'], flush=True); time.sleep(0.5)")
+    sweep(write([{"name": "link", "sweep": LINK}]), "--jobs", 2)
+    said = {path.read_text().strip() for path in Path("runs/accuracy").glob("*.log")}
+    assert {line.splitlines()[0] for line in said} == {"place 0", "place 1"}
+
+
 def stand_in(monkeypatch, code):
     """Let each run be a process with this code; returns the list of those started."""
     started = []

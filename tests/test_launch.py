@@ -27,9 +27,10 @@ def test_without_a_gpu_nothing_is_run(tmp_path):
 def test_the_tests_come_first_and_what_time_is_left_goes_to_accuracy(gpus, stages, tmp_path):
     done = gpu_script(tmp_path, gpus)
     ran = [line.removeprefix("ran -m ") for line in done.stdout.splitlines() if line.startswith("ran")]
-    throughput = [f"benchmarks.throughput --device cuda --stages {stages}"] if stages else []
-    assert ran[:-1] == ["pytest tests/test_gpu.py", "benchmarks.ablation benchmarks/ablation/gpu.yaml",
-                        "benchmarks.memory --device cuda", *throughput]
+    throughput = f"benchmarks.throughput benchmarks/throughput/gpu.yaml --device cuda --stages {stages}"
+    assert ran[:-1] == ["pytest tests/test_gpu.py", "benchmarks.ablation benchmarks/ablation/gpu_compiled.yaml",
+                        "benchmarks.memory --device cuda --precision tf32 --channels-last",
+                        *([throughput] if stages else [])]
     assert ran[-1] in [f"benchmarks.accuracy benchmarks/accuracy/gpu.yaml --minutes {left}" for left in (9, 10)]
 
 

@@ -1,6 +1,7 @@
 """The memory benchmark: its figures against what torch allocates, its tables, and the local engine's peaks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,14 +107,19 @@ def test_goals_are_reached_or_not(tmp_path):
                                        ("local", "greedy", 16, 200), ("local", "BackLink, length 1, d = 0", 16, 350),
                                        ("pipeline", "BackLink, length 1, d = 0", 16, 209),
                                        ("pipeline", "BackLink, length 1, d = 1", 16, 211)):
-        results.add({"part": part, "method": method, "stages": stages, "cut": "even", "depth": 20, "batch": 64,
+        results.add({"part": part, "method": method, "stages": stages, "cut": "even", **size.key(),
                      "peak_bytes": peak})
+        other = replace(size, precision="bf16").key()  # of another table
+        results.add({"part": part, "method": method, "stages": stages, "cut": "even", **other,
+                     "peak_bytes": peak - (part == "pipeline")})
     for method, stages, ratio in (("bp", 1, 1.0), ("bp, checkpoint every block", 1, 1.3), ("greedy", 16, 1.1),
                                   ("BackLink, length 1, d = 0", 16, 1.2)):
-        results.add({"part": "time", "method": method, "stages": stages, "cut": "even", "depth": 20, "batch": 64,
+        results.add({"part": "time", "method": method, "stages": stages, "cut": "even", **size.key(),
                      "timed_batch": 8, "seconds": [ratio], "ratios": [ratio], "threads": 1})
     read = Results(tmp_path / "results.jsonl", {}).rows
-    text = report.as_markdown(read, size)
+    text, in_bf16 = report.as_markdown(read, size).split("# ResNet-20, batch 64, bf16\n")
+    assert text.startswith("# ResNet-20, batch 64, float32\n")
+    assert "BackLink, length 1, d = 1: −79 %, reached" in in_bf16
     assert "even cut: BackLink, length 1, d = 0: −79 %, reached; BackLink, length 1, d = 1: −79 %, not reached" in text
     assert "- greedy, K = 16, even cut: 200 B (less), +10% time (less): reached" in text
     assert "- BackLink, length 1, d = 0, K = 16, even cut: 350 B (not less), +20% time (less): not reached" in text

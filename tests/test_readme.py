@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 README = (REPOSITORY / "README.md").read_text()
 COMMANDS = [command.replace("\\\n", "") for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
             for command in re.split(r"(?<!\\)\n", block.strip())]
+ACTIVATE = COMMANDS[2]
 FILES = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", README, re.S))
 # What the network would bring; everything else of the command stays.
 SYNTHETIC = "data='{name: synthetic, args: {shape: [3, 32, 32], classes: 10, samples: 64}}' train.epochs=1 " \
@@ -40,8 +41,8 @@ def copy(tmp_path_factory):
 
 
 def run(command, folder, timeout=110):
-    """A command line as a user's shell would run it."""
-    path = f"{folder}/.venv/bin:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+    """A command line as a user's shell would run it, pip and torchrun being at hand."""
+    path = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=timeout,
                           env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -59,19 +60,20 @@ def test_the_quickstart_installs_trains_and_reaches_97_percent(copy):
     assert len(result["stages"]) == 4
 
 
-def test_the_test_command_is_this_one():
+def test_the_test_command_is_this_one_and_then_the_environment_is_activated():
     assert COMMANDS[1] == "bash launch/test.sh"
     assert "launch/test.sh" in (REPOSITORY / ".ci/run").read_text()
+    assert ACTIVATE == "source .venv/bin/activate"
 
 
-@pytest.mark.parametrize("command", COMMANDS[2:])
+@pytest.mark.parametrize("command", COMMANDS[3:])
 def test_the_other_commands_run_in_the_order_of_the_readme(copy, command):
     offline = command.replace("data.download=true", SYNTHETIC)
     if command in COMMANDS[:COMMANDS.index(command)] or "resnet32" in command:
         offline += " --overwrite"
     if "byte_lm" in command:
         offline += SHORT
-    run(offline, copy)
+    run(f"{ACTIVATE} && {offline}", copy)
 
 
 def test_the_worked_example_is_the_shipped_file_in_under_forty_lines():

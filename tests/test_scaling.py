@@ -7,7 +7,7 @@ import torch
 from conftest import REPOSITORY
 
 from benchmarks.scaling import __main__ as scaling
-from benchmarks.scaling.report import COLUMNS, conclusions
+from benchmarks.scaling.report import COLUMNS, PREDICTED, conclusions
 from benchmarks.throughput.settings import load_settings
 from blpipe.forecast.report import make_report
 
@@ -21,7 +21,7 @@ def test_what_the_machine_has_is_measured_and_the_rest_predicted(tmp_path, capfd
     path, = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
     assert set(found["measured"]) == {"1", "2"} and set(found["predicted"]) == {"1", "2", "4"}
-    assert all(set(found["predicted"][count]) == set(COLUMNS) for count in ("2", "4"))
+    assert all(set(found["predicted"][count]) == set(PREDICTED) for count in ("2", "4"))
     assert set(COLUMNS) <= set(found["measured"]["2"])
     config = scaling._config(load_settings(QUICK, {}), "ResNet-8", torch.device("cpu"))
     assert config.train.microbatches == 1  # one device trains whole batches

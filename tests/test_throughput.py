@@ -11,12 +11,14 @@ from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
 from benchmarks.throughput.methods import make_configs
 from benchmarks.throughput.settings import METHODS, Cuts, case_tree, load_settings
+from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.plan import make_plan
+from blpipe.plan import make_network, make_plan
 from blpipe.transport.messages import message_bytes
 
 QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
 FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"
+GPU = REPOSITORY / "benchmarks/throughput/gpu.yaml"
 OURS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "last loss d=1/M", "greedy")
 
 
@@ -148,7 +150,8 @@ def test_gpus_that_are_not_there_are_said(capsys):
 
 
 def test_the_shipped_cases_are_sound():
-    for path in (QUICK, FULL):
-        settings = load_settings(path, {})
+    for path, stages in ((QUICK, 2), (FULL, 2), (FULL, 4), (GPU, 2), (GPU, 4)):
+        settings = load_settings(path, {"stages": stages})
         for name in settings.cases:
-            assert case_tree(settings, name, "cpu")["partition"]["stages"] == 2
+            config = parse_config(case_tree(settings, name, "cpu"))
+            assert len(make_network(config, open_data(config.data, 0).spec).block_names) >= 2 * stages

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.command import guarded
-from benchmarks.environment import environment
+from benchmarks.environment import environment, folder_name
+from benchmarks.markdown import table
 from blpipe.config import Config, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
 from blpipe.config_types import Positive
@@ -24,6 +25,8 @@ from blpipe.plan import make_plan
 from blpipe.text import human_bytes
 from blpipe.trainer import open_local, set_up
 from blpipe.transport.world import choose_device
+
+DASH = "–"
 
 
 class AblationConfig(Section):
@@ -70,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation",
                                      description="What each optimisation gives in the local engine, one a row.")
     parser.add_argument("config", type=Path, metavar="CONFIG", help="such as benchmarks/ablation/gpu.yaml")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else results/, beside CONFIG")
+    parser.add_argument("--out", type=Path, metavar="FOLDER",
+                        help="of the results; else results/<device>, beside CONFIG")
     arguments = parser.parse_args(argv)
     return guarded("ablation", lambda: _main(arguments), "the rounds that were done are kept")
 
@@ -78,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     settings = parse_as(AblationConfig, read_yaml(arguments.config))
     rows = {name: _open(settings, name) for name in settings.rows}
-    path = (arguments.out or arguments.config.parent / "results") / f"{arguments.config.stem}.json"
+    device = next(iter(rows.values())).device
+    folder = arguments.out or arguments.config.parent / "results" / folder_name(device)
+    path = folder / f"{arguments.config.stem}.json"
     names = list(rows)
     for number in range(settings.rounds + 1):
         turn = number % len(names)
@@ -105,14 +111,15 @@ def as_markdown(found: dict[str, Any]) -> str:
     """The table: medians over rounds; ratios are formed within a round."""
     rows = found["rows"]
     first = next(iter(rows.values()))["seconds"]
-    lines = ["| | changes | ms a step | × as fast | peak memory |", "|---|---|---:|---:|---:|"]
+    lines = [["", "changes", "ms a step", "× as fast", "in single rounds", "peak memory"]]
     for name, row in rows.items():
-        changes = ", ".join(f"`{key}: {value}`" for key, value in row["changes"].items()) or "–"
-        ratio = median(base / own for base, own in zip(first, row["seconds"], strict=True))
-        memory = human_bytes(row["peak_bytes"]) if row["peak_bytes"] else "–"
-        lines.append(f"| {name} | {changes} | {1000 * median(row['seconds']):.1f} | {ratio:.2f} | {memory} |")
+        changes = ", ".join(f"`{key}: {value}`" for key, value in row["changes"].items())
+        ratios = [base / own for base, own in zip(first, row["seconds"], strict=True)]
+        lines.append([name, changes or DASH, f"{1000 * median(row['seconds']):.1f}", f"{median(ratios):.2f}",
+                      f"{min(ratios):.2f} … {max(ratios):.2f}",
+                      human_bytes(row["peak_bytes"]) if row["peak_bytes"] else DASH])
     environment = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
-    return "\n".join([*lines, "", f"{environment}.", ""])
+    return f"{table(lines, texts=2)}\n\n{environment}.\n"
 
 
 def _open(settings: AblationConfig, name: str) -> Row:

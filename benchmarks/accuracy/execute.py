@@ -41,8 +41,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """A run under way."""
+    """A run under way, on one of the places for `Options.jobs` runs at a time."""
 
+    place: int
     combination: Combination
     run: Run
     process: subprocess.Popen[bytes]
@@ -93,7 +94,8 @@ def execute(todo: Iterable[tuple[Combination, Run]], options: Options, device: s
         try:
             while (waiting or running) and (end is None or monotonic() < end) and not interrupted.is_set():
                 while waiting and len(running) < options.jobs:
-                    running += _begin(*waiting.popleft(), options, device, say)
+                    place = min(set(range(options.jobs)) - {job.place for job in running})
+                    running += _begin(place, *waiting.popleft(), options, device, say)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
                     failed += _end(job, options, device, say)
@@ -123,7 +125,7 @@ def _interruption() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def _begin(combination: Combination, run: Run, options: Options, device: str,
+def _begin(place: int, combination: Combination, run: Run, options: Options, device: str,
            say: Callable[[str], None]) -> list[Job]:
     """Start a run's process; none where the run is done, or another sweep is at it."""
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -145,8 +147,8 @@ def _begin(combination: Combination, run: Run, options: Options, device: str,
     _note_commit(_folder(run, options), resumed)
     say(f"{_title(combination, run)}: {'goes on' if resumed else 'begins'}")
     process = subprocess.Popen(_command(run, options, resumed), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                               env=_environment(run, options), start_new_session=True)
-    return [Job(combination, run, process, log)]
+                               env=_environment(place, run, options), start_new_session=True)
+    return [Job(place, combination, run, process, log)]
 
 
 def _end(job: Job, options: Options, device: str, say: Callable[[str], None]) -> list[str]:
@@ -193,9 +195,11 @@ def _threads(run: Run, options: Options) -> int | None:
     return options.threads or run.config.runtime.threads or (None if on_gpu else 1)
 
 
-def _environment(run: Run, options: Options) -> dict[str, str]:
+def _environment(place: int, run: Run, options: Options) -> dict[str, str]:
+    """Of a run's process. Its place is its rank on this machine, by which processes choose among several GPUs."""
     threads = _threads(run, options)
-    return dict(os.environ) if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"LOCAL_RANK": str(place)}
+    return environment if threads is None else environment | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _command(run: Run, options: Options, resumed: bool) -> list[str]:

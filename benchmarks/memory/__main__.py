@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks.command import count, guarded
-from benchmarks.environment import environment
+from benchmarks.environment import environment, folder_name
 from benchmarks.memory import cases, plots, report, timing
 from benchmarks.memory.measure import measure
 from benchmarks.memory.results import Results
+from blpipe.device import use_precision
 from blpipe.errors import ConfigError
 from blpipe.text import human_bytes
 from blpipe.transport.world import choose_device
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; else results/<device>")
     parser.add_argument("--depth", type=int, default=110, help="of the ResNet")
     parser.add_argument("--batch", type=count, default=1024)
+    parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
+    parser.add_argument("--channels-last", action="store_true", help="the layout of weights and maps")
     parser.add_argument("--stages", type=_counts, default=(2, 4, 8, 16), metavar="K,…")
     parser.add_argument("--lengths", type=_lengths, default=(1, 2, "all"), metavar="L,…", help="of the link")
     parser.add_argument("--delays", type=_delays, default=(0, 1, 2), metavar="D,…", help="of the link")
@@ -71,8 +74,11 @@ def _main(arguments: argparse.Namespace) -> int:
     device, _ = choose_device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    folder = arguments.out or Path(__file__).parent / "results" / ("gpu" if device.type == "cuda" else "cpu")
-    size = cases.Size(arguments.depth, arguments.batch, arguments.stages)
+    # What is counted without values is the same on every CPU.
+    name = folder_name(device) if device.type == "cuda" else "cpu"
+    folder = arguments.out or Path(__file__).parent / "results" / name
+    size = cases.Size(arguments.depth, arguments.batch, arguments.stages, arguments.precision, arguments.channels_last)
+    use_precision(size.precision)
     linked = cases.links(arguments.lengths, arguments.delays)
     _check(size, linked)
     results = Results(folder / "results.jsonl", environment(device))

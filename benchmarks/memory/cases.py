@@ -39,11 +39,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Size:
-    """The network, the batch, and the values of K."""
+    """The network, the batch, the values of K, and how it is computed: `train.precision`, `train.channels_last`."""
 
     depth: int
     batch: int
     stages: tuple[int, ...]
+    precision: str = "float32"
+    channels_last: bool = False
 
     def config(self, case: Case, stages: int, microbatches: int = 1, **partition: Any) -> Config:
         """The config of a case in K stages.
@@ -59,7 +61,17 @@ class Size:
             "method": case.method,
             "optimizer": {"name": "sgd", "lr": 0.01, "args": {"momentum": 0.9}},
             # Of tensors without values nobody can say whether a loss is finite.
-            "train": {"batch_size": self.batch, "microbatches": microbatches, "on_nonfinite": "ignore"}})
+            "train": {"batch_size": self.batch, "microbatches": microbatches, "on_nonfinite": "ignore",
+                      "precision": self.precision, "channels_last": self.channels_last}})
+
+    def key(self) -> dict[str, Any]:
+        """What the rows of this size are known by."""
+        return {"depth": self.depth, "batch": self.batch, "precision": self.precision,
+                "channels_last": self.channels_last}
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether a row of the results is of this size."""
+        return all(row[name] == value for name, value in self.key().items())
 
     def blocks(self) -> int:
         """How many blocks the network has.
@@ -100,8 +112,7 @@ class Task:
 
     def key(self, size: Size) -> dict[str, Any]:
         """What the row is known by."""
-        return {"part": self.part, "method": self.case.name, "stages": self.stages, "cut": self.cut,
-                "depth": size.depth, "batch": size.batch}
+        return {"part": self.part, "method": self.case.name, "stages": self.stages, "cut": self.cut, **size.key()}
 
 
 BP = Case("bp", {"name": "bp"})

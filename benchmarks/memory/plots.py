@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.memory.cases import Size
@@ -32,7 +33,8 @@ def draw(rows: Sequence[dict[str, Any]], size: Size, folder: Path) -> str:
                                                "marker": _MARKERS[number % len(_MARKERS)],
                                                "linestyle": "--" if method.startswith("bp") else "-"})
             axis.plot(points.keys(), [peak / 2**30 for peak in points.values()], label=method, **style)
-        axis.set(title=title, xlabel="K, number of stages", ylabel="peak memory, GiB", xscale="log", yscale="log")
+        axis.set(title=fill(title, 45), xlabel="K, number of stages", ylabel="peak memory, GiB", xscale="log",
+                 yscale="log")
         axis.set_xticks(size.stages, map(str, size.stages))
         axis.minorticks_off()
         axis.set_yticks(_GIB, map(str, _GIB))
@@ -47,7 +49,7 @@ def _series(rows: Sequence[dict[str, Any]], part: str, size: Size) -> dict[str, 
     """Peaks by method and K; links longer than 1, which the largest K alone has, are left out."""
     found: dict[str, dict[int, int]] = {}
     for row in rows:
-        if (row["part"], row["cut"], row["depth"], row["batch"]) == (part, "even", size.depth, size.batch):
+        if (row["part"], row["cut"]) == (part, "even") and size.has(row):
             everywhere = row["stages"] == 1 and part == "local"  # it does not depend on K
             for count in size.stages if everywhere else [row["stages"]]:
                 found.setdefault(row["method"], {})[count] = row["peak_bytes"]

@@ -1,6 +1,7 @@
 """The tables, and whether the goals are reached."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -19,11 +20,18 @@ _CHECKPOINTED = [case.name for case in CHECKPOINTED]
 
 
 def as_markdown(rows: Sequence[Row], size: Size) -> str:
-    """All tables of this network and batch; a part of which no row was measured has none."""
-    rows = [row for row in rows if (row["depth"], row["batch"]) == (size.depth, size.batch)]
-    if not rows:
-        return "Nothing was measured yet.\n"
-    parts = [f"ResNet-{size.depth}, batch {size.batch}. In brackets: against bp in one process."]
+    """The tables of every network, batch, precision and layout of which there are rows, at the K of `size`."""
+    kinds = {tuple(row[name] for name in size.key()): None for row in rows}
+    sizes = [replace(size, **dict(zip(size.key(), kind, strict=True))) for kind in kinds]
+    return "\n".join(_tables([row for row in rows if each.has(row)], each) for each in sizes) \
+        or "Nothing was measured yet.\n"
+
+
+def _tables(rows: Sequence[Row], size: Size) -> str:
+    """Of one size; a part of which no row was measured has none."""
+    layout = ", channels last" if size.channels_last else ""
+    parts = [f"# ResNet-{size.depth}, batch {size.batch}, {size.precision}{layout}",
+             "In brackets: against bp in one process."]
     for part, title in TITLES.items():
         found = [row for row in rows if row["part"] == part]
         if found:

@@ -7,7 +7,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-KEY = ("part", "method", "stages", "cut", "depth", "batch")
+KEY = ("part", "method", "stages", "cut", "depth", "batch", "precision", "channels_last")
 
 
 class Results:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling.report import COLUMNS
+from benchmarks.scaling.report import PREDICTED
 
 _COLOURS = ("#59a14f", "#8cd17d", "#4c78a8", "#b07aa1", "#bab0ac", "#f2a33c", "#e15759")
 
@@ -17,7 +17,7 @@ def draw(found: dict[str, Any], path: Path) -> str:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     counts = sorted(map(int, found["predicted"]))
-    for method, colour in zip(COLUMNS, _COLOURS, strict=True):
+    for method, colour in zip(PREDICTED, _COLOURS, strict=True):
         lines = {kind: _line(found[kind], method) for kind in ("predicted", "measured")}
         axes.plot(*lines["predicted"], color=colour, label=method)
         axes.plot(*lines["measured"], color=colour, marker="o", linestyle="none")

@@ -29,8 +29,8 @@ def as_markdown(found: dict[str, Any]) -> str:
     """What was done, by case and by stage, and on what."""
     stages = found["stages"]
     rounds = len(stages[0]["resident_bytes"])
-    runs = [["case", "runs", "steps", "other results"],
-            *([case, str(rounds), f"{rounds * steps:,}", "0"] for case, steps in found["steps"].items())]
+    runs = [["case", "runs", "steps"],
+            *([case, str(rounds), f"{rounds * steps:,}"] for case, steps in found["steps"].items())]
     queues = [["stage", "queue", "messages", "stalls", "stalled, s", "longest, ms"]]
     memory = [["stage", "after warm-up, MiB", "at the end, MiB", "growth"]]
     for number, stage in enumerate(stages, start=1):

@@ -24,13 +24,13 @@ def measure_case(settings: ThroughputConfig, name: str, device: torch.device) ->
     tree = case_tree(settings, name, device.type)
     measured_on = environment(device) | {"load": os.getloadavg()[0], "blpipe": blpipe.__version__}
     with one_thread():
-        cuts = find_cuts(parse_config(tree), device)
+        cuts = find_cuts(parse_config(tree), settings.microbatches, device)
     rounds = _launch({"case": name, "config": tree, "cuts": cuts._asdict(), **_lengths(settings)}, settings.stages)
     if rounds is None:
         return None
     return {"stages": settings.stages, "batch": parse_config(tree).train.batch_size, **_lengths(settings),
-            "cuts": cuts._asdict(), "stage_blocks": _blocks(tree, cuts.stages),
-            "virtual_blocks": _blocks(tree, cuts.virtual), "environment": measured_on,
+            "cuts": cuts._asdict(), "blocks": {kind: _blocks(tree, each) for kind, each in cuts._asdict().items()},
+            "environment": measured_on,
             "like": {each: schedule.like for each, schedule in SCHEDULES.items() if schedule.like},
             "aims": [aim.model_dump() for aim in settings.cases[name].aims], "rounds": rounds}
 

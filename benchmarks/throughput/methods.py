@@ -98,7 +98,7 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "BackLink d=0": variant({"name": "backlink", "link": {"delay": 0}}),
         "last loss d=1/M": variant(LAST_LOSS),
         "greedy": variant({"name": "greedy"}, 1),
-        **{name: variant({"name": "bp"}, cuts=cuts.virtual if schedule.virtual else cuts.stages)
+        **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))
            for name, schedule in SCHEDULES.items()},
         "DDP": variant({"name": "bp"}, 1),
         "one process": variant({"name": "bp"}, 1),

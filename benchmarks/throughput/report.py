@@ -9,6 +9,7 @@ from blpipe.text import human_bytes
 
 Case = dict[str, Any]  # of results.json: settings, environment, aims and rounds
 DASH = "–"
+_CUTS = {"stages": "stages", "backprop": "1F1B's own", "virtual": "two stages a process"}
 _HEAD = ["", "samples/s", "× 1F1B", "× DDP", "of own speed", "side by side", "busy, %", "waiting, %", "sent a step"]
 
 
@@ -83,8 +84,7 @@ def _case_part(name: str, case: Case) -> str:
     where = case["environment"]
     notes = [f"{case['stages']} processes, batch {case['batch']}, M = {case['microbatches']}; {len(case['rounds'])} "
              f"rounds of {case['steps']} steps after {case['warmup']}",
-             f"stages: {'; '.join(case['stage_blocks'])}",
-             f"two stages a process: {'; '.join(case['virtual_blocks'])}",
+             *(f"{_CUTS[kind]}: {'; '.join(blocks)}" for kind, blocks in case["blocks"].items()),
              f"{where['device']}, {where['cores']} cores, load {where['load']:.1f} before; Python {where['python']}, "
              f"torch {where['torch']}, blpipe {where['blpipe']}, commit {where['commit']}"]
     return "\n".join([f"## {name}", "", table([_HEAD, *rows]), "", *(f"- {note}" for note in notes)])

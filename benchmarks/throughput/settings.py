@@ -12,13 +12,13 @@ from blpipe.config_file import parse_as, parse_config, read_yaml
 from blpipe.config_types import Positive
 from blpipe.data import open_data
 from blpipe.errors import ConfigError
-from blpipe.forecast.costs import profile
+from blpipe.forecast.costs import Profile, profile
 from blpipe.forecast.stages import settle
 from blpipe.plan import make_network
 from blpipe.plugins import did_you_mean
 
 METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "last loss d=1/M", "greedy", "GPipe", "1F1B",
-           "interleaved 1F1B", "zero-bubble", "DDP", "one process")
+           "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", "one process")
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
 
@@ -57,9 +57,16 @@ class ThroughputConfig(Section):
 
 
 class Cuts(NamedTuple):
-    """The blocks that later stages begin with: of K stages, and of the 2K of schedules with two a process."""
+    """The blocks that later stages begin with.
+
+    Args:
+        stages: of K stages, by the costs of BackLink.
+        backprop: of K stages, by those of backpropagation with microbatches.
+        virtual: of 2K stages, by the same, for schedules with two a process.
+    """
 
     stages: list[str]
+    backprop: list[str]
     virtual: list[str]
 
 
@@ -108,20 +115,26 @@ def case_tree(settings: ThroughputConfig, name: str, device: str) -> dict[str, A
     return tree
 
 
-def find_cuts(config: Config, device: torch.device) -> Cuts:
-    """The balanced cuts into K stages by the costs of the method, and into 2K by those of backpropagation.
+def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
+    """The balanced cuts: for BackLink from the costs of whole batches, for backpropagation of microbatches.
 
     Raises:
         ConfigError: a model that does not fit the data, or has too few blocks.
     """
-    data = open_data(config.data, config.seed)
-    network = make_network(config, data.spec)
-    costs = profile(network, device, data if config.partition.costs == "measured" else None)
     stages = config.partition.stage_count
-    partition = PartitionConfig(stages=2 * stages, strategy="balanced")
-    if 2 * stages > len(network.block_names):
+    train = config.train.model_copy(update={"microbatches": microbatches})
+    backprop = config.model_copy(update={"method": MethodConfig(name="bp"), "train": train})
+    virtual = backprop.model_copy(update={"partition": PartitionConfig(stages=2 * stages, strategy="balanced")})
+    whole, parts = _costs(config, device), _costs(backprop, device)
+    names = whole.network.block_names
+    if 2 * stages > len(names):
         raise ConfigError(f"stages: {stages}: schedules with two stages a process need {2 * stages} blocks, and "
-                          f"{config.name} has {len(network.block_names)}; use fewer stages")
-    virtual = config.model_copy(update={"method": MethodConfig(name="bp"), "partition": partition})
-    found = [settle(each, network, costs).partition.cuts for each in (config, virtual)]
+                          f"{config.name} has {len(names)}; use fewer stages")
+    found = [settle(each, costs.network, costs).partition.cuts
+             for each, costs in ((config, whole), (backprop, parts), (virtual, parts))]
     return Cuts(*(list(cuts or ()) for cuts in found))
+
+
+def _costs(config: Config, device: torch.device) -> Profile:
+    data = open_data(config.data, config.seed)
+    return profile(make_network(config, data.spec), device, data if config.partition.costs == "measured" else None)

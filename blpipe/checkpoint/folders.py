@@ -36,6 +36,7 @@ class Manifest:
         stages: the names of the blocks of every stage.
         metadata: the versions of the plain model's modules.
         files: the seals of all other files, by name.
+        steps_per_epoch: of the run; None in what earlier versions wrote.
     """
 
     steps_done: int
@@ -43,6 +44,7 @@ class Manifest:
     stages: list[list[str]]
     metadata: dict[str, Any]
     files: dict[str, FileSeal]
+    steps_per_epoch: int | None = None
 
 
 def checkpoint_after(run: Path, steps_done: int) -> Path:

@@ -87,7 +87,8 @@ class Saver:
     def _complete(self, target: Path, steps_done: int, val_accuracy: float | None, files: dict[str, FileSeal]) -> None:
         files = {**files, **seals(aside(target), ".metadata"), **seals(aside(target), CONFIG)}
         names = [self._plan.block_names(k) for k in range(len(self._plan.stages))]
-        complete(target, Manifest(steps_done, val_accuracy, names, plain_metadata(self._plan.model), files))
+        complete(target, Manifest(steps_done, val_accuracy, names, plain_metadata(self._plan.model), files,
+                                  len(self._plan.step_sizes)))
         kept = self._plan.config.checkpoint
         with suppress(OSError):  # what cannot be deleted stays
             prune(self._run, kept.keep, kept.best)

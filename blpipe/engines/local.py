@@ -187,7 +187,7 @@ class LocalEngine:
                 if next(running[k], _ENDED) is _ENDED:
                     del running[k]
             except Exception as error:
-                raise blame(self.plan, k, f"step {now[k].step}", error) from error
+                raise blame(self.plan, k, f"{'step' if steps else 'evaluation, batch'} {now[k].step}", error) from error
             busy[k] += perf_counter() - started
             if log is not None:
                 log.end(k)

@@ -185,7 +185,8 @@ class PipelineEngine:
                 if queue is not None:
                     queue.drain()
         except Exception as error:
-            raise blame(self.plan, self.index, f"step {now.step}", error) from error
+            raise blame(self.plan, self.index, f"{'step' if steps else 'evaluation, batch'} {now.step}",
+                        error) from error
 
     def _train_by_backprop(self, backprop: Backprop, steps: Sequence[Step], goes_on: GoesOn, feed: Feed | None,
                            on_step: OnStep) -> None:

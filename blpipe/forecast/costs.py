@@ -136,9 +136,22 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
     inputs = [TensorSpec((size, *network.data.shape), getattr(torch, network.data.dtype)), *network.outputs[size]]
     blocks = [cost_of(block, likeness(block), given, first if i == 0 else None)
               for i, ((_, block), given) in enumerate(zip(named_blocks(network.model), inputs, strict=False))]
-    heads = [cost_of(head, head.alike, given, goal=targets) if head is not None else None
-             for head, given in zip(_heads(network), inputs[1:], strict=True)]
-    step_call = _step_call_seconds(config.optimizer) if data is not None else 0.0
+
+    def head_cost(head: _HeadAndLoss | None, given: TensorSpec, last: bool) -> Cost | None:
+        if head is None:
+            return None
+        try:
+            return cost_of(head, head.alike, given, goal=targets)
+        except ConfigError:
+            raise
+        except Exception:
+            if last:
+                raise
+            return None  # it is built for what passes at other boundaries: no stage can end here
+
+    heads = [head_cost(head, given, last=i == len(blocks) - 1)
+             for i, (head, given) in enumerate(zip(_heads(network), inputs[1:], strict=True))]
+    step_call = _step_call_seconds(config.optimizer, device) if data is not None else 0.0
     return Profile(network, [cost.without(step_call) for cost in blocks],
                    [cost.without(step_call) if cost else None for cost in heads], feed, step_call, device,
                    measured=data is not None)
@@ -199,10 +212,10 @@ def _first_microbatch(network: Network, data: Data, size: int, device: torch.dev
     return x[:size], targets[:size], seconds / train.microbatches
 
 
-def _step_call_seconds(config: OptimizerConfig) -> float:
-    parameter = nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    optimizer, clock = build_optimizer(config, [parameter]), Clock(torch.device("cpu"))
+def _step_call_seconds(config: OptimizerConfig, device: torch.device) -> float:
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer, clock = build_optimizer(config, [parameter]), Clock(device)
     assert optimizer is not None
     for _ in range(_MOST_ROUNDS):
         clock.time(optimizer.step)
@@ -264,7 +277,7 @@ class _Trial:
         """`cost`, its seconds replaced by medians of measured ones."""
         module = self._laid_out(copy.deepcopy(self._module).to(device))
         optimizer = build_optimizer(optimizer_config, module.parameters())
-        x = torch.randn(self._given.shape) if self._x is None else self._x
+        x = self._any_input() if self._x is None else self._x
         x, targets = x.to(device), None if self._targets is None else self._targets.to(device)
         rounds: list[list[float]] = []
         started = perf_counter()
@@ -276,6 +289,10 @@ class _Trial:
         forward, backward, for_input, for_weights, step = (median(column) for column in zip(*rounds[1:], strict=True))
         return replace(cost, forward=forward, backward=backward, input_backward=for_input,
                        weight_backward=for_weights, step=step)
+
+    def _any_input(self) -> Tensor:
+        shape, dtype = self._given
+        return torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
     def _round(self, module: nn.Module, x: Tensor, targets: Tensor | None, observe: Observe) -> None:
         """Forward, backward, and the backward for the input and for the parameters alone, each observed."""

@@ -99,7 +99,7 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     # What passes each boundary; that before the first block counts as nothing, as does the model's output.
     passing = np.array([0] + [block.output_bytes for block in blocks[:-1]] + [0])
     heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
-    copies = 2 + state_copies(config.optimizer)  # the weights, their gradients and the optimizer's own
+    copies = 2 + state_copies(config.optimizer, costs.device)  # the weights, their gradients and the optimizer's own
     needs = copies * (params[end] - params[start])
     if config.method.name == "bp":
         in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B
@@ -130,10 +130,10 @@ def tail_start(link: LinkConfig, start: Any, end: Any) -> Any:
     return start if link.length == "all" else np.maximum(start, end - link.length)
 
 
-def state_copies(config: OptimizerConfig) -> int:
+def state_copies(config: OptimizerConfig, device: torch.device) -> int:
     """How many tensors of a parameter's size the optimizer keeps for it."""
-    parameter = nn.Parameter(torch.zeros(3, 5))
-    parameter.grad = torch.zeros(3, 5)
+    parameter = nn.Parameter(torch.zeros(3, 5, device=device))
+    parameter.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer(config, [parameter])
     assert optimizer is not None
     optimizer.step()

@@ -11,7 +11,7 @@ from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_links, one_for_all, tail_start
-from blpipe.plan import Links, Network
+from blpipe.plan import Links, Network, fitting
 from blpipe.text import human_bytes
 
 _OPTIMISM = 0.9  # on estimates of memory: no partition that fits is missed, and exact values follow
@@ -156,7 +156,7 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
             return memory[start, end] / _OPTIMISM
         # Stages of alike blocks at alike boundaries need the same.
         alike = (start == 0 or costs.blocks[start - 1].output_bytes, *costs.blocks[start:end], costs.heads[end - 1],
-                 most_links(costs.network.config.method, start, end - start, len(costs.blocks) - end))
+                 most_links(fitting(costs.network.config.method), start, end - start, len(costs.blocks) - end))
         if alike not in known:
             known[alike] = rehearsal.peak_bytes(start, end)
         return known[alike]
