@@ -19,10 +19,10 @@ def rank() -> int:
 
 
 def restarted_run() -> str | None:
-    """torchrun's name of this run, where it has started these processes before, and they have failed."""
+    """The name of this launch, where torchrun has started these processes before, and they have failed."""
     return run_name() if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 else None
 
 
 def run_name() -> str:
-    """torchrun's name of this run; empty without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+    """A name of this launch, the same after each restart: torchrun's, which may be any launch's, and its process."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"

@@ -194,8 +194,13 @@ def make_network(config: Config, data: DataSpec) -> Network:
     training = {size for step in step_sizes(data.train_samples, config) for size in step}
     with layer_calls(model) as calls:
         traced = {size: trace_shapes(model, data, size, training=True, calls=calls) for size in training}
-    for size in {*evaluation_sizes(data.test_samples, config)} - training:
-        traced[size] = trace_shapes(model, data, size, training=False)
+    for size in {*evaluation_sizes(data.test_samples, config)}:
+        evaluated = trace_shapes(model, data, size, training=False)
+        trained = traced.setdefault(size, evaluated)
+        other = [name for name, spec in evaluated.items() if trained[name] != spec]
+        if other:  # one layout serves both, where stages exchange messages
+            raise ConfigError(f"model: block {other[0]} gives {_told(trained[other[0]])} in training and "
+                              f"{_told(evaluated[other[0]])} in evaluation; have it give the same in both")
     any_size = next(iter(traced))
     shapes = [spec.shape[1:] for spec in traced[any_size].values()]
     last = channels_last(traced[any_size], calls)
@@ -204,6 +209,10 @@ def make_network(config: Config, data: DataSpec) -> Network:
     return Network(config, data, model, {size: list(specs.values()) for size, specs in traced.items()},
                    [Boundary(shape, classes, later[i + 1:], last[i], data.target_shape, i)
                     for i, shape in enumerate(shapes)])
+
+
+def _told(spec: TensorSpec) -> str:
+    return f"{list(spec.shape)} of {str(spec.dtype).removeprefix('torch.')}"
 
 
 def make_plan(config: Config, data: DataSpec, network: Network | None = None) -> Plan:

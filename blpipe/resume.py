@@ -1,7 +1,7 @@
 """Where a run begins: at the start, or with a checkpoint; and whether its config is still that of the checkpoint."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,17 @@ _CHANGEABLE = ("partition", "optimizer.lr", "schedule", "data.root", "data.downl
 
 @dataclass(frozen=True)
 class Beginning:
-    """The checkpoint that a run goes on from (None: it begins anew), and what a user may want to know of that."""
+    """Where a run begins.
+
+    Args:
+        checkpoint: that it goes on from; None where it begins anew.
+        notes: what a user may want to know of that.
+        last: of the run folder's checkpoints, where the newest intact one was chosen.
+    """
 
     checkpoint: Path | None = None
     notes: list[str] = field(default_factory=list)
+    last: Path | None = None
 
 
 def find(path: Path) -> Beginning:
@@ -35,8 +42,9 @@ def find(path: Path) -> Beginning:
         check(path)
         return Beginning(path)
     config_of_run(path)
+    last = checkpoints(path)[-1:]
     newest, problems = newest_intact(path)
-    return Beginning(newest, [f"{problem}; {newest.name} is used" for problem in problems])
+    return Beginning(newest, [f"{problem}; {newest.name} is used" for problem in problems], *last)
 
 
 def run_of(path: Path) -> Path:
@@ -83,7 +91,7 @@ def go_on(config: Config, path: Path) -> tuple[Config, Beginning]:
     if refused:
         raise ConfigError(*(f"{change.key}: {change.now!r}, but {change.before!r} in {found.checkpoint}; set it back, "
                             "or train anew under another name" for change in refused))
-    return config, Beginning(found.checkpoint, found.notes + [
+    return config, replace(found, notes=found.notes + [
         f"{change.key}: {change.now!r}, was {change.before!r} before" for change in changes])
 
 

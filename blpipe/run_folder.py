@@ -16,7 +16,7 @@ from blpipe.errors import ConfigError
 from blpipe.files import write_text
 from blpipe.resume import Beginning, is_of
 
-_LOCK, _LAUNCH = ".lock", ".launch"  # the latter holds torchrun's name of the run that the folder is of
+_LOCK, _LAUNCH = ".lock", ".launch"  # the latter holds the name of the launch that made the folder ready
 _PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "tensorboard", "checkpoints")
 
 
@@ -88,6 +88,8 @@ def _take(lock: TextIO, run: Path) -> None:
 
 def _refuse_another_run(run: Path, config: Config, how: How, beginning: Beginning) -> None:
     own = (how.auto_resume or is_being_restarted(run)) and is_of(run, config) and not any(run.glob("checkpoints/[!.]*"))
+    if beginning.last is not None and [path.name for path in checkpoints(run)[-1:]] != [beginning.last.name]:
+        raise ConfigError(f"name: another process has trained in {run} meanwhile; start again, to go on from there")
     if not _parts(run) or how.overwrite or beginning.checkpoint or own:
         return
     go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""

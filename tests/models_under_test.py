@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,3 +136,39 @@ def tied_net() -> dict[str, nn.Module]:
     second = nn.Linear(16, 16)
     return {"a": nn.Sequential(nn.Flatten(), nn.Linear(128, 16)), "b": second, "c": nn.ReLU(), "d": Tied(second),
             "e": nn.Linear(16, 16), "f": nn.Linear(16, 4)}
+
+
+def maps_then_features(in_channels: int = 2, classes: int = 4) -> list[nn.Module]:
+    """Two blocks of maps, one of features, and the classifier."""
+    return [nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            nn.Linear(4, classes)]
+
+
+def maps_head(boundary: Any) -> nn.Module:
+    """A head that takes maps [B, C, H, W] alone."""
+    return nn.Sequential(nn.Conv2d(boundary.shape[0], boundary.classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Quantised(nn.Module):
+    """Whole numbers 0 … 15, one for each value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, …] to int64 [B, D]."""
+        return (8 * x.flatten(1)).long().clamp(0, 15)
+
+
+class MeanEmbedding(nn.Module):
+    """The mean of the embeddings of whole numbers."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(16, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """int64 [B, D] to [B, dim]."""
+        return self.embedding(x).mean(1)
+
+
+def quantised_net(classes: int = 4) -> list[nn.Module]:
+    """A block that gives whole numbers, and blocks that take them."""
+    return [Quantised(), MeanEmbedding(8), nn.Linear(8, classes)]

@@ -261,7 +261,8 @@ def test_in_the_pipeline_a_run_has_a_process_for_each_stage(folder):
 
 def test_runs_at_the_same_time_are_on_places_of_their_own(folder, capsys, monkeypatch):
     """By its place, a process chooses among the machine's GPUs."""
-    stand_in(monkeypatch, "import os, time; print('place', os.environ['LOCAL_RANK'], flush=True); time.sleep(0.5)")
+    stand_in(monkeypatch, "import os, time; print('place', os.environ['LOCAL_RANK'], flush=True); time.sleep(0.5); "
+             "raise SystemExit(1)")
     sweep(write([{"name": "link", "sweep": LINK}]), "--jobs", 2)
     said = {path.read_text().strip() for path in Path("runs/accuracy").glob("*.log")}
     assert {line.splitlines()[0] for line in said} == {"place 0", "place 1"}

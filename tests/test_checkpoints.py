@@ -1,6 +1,8 @@
 """Checkpoints: none leaves a trace in a run, any can be gone on from, and what is damaged is found."""
 
+import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -263,6 +265,41 @@ def test_a_done_run_in_other_stages_is_no_run(folder, capsys):
     assert {path: path.read_bytes() for path in (folder / "runs/small").rglob("*") if path.is_file()} == before
 
 
+def test_other_lengths_than_the_checkpoints_are_refused(folder, capsys):
+    assert run("train", "--resume", "runs/small", "train.epochs=2") == 0
+    assert run("train", "--resume", "runs/small", "train.epochs=1") == 2
+    assert "blpipe: train.epochs: 1 are 6 steps, but 12 are done in runs/small/checkpoints/step_000000012; give more" \
+        in capsys.readouterr().err
+    newest = checkpoints(Path("runs/small"))[-1]
+    write_manifest(newest, replace(manifest(newest), steps_per_epoch=7))  # as with more data
+    assert run("train", "--resume", "runs/small", "train.epochs=3") == 2
+    assert "blpipe: data: an epoch has 6 steps, but 7 in " in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_deleted(folder, monkeypatch, capsys):
+    """Between the choice of the last one and the lock."""
+    last, prepare = checkpoints(Path("runs/small"))[-1], runs._prepare
+    later = last.with_name("step_000000012")
+
+    def prepare_slowly(*arguments):
+        prepared = prepare(*arguments)
+        shutil.copytree(last, later)
+        return prepared
+
+    monkeypatch.setattr(runs, "_prepare", prepare_slowly)
+    assert run("train", "--resume", "runs/small", "train.epochs=3") == 2
+    assert "blpipe: name: another process has trained in runs/small meanwhile; start again" in capsys.readouterr().err
+    assert later.exists()
+
+
+def test_a_run_that_goes_on_keeps_its_trace(folder, monkeypatch):
+    monkeypatch.setattr("blpipe.engines.local.TRACED_STEPS", 4)
+    assert run("train", "small.yaml", "runtime.trace=true", "name=traced") == 0
+    before = (folder / "runs/traced/trace.json").read_text()
+    assert run("train", "--resume", "runs/traced", "train.epochs=2") == 0
+    assert (folder / "runs/traced/trace.json").read_text() == before
+
+
 @pytest.mark.parametrize("runs_in", ["checkpoints", "."])
 def test_a_run_folder_may_be_named_in_any_way(folder, monkeypatch, runs_in):
     assert run("train", "small.yaml", f"runtime.runs={runs_in}", "name=other") == 0
@@ -292,7 +329,7 @@ def launched(monkeypatch):
     return launch
 
 
-def test_a_restart_goes_on_with_its_own_run_alone(folder, launched, capsys):
+def test_a_restart_goes_on_with_its_own_run_alone(folder, launched, monkeypatch, capsys):
     launched(1)
     assert run("train", "small.yaml") == 2
     assert "blpipe: name: runs/small already holds a run" in capsys.readouterr().err
@@ -301,6 +338,9 @@ def test_a_restart_goes_on_with_its_own_run_alone(folder, launched, capsys):
     shutil.rmtree(checkpoints(Path("runs/small"))[-1])
     (checkpoints(Path("runs/small"))[-1] / "mark").touch()
     launched(1)
+    with monkeypatch.context() as another:
+        another.setattr(os, "getppid", lambda: 1)  # a launch of the same name, which torchrun gives to all without one
+        assert run("train", "small.yaml") == 2
     assert run("train", "small.yaml", "--overwrite") == 0
     assert (checkpoints(Path("runs/small"))[0] / "mark").exists()
     shutil.rmtree(folder / "runs/small/checkpoints")
@@ -464,6 +504,19 @@ def test_a_full_disk_is_told_of_and_what_was_saved_stays(folder, small_disk, cap
     capsys.readouterr()
     code = run("train", "small.yaml", f"runtime.runs={small_disk}", "train.epochs=2")
     check_full_disk(code, *capsys.readouterr(), small_disk)
+
+
+def test_a_trace_or_a_board_that_cannot_be_written_is_told_of(folder, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_trace", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.flush", full)
+    assert run("train", "small.yaml", "name=full", "runtime.trace=true", "runtime.tensorboard=true") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: cannot write")]
+    assert [note.removeprefix("note: cannot write runs/full/") for note in notes] == [
+        "tensorboard: No space left on device; training goes on without TensorBoard",
+        "trace.json: No space left on device; training goes on"]
 
 
 def test_a_full_disk_is_told_of_by_one_of_several_processes(folder, small_disk):

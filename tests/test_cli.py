@@ -244,6 +244,11 @@ def test_a_failing_stage_is_named_with_its_step(folder, capsys):
                                      "RuntimeError: out of luck")
 
 
+def test_a_stage_that_fails_in_an_evaluation_is_named_so(folder, capsys):
+    assert run("train", "small.yaml", "model={target: 'models_under_test:failing_net', args: {at: 7}}") == 1
+    assert "failed at evaluation, batch 0: RuntimeError" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_fit_together(path):
     text = path.read_text()

@@ -20,7 +20,7 @@ from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
-from blpipe.forecast.simulate import WIRES, Wire
+from blpipe.forecast.simulate import CONNECTIONS, Connection
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
 from blpipe.plan import Links, Step, make_network, make_plan
 from blpipe.program import Factors, Ports, errors_ahead, execute, train_program
@@ -202,6 +202,25 @@ def test_estimates_for_the_search_are_near_the_exact_memory():
         assert estimates[start, end] == pytest.approx(exact.peak_bytes(start, end), rel=0.15)
 
 
+def test_links_weighted_by_stage_are_balanced_within_a_limit():
+    network, _ = network_of(model=MLP, partition={"stages": 3, "strategy": "balanced", "memory_limit": "1GiB"},
+                            method__link={"weight": [1.0, 0.5]})
+    assert len(settle(network.config, network, profile(network, CPU)).partition.cuts) == 2
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_head_for_maps_alone_lets_stages_end_with_maps(measured):
+    network, data = network_of(model={"target": "models_under_test:maps_then_features"}, partition__stages=2,
+                               method__head={"target": "models_under_test:maps_head"})
+    heads = profile(network, CPU, data if measured else None).heads
+    assert [head is not None for head in heads] == [True, True, False, True]
+
+
+def test_blocks_after_whole_numbers_are_measured_on_whole_numbers():
+    network, data = network_of(model={"target": "models_under_test:quantised_net"}, partition__stages=2)
+    assert all(block.forward > 0 for block in profile(network, CPU, data).blocks)
+
+
 def test_where_no_partition_keeps_the_limit_the_error_says_which_would():
     changes = {"model": {"name": "mlp", "args": {"hidden": [256] * 7}}}
 
@@ -247,10 +266,10 @@ def test_the_best_partition_for_each_method_is_no_slower_than_an_even_one():
     network, _ = network_of(model={"name": "resnet_cifar", "args": {"depth": 20}}, partition__stages=4,
                             data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, train__microbatches=8)
     costs = profile(network, CPU)
-    even = Forecaster(costs, network.config, WIRES["cuda"]).compare(None, 4)
+    even = Forecaster(costs, network.config, CONNECTIONS["cuda"]).compare(None, 4)
     partition = network.config.partition.model_copy(update={"strategy": "balanced"})
     config = network.config.model_copy(update={"partition": partition})
-    best = Forecaster(costs, config, WIRES["cuda"]).compare(None, 4)
+    best = Forecaster(costs, config, CONNECTIONS["cuda"]).compare(None, 4)
     assert [row.method for row in best] == ["backlink d=1", "backlink d=0", "backlink d=1/8", "GPipe", "1F1B",
                                                "zero-bubble"]
     assert all(a.seconds_per_step <= b.seconds_per_step * 1.001 for a, b in zip(best, even, strict=True))
@@ -264,7 +283,7 @@ def test_a_forecast_knows_which_errors_come_to_each_stage():
         config = parse_config(small_config("far", partition__stages=4, method__link={"length": "all", **link}))
         network = make_network(config, open_data(config.data, 0).spec)
         plan = make_plan(config, network.data, network)
-        forecaster = Forecaster(profile(network, CPU), config, WIRES["cpu"])
+        forecaster = Forecaster(profile(network, CPU), config, CONNECTIONS["cpu"])
         assert all(0 < row.efficiency <= 1.0 for row in forecaster.compare(plan.starts, 4))
         return [stage.seconds for stage in forecaster.stages(plan)]
 
@@ -279,7 +298,7 @@ def test_a_bf16_wire_makes_backlink_faster_over_a_slow_link_and_not_torchs_sched
     rows = []
     for wire in ("full", "bf16"):
         network, _ = network_of(train__wire=wire, method__link={"wire": wire})
-        forecaster = Forecaster(profile(network, CPU), network.config, Wire(0.0, 1e5))
+        forecaster = Forecaster(profile(network, CPU), network.config, Connection(0.0, 1e5))
         rows.append({row.method: row.seconds_per_step for row in forecaster.compare(None, 3)})
     full, half = rows
     assert half["backlink d=1"] < 0.7 * full["backlink d=1"]

@@ -13,11 +13,12 @@ from blpipe.metrics import read_rows
 from blpipe.plan import make_plan
 from blpipe.trainer import open_local
 
+EXPLODING = {"target": "models_under_test:exploding_net"}
 AT = 9  # with two microbatches a step, the first one of step 4
 
 
 def config_of(policy, **changes):
-    return small_config("run", **{"model": {"target": "models_under_test:exploding_net", "args": {"at": AT}},
+    return small_config("run", **{"model": {**EXPLODING, "args": {"at": AT}},
                                   "train__microbatches": 2, "train__on_nonfinite": policy} | changes)
 
 
@@ -57,6 +58,13 @@ def test_a_step_is_skipped_by_the_stages_that_it_reached_and_the_run_goes_on(tmp
     assert all(value == value for row in metrics_of(run) for value in row)
 
 
+def test_an_epoch_whose_steps_are_all_skipped_has_no_loss(tmp_path, capsys):
+    run = train_locally(config_of("skip", method="greedy", train__epochs=2, data__args={
+        "shape": [2, 8, 8], "classes": 4, "samples": 16}, model={**EXPLODING, "args": {"at": 1}}), tmp_path)
+    assert read_rows(run)[2]["train_loss"] is None
+    assert "epoch 1/2  loss –  accuracy" in capsys.readouterr().out
+
+
 def test_a_skipped_step_leaves_no_trace():
     stage = make_stage(skip_nonfinite=True)
     stage.train(True)
@@ -86,7 +94,8 @@ def test_a_late_error_that_is_nan_is_skipped_in_the_step_that_it_comes_to():
 
 def test_by_config_it_goes_on(tmp_path):
     run = train_locally(config_of("ignore"), tmp_path)
-    assert any(value != value for row in metrics_of(run) for value in row)
+    assert any(row["train_loss"] is None for row in read_rows(run))
+    assert "NaN" not in (run / "metrics.jsonl").read_text()  # which is no JSON
 
 
 def test_weights_that_are_nan_are_not_saved(tmp_path):

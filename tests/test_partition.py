@@ -191,6 +191,13 @@ def test_a_parameter_tied_within_a_stage_is_fine():
     assert cut(tied(), cuts=["layer2"]) == [["stem", "layer1"], ["layer2", "layer3", "head"]]
 
 
+def test_running_statistics_of_two_stages_are_refused():
+    norm = nn.BatchNorm1d(3, affine=False)
+    blocks = nn.Sequential(nn.Linear(3, 3), norm, nn.Linear(3, 3), norm)
+    refused(r"^partition: 3 \(stage 2\) is in stage 1 too, and has running statistics; cut so that both are in one "
+            "stage, or use two modules$", blocks, cuts=["2"])
+
+
 # Sequences that users write.
 
 def composed(blocks: nn.Sequential, stages: int, x: torch.Tensor) -> torch.Tensor:

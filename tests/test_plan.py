@@ -32,6 +32,13 @@ class Counter(nn.Module):
         return x * torch.rand_like(x)
 
 
+class WiderInEvaluation(nn.Module):
+    """Gives twice as many features in evaluation."""
+
+    def forward(self, x):
+        return x if self.training else torch.cat([x, x], 1)
+
+
 def own(what="net"):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
     frozen = nn.BatchNorm1d(8).eval()
@@ -43,6 +50,8 @@ def own(what="net"):
         "pair": lambda: {"flat": flat, "lstm": nn.LSTM(8, 4), "out": nn.Linear(4, 4)},
         "no batch": lambda: {"flat": nn.Flatten(0), "out": nn.Linear(192, 4)},
         "points": lambda: {"pool": nn.AdaptiveAvgPool2d(1), "out": nn.Sequential(nn.Flatten(), nn.Linear(3, 4))},
+        "other shape": lambda: {"flat": flat, "wider": WiderInEvaluation(), "pool": nn.AdaptiveAvgPool1d(8),
+                                "out": nn.Linear(8, 4)},
         "map": lambda: {"conv": nn.Conv2d(3, 4, 1), "out": nn.Conv2d(4, 4, 1)},
     }[what]()
 
@@ -202,6 +211,8 @@ def test_a_plan_for_tokens_has_a_target_at_every_position():
     (net("pair"), IMAGES, r"^model: block lstm made tuple of \[8, 8\]; it must return one tensor \[8, …\] for a bat"),
     (net("no batch"), IMAGES, r"^model: block flat made \[1536\] of \[8, 3, 8, 8\]; it must return one "
                               r"tensor \[8, …\] for a batch of 8$"),
+    (net("other shape"), IMAGES, r"^model: block wider gives \[8, 8\] of float32 in training and \[8, 16\] of float32 "
+                                 "in evaluation; have it give the same in both$"),
     (net("map"), IMAGES, r"^model: its last block out gives \[8, 4, 8, 8\]; for targets of \[8\] it must give "
                          r"\[8, 'classes'\]$"),
     (net("net"), DataSpec((3, 8, 8), "float32", (5,), 4, 24, 10),

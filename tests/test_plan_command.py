@@ -123,3 +123,9 @@ def test_a_thousand_stages_take_seconds(config, capsys):
 ])
 def test_bad_options_are_one_line_and_exit_code_2(config, capsys, arguments, message):
     assert refused(capsys, *arguments).startswith(f"blpipe: {message}")
+
+
+def test_what_was_measured_is_shown_before_a_file_fails(config, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "c.yaml", "--out", "nowhere/plan.png"])
+    assert "samples/s" in capsys.readouterr().out

@@ -6,29 +6,29 @@ from itertools import product
 import pytest
 
 from blpipe.forecast.baselines import SCHEDULES, Backward
-from blpipe.forecast.simulate import Wire, simulate
+from blpipe.forecast.simulate import Connection, simulate
 from blpipe.plan import Step
 from blpipe.program import Kind, Role, train_program
 from blpipe.trace import write_trace
 
-FREE = Wire(latency=0.0, bandwidth=float("inf"))
+FREE = Connection(latency=0.0, bandwidth=float("inf"))
 UNIT = {Kind.FORWARD: 1.0, Backward.FULL: 2.0, Backward.INPUT: 1.0, Backward.WEIGHT: 1.0, Kind.LOCAL_BACKWARD: 2.0,
         Kind.LINK_BACKWARD: 1.0}
 
 
-def schedule(name, stages, microbatches, seconds=UNIT, steps=1, wire=FREE, size=0):
+def schedule(name, stages, microbatches, seconds=UNIT, steps=1, connection=FREE, size=0):
     sizes = [size] * (stages - 1)
     return simulate([SCHEDULES[name](k, stages, steps, microbatches) for k in range(stages)], [seconds] * stages,
-                    sizes, sizes, wire)
+                    sizes, sizes, connection)
 
 
-def backlink(stages, steps, delay, microbatches=1, seconds=UNIT, wire=FREE, size=0):
+def backlink(stages, steps, delay, microbatches=1, seconds=UNIT, connection=FREE, size=0):
     plan = [Step(i, (1,) * microbatches) for i in range(steps)]
     last = stages - 1
     programs = [train_program(plan, Role(k < last, (1,) * (k > 0), (1,) * (k < last)), delay) for k in range(stages)]
     each = seconds if isinstance(seconds, list) else [seconds] * stages
     sizes = [size] * (stages - 1)
-    return simulate(programs, each, sizes, sizes, wire)
+    return simulate(programs, each, sizes, sizes, connection)
 
 
 def end(timeline):
@@ -78,18 +78,18 @@ def test_the_slowest_stage_sets_the_pace_wherever_it_is():
 
 
 def test_a_slow_link_holds_the_pipeline_up():
-    wire = Wire(latency=0.5, bandwidth=10.0)
-    assert backlink(3, steps=12, delay=1, wire=wire, size=10).seconds_per_step() == 4.0
+    connection = Connection(latency=0.5, bandwidth=10.0)
+    assert backlink(3, steps=12, delay=1, connection=connection, size=10).seconds_per_step() == 4.0
     # A round trip of 7.5 s each way with 5 s of computing; with d = 1 two batches share it.
-    assert backlink(2, steps=12, delay=1, wire=wire, size=70).seconds_per_step() == pytest.approx(20 / 2)
-    assert backlink(2, steps=24, delay=4, wire=wire, size=70).seconds_per_step() == pytest.approx(7.0)
-    assert end(schedule("GPipe", 2, 1, wire=wire, size=10)) == 6 + 2 * 1.5
+    assert backlink(2, steps=12, delay=1, connection=connection, size=70).seconds_per_step() == pytest.approx(20 / 2)
+    assert backlink(2, steps=24, delay=4, connection=connection, size=70).seconds_per_step() == pytest.approx(7.0)
+    assert end(schedule("GPipe", 2, 1, connection=connection, size=10)) == 6 + 2 * 1.5
 
 
 def test_what_a_message_costs_the_host_is_not_computing():
-    wire = Wire(0.0, float("inf"), host_seconds=0.25)
+    connection = Connection(0.0, float("inf"), host_seconds=0.25)
     # The middle stage takes and gives an activation and an error in every step.
-    assert backlink(3, steps=12, delay=1, wire=wire).seconds_per_step() == 5.0
+    assert backlink(3, steps=12, delay=1, connection=connection).seconds_per_step() == 5.0
 
 
 def test_a_stage_never_runs_far_ahead_of_a_slower_one():

@@ -3,7 +3,7 @@
 import pytest
 from conftest import REPOSITORY
 
-from blpipe.forecast.simulate import Wire, simulate
+from blpipe.forecast.simulate import Connection, simulate
 from blpipe.plan import Step
 from blpipe.program import Kind, Role, train_program
 
@@ -16,7 +16,8 @@ def draw(stages: int, steps: int, microbatches: int, delay: int) -> str:
     plan = [Step(index, (1,) * microbatches) for index in range(steps)]
     last = stages - 1
     programs = [train_program(plan, Role(k < last, (1,) * (k > 0), (1,) * (k < last)), delay) for k in range(stages)]
-    timeline = simulate(programs, [COST] * stages, [0] * (stages - 1), [0] * (stages - 1), Wire(0.0, float("inf")))
+    sizes, free = [0] * (stages - 1), Connection(latency=0.0, bandwidth=float("inf"))
+    timeline = simulate(programs, [COST] * stages, sizes, sizes, free)
     width = int(max(span.end for span in timeline.spans))
     rows = [["..."] * width for _ in range(stages)]
     for span in timeline.spans:

@@ -16,8 +16,7 @@ from blpipe.engines.common import role, train_microbatches
 from blpipe.plan import Plan, Step
 from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
 from blpipe.stage import Stage
-from blpipe.transport.messages import Layout, layout_of, message_bytes, views
-from blpipe.transport.queues import SendQueue
+from blpipe.transport.messages import IN_FLIGHT, Layout, layout_of, message_bytes, views
 
 
 def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], device: torch.device,
@@ -129,7 +128,7 @@ class _Outbox:
 
     def put(self, *tensors: Tensor) -> None:
         """Send a message, once the oldest has made room."""
-        if len(self._sent) >= SendQueue.IN_FLIGHT:
+        if len(self._sent) >= IN_FLIGHT:
             self._sent.popleft()
         self._sent.append(_zeros(layout_of(tensors), tensors[0].device, self._channels_last))
         for buffer, tensor in zip(self._sent[-1], tensors, strict=True):

@@ -2,7 +2,7 @@
 
 import resource
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -16,11 +16,11 @@ from blpipe.device import Precision, transfer, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
-from blpipe.plan import Plan
-from blpipe.program import Factors, Role, always
+from blpipe.plan import Plan, Step
+from blpipe.program import Factors, Kind, Op, Role, always
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
-from blpipe.trace import Span
+from blpipe.trace import Span, SpanLog
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -149,6 +149,42 @@ class LossWatch:
                 if not is_finite:
                     raise blame(self._plan, index, f"step {step}", NonFiniteError())
         self._sums.clear()
+
+
+class OpWatch:
+    """Follows what a stage does: for messages, for the trace, and for the losses of every step.
+
+    Args:
+        steps: that are trained; none in an evaluation.
+        log: of the trace, if there is one.
+        on_step: called at each optimizer step.
+    """
+
+    def __init__(self, index: int, stage: Stage, steps: Sequence[Step], losses: LossWatch, log: SpanLog | None,
+                 on_step: OnStep):
+        self._index, self._stage, self._losses, self._on_step = index, stage, losses, on_step
+        self._phase = "step" if steps else "evaluation, batch"
+        self._log = log if steps else None
+        self.op = Op(Kind.RECEIVE, steps[0].index if steps else 0)
+
+    def __call__(self, op: Op) -> None:
+        """The stage begins this operation."""
+        self.op = op
+        if self._log is not None:
+            self._log.begin(self._index, op)
+        if op.kind is Kind.STEP:
+            self._losses.note(self._index, self._stage, op.step)
+            self._on_step()
+
+    def pause(self) -> None:
+        """The stage stops for now: for other stages of the process, or at its end."""
+        if self._log is not None:
+            self._log.end(self._index)
+
+    @property
+    def where(self) -> str:
+        """Where the stage is, for messages."""
+        return f"{self._phase} {self.op.step}"
 
 
 def check_weights(plan: Plan, stages: dict[int, Stage], steps_done: int) -> None:

@@ -5,7 +5,7 @@ backward before another one runs: one body graph is alive at a time. An error is
 there: with a delay of 0 and one microbatch, two tails at most wait for theirs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 import torch
@@ -18,6 +18,7 @@ from blpipe.engines.common import (
     GoesOn,
     LossWatch,
     OnStep,
+    OpWatch,
     SoFar,
     StageProgress,
     StageReport,
@@ -33,7 +34,7 @@ from blpipe.engines.common import (
 )
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
-from blpipe.program import Kind, Op, Ports, evaluation_program, execute, train_program
+from blpipe.program import Op, Ports, evaluation_program, execute, train_program
 from blpipe.trace import Span, SpanLog
 from blpipe.transport.memory import MemoryQueue
 
@@ -157,48 +158,34 @@ class LocalEngine:
         """
         edges = range(len(self.stages) - 1)
         forward, errors = ([MemoryQueue(self.plan.channels_last(k)) for k in edges] for _ in range(2))
-        now = {k: Op(Kind.RECEIVE, steps[0].index if steps else 0) for k in range(len(programs))}
-        log = self._log if steps else None
-
-        def watch(index: int) -> Callable[[Op], None]:
-            def note(op: Op) -> None:
-                now[index] = op
-                if log is not None:
-                    log.begin(index, op)
-                if op.kind is Kind.STEP:
-                    self._losses.note(index, self.stages[index], op.step)
-                    if index == 0:
-                        on_step()
-            return note
-
+        watches = [OpWatch(k, stage, steps, self._losses, self._log, on_step if k == 0 else lambda: None)
+                   for k, stage in self.stages.items()]
         running = {}
         for k, program in enumerate(programs):
             ports = Ports(_Entry(feed, forward) if k == 0 else forward[k - 1], forward[k] if k < len(edges) else None,
                           errors[k] if k < len(edges) else None, errors[k - 1] if k > 0 else None)
-            running[k] = execute(program, self.stages[k], ports, steps, lambda s: factors(self.plan, s),
-                                 watch(k))
+            running[k] = execute(program, self.stages[k], ports, steps, lambda s: factors(self.plan, s), watches[k])
 
         def advance(k: int) -> bool:
             """Whether the stage got any further."""
             if k not in running:
                 return False
-            before, started = now[k], perf_counter()
+            before, started = watches[k].op, perf_counter()
             try:
                 if next(running[k], _ENDED) is _ENDED:
                     del running[k]
             except Exception as error:
-                raise blame(self.plan, k, f"{'step' if steps else 'evaluation, batch'} {now[k].step}", error) from error
+                raise blame(self.plan, k, watches[k].where, error) from error
             busy[k] += perf_counter() - started
-            if log is not None:
-                log.end(k)
-            return now[k] != before
+            watches[k].pause()
+            return watches[k].op != before
 
         while running:
-            before = dict(now)
+            before = [watch.op for watch in watches]
             for k in range(len(programs)):
                 while k >= 0 and advance(k):
                     k -= 1
-            assert not running or now != before, "the stages' programs wait for each other"
+            assert not running or [watch.op for watch in watches] != before, "the stages' programs wait for each other"
 
     def _backpropagate(self, steps: Sequence[Step], feed: Feed, goes_on: GoesOn, on_step: OnStep) -> None:
         """Plain end-to-end backpropagation of the last stage's loss."""

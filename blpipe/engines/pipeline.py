@@ -14,6 +14,7 @@ from blpipe.engines.common import (
     GoesOn,
     LossWatch,
     OnStep,
+    OpWatch,
     SoFar,
     StageProgress,
     StageReport,
@@ -74,7 +75,7 @@ class PipelineEngine:
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
         self._feed = TrainFeed(data, plan, world.device) if data is not None else None
         self._losses = LossWatch(plan, at_once=world.device.type == "cpu")
-        if world.wire.type == "cuda" and self._backprop is None:
+        if world.via.type == "cuda" and self._backprop is None:
             try:
                 load_kernels(self.stage, plan, k, world.device, data)
             except Exception as error:
@@ -164,29 +165,16 @@ class PipelineEngine:
         inbox: Inbox | None = feed or self._activations_in
         assert inbox is not None
         ports = Ports(inbox, self._activations_out, self._errors_in, self._errors_out)
-        now = Op(Kind.RECEIVE, steps[0].index if steps else 0)
-        log = self._log if steps else None
-
-        def watch(op: Op) -> None:
-            nonlocal now
-            now = op
-            if log is not None:
-                log.begin(self.index, op)
-            if op.kind is Kind.STEP:
-                self._losses.note(self.index, self.stage, op.step)
-                on_step()
-
+        watch = OpWatch(self.index, self.stage, steps, self._losses, self._log, on_step)
         try:
             for _ in execute(program, self.stage, ports, steps, lambda s: factors(self.plan, s), watch):
                 raise AssertionError("queues between processes wait by themselves")
-            if log is not None:
-                log.end(self.index)
+            watch.pause()
             for queue in (self._activations_out, self._errors_out):
                 if queue is not None:
                     queue.drain()
         except Exception as error:
-            raise blame(self.plan, self.index, f"{'step' if steps else 'evaluation, batch'} {now.step}",
-                        error) from error
+            raise blame(self.plan, self.index, watch.where, error) from error
 
     def _train_by_backprop(self, backprop: Backprop, steps: Sequence[Step], goes_on: GoesOn, feed: Feed | None,
                            on_step: OnStep) -> None:
@@ -227,5 +215,5 @@ def contract(plan: Plan) -> dict[str, Any]:
     outputs = {str(size): [[list(spec.shape), str(spec.dtype)] for spec in specs]
                for size, specs in sorted(plan.outputs.items())}
     config = plan.config.model_dump(mode="json", exclude={"runtime"})
-    return {"config": config, "outputs": outputs}
+    return {"config": config, "outputs": outputs, "runtime.trace": plan.config.runtime.trace}
 

@@ -14,7 +14,7 @@ from blpipe.engines.alone import rehearsed_steps
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
-from blpipe.forecast.simulate import Timeline, Wire, simulate
+from blpipe.forecast.simulate import Connection, Timeline, simulate
 from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
 from blpipe.partition import even_starts
 from blpipe.plan import Links, Plan, Step, fitting, stage_links
@@ -125,8 +125,8 @@ def _schedule(name: str, microbatches: int) -> Method:
 class Forecaster:
     """Answers from one profile of a network."""
 
-    def __init__(self, costs: Profile, config: Config, wire: Wire):
-        self.costs, self.config, self.wire = costs, config, wire
+    def __init__(self, costs: Profile, config: Config, connection: Connection):
+        self.costs, self.config, self.connection = costs, config, connection
 
     def stages(self, plan: Plan) -> list[StageForecast]:
         """A forecast of every stage of the plan, in the config's own method."""
@@ -177,7 +177,7 @@ class Forecaster:
         there, back = self._wires(method.kind)
         return simulate([method.program(k, count, steps) for k in range(count)], seconds,
                         [self._forward_bytes(end, there) for end in ends[:-1]],
-                        [self._sent_bytes(end, back) for end in ends[:-1]], self.wire, ahead)
+                        [self._sent_bytes(end, back) for end in ends[:-1]], self.connection, ahead)
 
     def one_device(self) -> MethodForecast:
         """End-to-end backpropagation of the whole model on one device."""

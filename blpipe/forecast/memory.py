@@ -18,7 +18,7 @@ from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.optim import build_optimizer
 from blpipe.plan import Links, Network, Plan, Step, fitting, make_plan, stage_links
 from blpipe.program import ACTIVATIONS_AHEAD, errors_ahead
-from blpipe.transport.queues import SendQueue
+from blpipe.transport.messages import IN_FLIGHT
 
 
 class Rehearsal:
@@ -105,7 +105,7 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
         in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B
         return needs + in_flight * (saved[end] - saved[start])
     needs = needs + saved[end] - saved[start] + heads[end] + 2 * np.maximum(passing[start], passing[end])
-    needs = needs + (ACTIVATIONS_AHEAD + 1) * passing[start] + SendQueue.IN_FLIGHT * passing[end]
+    needs = needs + (ACTIVATIONS_AHEAD + 1) * passing[start] + IN_FLIGHT * passing[end]
     if config.method.name == "backlink":
         tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
@@ -116,7 +116,7 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
         snapshots = np.ceil(delay * farthest / train.microbatches) * (params[end] - params[tail])
         received = hops * errors_ahead(delay, train.microbatches, 1) * passing[end]
         linked = snapshots + delay * farthest * kept + received
-        needs = needs + np.where(end < len(blocks), linked, 0) + SendQueue.IN_FLIGHT * passing[start]
+        needs = needs + np.where(end < len(blocks), linked, 0) + IN_FLIGHT * passing[start]
     return needs
 
 

@@ -13,7 +13,7 @@ from blpipe.device import use_precision
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast.costs import NOMINAL, profile
 from blpipe.forecast.forecast import Forecaster, MethodForecast, StageForecast, methods
-from blpipe.forecast.simulate import WIRES, Timeline, Wire
+from blpipe.forecast.simulate import CONNECTIONS, Connection, Timeline
 from blpipe.forecast.stages import settle
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.text import blocks_text, human_bytes, human_count, human_seconds, percent, table
@@ -34,7 +34,7 @@ class Report:
     plan: Plan
     device: torch.device
     measured: bool
-    wire: Wire
+    connection: Connection
     stages: list[StageForecast]
     methods: list[MethodForecast]
     sweep: list[MethodForecast]
@@ -57,7 +57,7 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     device, _ = choose_device(config.runtime.device)
     torch.set_num_threads(config.runtime.threads or 1)
     use_precision(config.train.precision)
-    wire = _wire(device, latency, bandwidth)
+    connection = _connection(device, latency, bandwidth)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
     blocks = len(network.block_names)
@@ -68,21 +68,21 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     costs = profile(network, device, data if measured else None)
     config = settle(config, network, costs)
     plan = make_plan(config, data.spec, network)
-    forecaster = Forecaster(costs, config, wire)
+    forecaster = Forecaster(costs, config, connection)
     one = forecaster.one_device()
     balanced = config.partition.strategy == "balanced"
     compared = forecaster.compare(None if balanced else plan.starts, len(plan.stages))
     swept = [row for count in sweep for row in ([one] if count == 1 else forecaster.compare(None, count))]
-    return Report(plan, device, measured, wire, forecaster.stages(plan), [*compared, one], swept,
+    return Report(plan, device, measured, connection, forecaster.stages(plan), [*compared, one], swept,
                   forecaster.timeline(methods(config)[0], plan.starts, steps=4))
 
 
-def _wire(device: torch.device, latency: float | None, bandwidth: float | None) -> Wire:
-    wire = WIRES[device.type]
+def _connection(device: torch.device, latency: float | None, bandwidth: float | None) -> Connection:
+    connection = CONNECTIONS[device.type]
     for option, value in (("latency", latency), ("bandwidth", bandwidth)):
         if value is not None and not value > 0:
             raise ConfigError(f"--{option}: {value} must be above 0")
-    return replace(wire, latency=latency or wire.latency, bandwidth=bandwidth or wire.bandwidth)
+    return replace(connection, latency=latency or connection.latency, bandwidth=bandwidth or connection.bandwidth)
 
 
 def save_trace(report: Report, path: Path) -> None:
@@ -106,7 +106,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "cuts": [stage.blocks[0] for stage in report.stages[1:]],
             "stages": [asdict(stage) for stage in report.stages],
             "methods": [asdict(method) for method in report.methods],
-            "sweep": [asdict(method) for method in report.sweep], "wire": asdict(report.wire)}
+            "sweep": [asdict(method) for method in report.sweep], "wire": asdict(report.connection)}
 
 
 def as_text(report: Report) -> str:
@@ -126,8 +126,8 @@ def _basis(report: Report) -> str:
     flops, traffic = NOMINAL[report.device.type]
     how = f"by costs measured on this {report.device.type}" if report.measured else \
         f"by estimates at {human_count(flops)}FLOP/s and {human_count(traffic)}B/s"
-    return (f"{how}, messages at {human_count(report.wire.bandwidth)}B/s after "
-            f"{human_seconds(report.wire.latency)}")
+    return (f"{how}, messages at {human_count(report.connection.bandwidth)}B/s after "
+            f"{human_seconds(report.connection.latency)}")
 
 
 def _stage_table(stages: Sequence[StageForecast]) -> str:

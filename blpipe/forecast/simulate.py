@@ -10,13 +10,13 @@ from enum import Enum
 
 from blpipe.program import ACTIVATIONS_AHEAD, Kind, Op
 from blpipe.trace import Span
-from blpipe.transport.queues import SendQueue
+from blpipe.transport.messages import IN_FLIGHT
 
 _NEIGHBOUR: dict[Enum, int] = {Kind.SEND: 1, Kind.RECEIVE_ERROR: 1, Kind.SEND_ERROR: -1, Kind.RECEIVE: -1}
 
 
 @dataclass(frozen=True)
-class Wire:
+class Connection:
     """What carries messages between neighbours, each direction by itself.
 
     Args:
@@ -33,7 +33,7 @@ class Wire:
 
 
 # CPU: gloo over the loopback address, about 0.3 ms a round trip. CUDA: NCCL over NVLink; not measured.
-WIRES = {"cpu": Wire(150e-6, 2e9, 100e-6, 4e9), "cuda": Wire(10e-6, 1e11)}
+CONNECTIONS = {"cpu": Connection(150e-6, 2e9, 100e-6, 4e9), "cuda": Connection(10e-6, 1e11)}
 
 
 @dataclass
@@ -54,13 +54,13 @@ class Timeline:
 class _Channel:
     """The messages of one direction between two neighbours; arrivals are known once both ends are far enough."""
 
-    wire: Wire
+    connection: Connection
     size: int
     ahead: int                                        # receives posted before they are asked for
     put: list[float] = field(default_factory=list)
     got: list[float] = field(default_factory=list)
     arrived: list[float] = field(default_factory=list)
-    free: float = 0.0                                 # when the wire is
+    free: float = 0.0                                 # when the connection is
 
     def arrival(self, number: int) -> float | None:
         """When this message has arrived; None while its sender or its receiver is not that far."""
@@ -69,17 +69,17 @@ class _Channel:
             if n >= len(self.put) or n - self.ahead >= len(self.got):
                 return None
             posted = self.got[n - self.ahead] if n >= self.ahead else 0.0
-            self.free = max(self.put[n], posted, self.free) + self.size / self.wire.bandwidth
-            self.arrived.append(self.free + self.wire.latency)
+            self.free = max(self.put[n], posted, self.free) + self.size / self.connection.bandwidth
+            self.arrived.append(self.free + self.connection.latency)
         return self.arrived[number]
 
     def host_seconds(self) -> float:
         """What a message costs each end."""
-        return self.wire.host_seconds + self.size / self.wire.host_bandwidth
+        return self.connection.host_seconds + self.size / self.connection.host_bandwidth
 
 
 def simulate(programs: Sequence[Iterator[Op]], seconds: Sequence[Mapping[Enum, float]], forward_bytes: Sequence[int],
-             error_bytes: Sequence[int], wire: Wire,
+             error_bytes: Sequence[int], connection: Connection,
              ahead: tuple[int, int] = (ACTIVATIONS_AHEAD, 1_000_000)) -> Timeline:
     """Run all stages' programs against each other.
 
@@ -89,15 +89,16 @@ def simulate(programs: Sequence[Iterator[Op]], seconds: Sequence[Mapping[Enum, f
         forward_bytes, error_bytes: of a message over each of the K−1 edges, forward and back.
         ahead: how many receives of activations and of errors are posted ahead.
     """
-    return _Simulation(programs, seconds, forward_bytes, error_bytes, wire, ahead).run()
+    return _Simulation(programs, seconds, forward_bytes, error_bytes, connection, ahead).run()
 
 
 class _Simulation:
     def __init__(self, programs: Sequence[Iterator[Op]], seconds: Sequence[Mapping[Enum, float]],
-                 forward_bytes: Sequence[int], error_bytes: Sequence[int], wire: Wire, ahead: tuple[int, int]):
+                 forward_bytes: Sequence[int], error_bytes: Sequence[int], connection: Connection,
+                 ahead: tuple[int, int]):
         self._programs, self._seconds = programs, seconds
-        self._forward = [_Channel(wire, size, ahead[0]) for size in forward_bytes]
-        self._errors = [_Channel(wire, size, ahead[1]) for size in error_bytes]
+        self._forward = [_Channel(connection, size, ahead[0]) for size in forward_bytes]
+        self._errors = [_Channel(connection, size, ahead[1]) for size in error_bytes]
         self._clock = [0.0] * len(programs)
         self._timeline = Timeline([], [[] for _ in programs])
 
@@ -130,8 +131,8 @@ class _Simulation:
             channel.got.append(start)
         elif op.kind in (Kind.SEND, Kind.SEND_ERROR):
             channel = self._forward[k] if op.kind is Kind.SEND else self._errors[k - 1]
-            if len(channel.put) >= SendQueue.IN_FLIGHT:
-                complete = channel.arrival(len(channel.put) - SendQueue.IN_FLIGHT)
+            if len(channel.put) >= IN_FLIGHT:
+                complete = channel.arrival(len(channel.put) - IN_FLIGHT)
                 if complete is None:
                     return False
                 start = max(start, complete)

@@ -14,6 +14,7 @@ from torch import Tensor
 from blpipe.plan import TensorSpec
 
 Layout = tuple[TensorSpec, ...]
+IN_FLIGHT = 2  # messages of a queue under way, before its sender waits for one to arrive
 _ALIGNMENT = 64  # bytes, as of torch's own allocations
 
 

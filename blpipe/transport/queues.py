@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blpipe.errors import PeerLostError
-from blpipe.transport.messages import Layout, layout_of, message_bytes, views
+from blpipe.transport.messages import IN_FLIGHT, Layout, layout_of, message_bytes, views
 
 
 @contextmanager
@@ -36,20 +36,20 @@ class _End:
         group: a group of this process and `peer` that serves this queue alone.
         peer: rank of the other process.
         name: of the stages at both ends, for messages.
-        device: where the tensors live; `wire` is where they are sent from (CPU for gloo).
+        device: where the tensors live; `via` is where they are sent from (CPU for gloo).
         channels_last: how maps are laid out on their way.
     """
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, name: str, device: torch.device, wire: torch.device,
+    def __init__(self, group: dist.ProcessGroup, peer: int, name: str, device: torch.device, via: torch.device,
                  channels_last: bool = False):
         self._group, self._peer, self._name = group, peer, name
-        self._device, self._wire, self._channels_last = device, wire, channels_last
-        self._pin = device.type == "cuda" and wire.type == "cpu"  # page-locked memory is copied to a GPU at full speed
+        self._device, self._via, self._channels_last = device, via, channels_last
+        self._pin = device.type == "cuda" and via.type == "cpu"  # page-locked memory is copied to a GPU at full speed
         self.wait_seconds = 0.0
         self.sent_bytes = 0
 
     def _buffer(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._wire, pin_memory=self._pin)
+        return torch.empty(size, dtype=torch.uint8, device=self._via, pin_memory=self._pin)
 
     def _wait(self, work: dist.Work) -> None:
         started = perf_counter()
@@ -64,12 +64,10 @@ class SendQueue(_End):
     A buffer is written again once its send is complete.
     """
 
-    IN_FLIGHT = 2
-
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
-        self._free = [self._buffer(0) for _ in range(self.IN_FLIGHT)]
+        self._free = [self._buffer(0) for _ in range(IN_FLIGHT)]
 
     def put(self, *tensors: Tensor) -> None:
         """Send a message; waits for an earlier one where too many are under way."""
@@ -91,7 +89,7 @@ class SendQueue(_End):
         """Wait until everything sent has arrived, and let go of the buffers: what follows may be smaller."""
         while self._sends:
             self._complete_one()
-        self._free = [self._buffer(0) for _ in range(self.IN_FLIGHT)]
+        self._free = [self._buffer(0) for _ in range(IN_FLIGHT)]
 
     def _complete_one(self) -> None:
         work, buffer = self._sends.popleft()

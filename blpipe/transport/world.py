@@ -119,8 +119,8 @@ class World:
     def __init__(self, meeting: Meeting, run: str, device: torch.device, own_gpu: bool, timeout_seconds: float,
                  contract: dict[str, Any]):
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
-        self.wire = device if own_gpu else torch.device("cpu")
-        shake_hands(meeting, run, contract)
+        self.via = device if own_gpu else torch.device("cpu")
+        shake_hands(meeting, run, {**contract, "messages through": self.via.type})
         stay_on_this_machine()
         timeout = timedelta(seconds=timeout_seconds)
         store = dist.PrefixStore(run, meeting.store)
@@ -136,13 +136,13 @@ class World:
 
     def sender(self, to: int, channels_last: bool = False) -> SendQueue:
         """The queue to a neighbour: activations to the next rank, errors to the one before."""
-        return SendQueue(self._group(self.rank, to), to, self._name("sending to", to), self.device, self.wire,
+        return SendQueue(self._group(self.rank, to), to, self._name("sending to", to), self.device, self.via,
                          channels_last)
 
     def receiver(self, source: int, channels_last: bool = False) -> ReceiveQueue:
         """The queue from a neighbour: activations from the rank before, errors from the next one."""
         return ReceiveQueue(self._group(source, self.rank), source, self._name("receiving from", source),
-                            self.device, self.wire, channels_last)
+                            self.device, self.via, channels_last)
 
     def control_sender(self, to: int) -> SendQueue:
         """A queue to any rank through host memory, beside the stages' own."""
@@ -179,7 +179,7 @@ class World:
         """A first message over every group, in one order, so that every connection stands before the run."""
         for edge in range(self.size - 1):
             for source, target, group in ((edge, edge + 1, self._forward[edge]), (edge + 1, edge, self._error[edge])):
-                ping = torch.zeros(1, device=self.wire)
+                ping = torch.zeros(1, device=self.via)
                 if self.rank == source:
                     dist.send(ping, target, group)
                 elif self.rank == target:
