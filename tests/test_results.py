@@ -1,0 +1,51 @@
+"""The tables that are committed are those of the data beside them."""
+
+import json
+
+import pytest
+from conftest import REPOSITORY
+
+from benchmarks.ablation.__main__ import as_markdown as ablation_table
+from benchmarks.accuracy.execute import read_results
+from benchmarks.accuracy.report import as_markdown as accuracy_table
+from benchmarks.accuracy.sweep import load_sweep
+from benchmarks.memory.cases import Size
+from benchmarks.memory.report import as_markdown as memory_table
+from benchmarks.memory.results import Results
+from benchmarks.prediction.run import as_markdown as prediction_tables
+from benchmarks.scaling.report import as_markdown as scaling_table
+from benchmarks.soak.report import as_markdown as soak_tables
+from benchmarks.throughput.report import as_markdown as throughput_tables
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+@pytest.mark.parametrize(("pattern", "table"), [
+    ("ablation/results/*/*.json", ablation_table), ("scaling/results/*.json", scaling_table),
+    ("soak/results/*.json", soak_tables), ("throughput/results/*/*.json", throughput_tables)])
+def test_tables_follow_from_their_data(pattern, table):
+    paths = list(BENCHMARKS.glob(pattern))
+    assert paths
+    for path in paths:
+        assert path.with_suffix(".md").read_text() == table(json.loads(path.read_text())), path
+
+
+@pytest.mark.parametrize(("folder", "stages"), [("cpu", (2, 4, 8, 16)), ("nvidia-h200-16-cores", (16,))])
+def test_tables_of_memory_follow_from_their_rows(folder, stages):
+    path = BENCHMARKS / "memory/results" / folder
+    rows = Results(path / "results.jsonl", {}).rows
+    assert (path / "table.md").read_text() == memory_table(rows, Size(110, 1024, stages))
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_short", "search"])
+def test_tables_of_accuracy_follow_from_their_rows(name):
+    sweep, combinations = load_sweep(BENCHMARKS / f"accuracy/{name}.yaml")
+    path = BENCHMARKS / "accuracy/results" / name
+    results = read_results(path / "results.jsonl")
+    assert (path / "table.md").read_text() == accuracy_table(sweep, combinations, results)
+
+
+def test_the_readme_shows_the_tables_of_the_predictions():
+    tables = prediction_tables(json.loads((BENCHMARKS / "prediction/results.json").read_text())["rows"])
+    readme = (BENCHMARKS / "prediction/README.md").read_text()
+    assert all(table in readme for table in tables.split("\n\n"))
