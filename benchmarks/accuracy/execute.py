@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import yaml
 
+from benchmarks import jsonl
 from benchmarks.accuracy.sweep import Combination, Run
 from benchmarks.environment import commit, cpu_name
 from blpipe.config_file import dump_config
@@ -51,13 +52,8 @@ class Job:
 
 
 def read_results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of results.jsonl by engine and id; a line that an interruption cut short is left out."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows[row["engine"], row["id"]] = row
-    return rows
+    """The rows of results.jsonl by engine and id."""
+    return {(row["engine"], row["id"]): row for row in jsonl.read(path)}
 
 
 def check_machine(runs: Iterable[Run]) -> str:
@@ -227,11 +223,7 @@ def _note_commit(folder: Path, resumed: bool) -> None:
 
 def _record(combination: Combination, run: Run, options: Options, device: str, say: Callable[[str], None]) -> None:
     row = _row(combination, run, options, device)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    before = options.results.read_text() if options.results.exists() else ""
-    cut_short = bool(before) and not before.endswith("\n")
-    with options.results.open("a") as file:  # in one write, so that two sweeps' rows do not mix
-        file.write("\n" * cut_short + json.dumps(row) + "\n")
+    jsonl.append(options.results, row)
     say(f"{_title(combination, run)}: {row['val_accuracy']:.2%}, {row['seconds_per_epoch']:.3g} s an epoch")
 
 

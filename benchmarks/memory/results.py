@@ -1,11 +1,10 @@
 """results.jsonl: a line for each row that was measured; of two of the same, the later one counts."""
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from benchmarks import jsonl
+from benchmarks.jsonl import Row
 
 KEY = ("part", "method", "stages", "cut", "depth", "batch", "precision", "channels_last")
 
@@ -20,9 +19,8 @@ class Results:
     def __init__(self, path: Path, environment: Row):
         self._path, self._environment = path, environment
         self._rows: dict[tuple[Any, ...], Row] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with suppress(json.JSONDecodeError):  # a line that an interruption cut short
-                self._keep(json.loads(line))
+        for row in jsonl.read(path):
+            self._keep(row)
 
     @property
     def rows(self) -> list[Row]:
@@ -35,10 +33,7 @@ class Results:
     def add(self, row: Row) -> None:
         """Append a row."""
         row = row | self._environment
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        before = self._path.read_text() if self._path.exists() else ""
-        with self._path.open("a") as file:
-            file.write("\n" * (bool(before) and not before.endswith("\n")) + json.dumps(row) + "\n")
+        jsonl.append(self._path, row)
         self._keep(row)
 
     def _keep(self, row: Row) -> None:
