@@ -12,7 +12,7 @@ from benchmarks.accuracy.sweep import load_sweep
 from benchmarks.memory.cases import Size
 from benchmarks.memory.report import as_markdown as memory_table
 from benchmarks.memory.results import Results
-from benchmarks.prediction.run import as_markdown as prediction_tables
+from benchmarks.prediction.__main__ import as_markdown as prediction_tables
 from benchmarks.scaling.report import as_markdown as scaling_table
 from benchmarks.soak.report import as_markdown as soak_tables
 from benchmarks.throughput.report import as_markdown as throughput_tables

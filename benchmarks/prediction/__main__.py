@@ -1,12 +1,8 @@
-"""Predictions of `blpipe plan` against real runs of two processes, side by side; see README.md.
-
-    python benchmarks/prediction/run.py [--rounds 3] [--out results.json]
-"""
+"""`python -m benchmarks.prediction`, from the repository root; see README.md."""
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +12,8 @@ from typing import Any
 
 import torch
 import yaml
+
+from benchmarks.environment import environment
 
 CASES: dict[str, dict[str, Any]] = {
     "ResNet-20, width 2, balanced": {
@@ -37,15 +35,17 @@ STEPS = 8            # of an epoch
 
 def main() -> None:
     """Predict and measure every case in turn, as often as asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description="Predictions of `blpipe plan` "
+                                     "against real runs of two processes, side by side.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = [compare(name, case, arguments.rounds) for name, case in CASES.items()]
+    measured_on = environment(torch.device("cpu"))
     if arguments.out:
-        arguments.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+        arguments.out.write_text(json.dumps({"environment": measured_on, "rows": rows}, indent=2) + "\n")
     print(as_markdown(rows))
-    print(environment())
+    print(", ".join(f"{key} {value}" for key, value in measured_on.items()))
 
 
 def compare(name: str, case: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -105,17 +105,11 @@ def call(command: list[str], folder: Path) -> str:
     """Run a command in `folder`, one thread a process; returns what it printed."""
     here = str(Path(__file__).parent)
     # Without the threshold, glibc keeps what was freed, and a process's size is not that of its tensors.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout
-
-
-def environment() -> str:
-    """What the figures were measured on."""
-    return (f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-            f"torch {torch.__version__}")
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
