@@ -115,7 +115,7 @@ class PartitionConfig(Section):
         if self.speeds is not None and len(self.speeds) != self.stage_count:
             raise ValueError(f"{len(self.speeds)} speeds for {self.stage_count} stages; give one a stage, or none")
         if self.target is not None and self.strategy != "even":
-            raise ValueError(f"give a target or strategy: {self.strategy}, not both")
+            raise ValueError(f"give a target or strategy: {self.strategy}, not both; a target needs no strategy")
         if self.args and self.target is None and self.strategy in ("even", "balanced"):
             raise ValueError(f"args {self.args} are for a target, or for a strategy that a package registered; leave "
                              "them out")

@@ -250,7 +250,8 @@ def test_a_part_has_either_a_name_or_a_target(part):
     ({"cuts": ["a"], "target": "b:c"}, "give cuts or a target, not both"),
     ({"target": "b:c"}, "give stages (how many) or cuts (the block that each later stage begins with)"),
     ({}, "give stages (how many) or cuts (the block that each later stage begins with)"),
-    ({"stages": 2, "target": "b:c", "strategy": "balanced"}, "give a target or strategy: balanced, not both"),
+    ({"stages": 2, "target": "b:c", "strategy": "balanced"}, "give a target or strategy: balanced, not both; a "
+                                                                "target needs no strategy"),
     ({"stages": 2, "args": {"by": "size"}}, "args {'by': 'size'} are for a target, or for a strategy that a package "
                                             "registered; leave them out"),
 ])

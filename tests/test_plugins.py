@@ -170,7 +170,8 @@ def test_registered_parts_have_plain_names_and_train_alike_in_one_process_and_in
 
 
 def test_a_registered_part_is_the_one_that_its_target_would_be(folder, installed):
-    own = tree("run", OWN, partition=BY_NAME["partition"] | {"target": "parts_of_tests:rest_last"})
+    own = tree("run", OWN, partition={
+        "stages": 2, "target": "parts_of_tests:rest_last", "args": {"first": 1}})
     named = train_locally(tree("run", BY_NAME), folder / "named")
     assert_same_run(named, train_locally(own, folder / "own"))
     stages = json.loads((named / "result.json").read_text())["stages"]
