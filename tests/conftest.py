@@ -142,8 +142,13 @@ def start():
 
 
 def torchrun_command(processes: int, *arguments: str) -> list[str]:
-    """The command line of torchrun, by this interpreter."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
+    """The command line of torchrun, by this interpreter.
+
+    Without heartbeats, which a single node does not need: one that meets the end of a stopped torchrun's interpreter
+    aborts it, and its exit code is then -6.
+    """
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--rdzv-conf=keep_alive_interval=3600",
+            f"--nproc-per-node={processes}", *arguments]
 
 
 def child_environment() -> dict[str, str]:

@@ -86,8 +86,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(command, link, folder, start):
     time.sleep(0.3)
     ranks = run.workers() if command is PIPELINE else [run.process.pid]
     run.process.terminate()
-    code = run.end(30)
-    assert code == (1 if command is PIPELINE else 128 + signal.SIGTERM)
+    assert run.end(30) == (1 if command is PIPELINE else 128 + signal.SIGTERM), run.said
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
     step, = map(int, re.findall(r"^blpipe: stopped by SIGTERM after step (\d+), and saved; `train --resume runs/run` "
                                 r"goes on$", run.said, re.MULTILINE))
