@@ -161,7 +161,8 @@ class LinkConfig(Section):
     delay_unit: what the delay counts. weight: λ, one number or one for each stage but the last. schedule: a
     factor on it over training.
     reach: how many stages back an error travels; take: whether each of them trains a stage, or the farthest
-    alone. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
+    alone. joint: one backward takes the local gradient through the blocks together with the error, when that is
+    there. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
     """
 
     length: Annotated[Any, AfterValidator(_count_or_all)] = 1
@@ -171,6 +172,7 @@ class LinkConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     reach: Annotated[Any, AfterValidator(_count_or_all)] = 1
     take: Literal["every", "farthest"] = "every"
+    joint: bool = False
     normalize: bool = False
     wire: WirePrecision = "full"
     keep: Literal["graph", "recompute"] = "graph"
@@ -351,6 +353,15 @@ class Config(Section):
                 (method.name == "greedy" or method.link.off):
             raise ValueError("method.local_weight: 0, and no link: only the last stage would learn; set "
                              "method.local_weight=1, or a link of weight, length and reach above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _one_error_to_join(self) -> "Config":
+        link = self.method.link
+        if link.joint and not link.off and (link.reach != 1 or link.normalize):
+            key, value = ("reach", 1) if link.reach != 1 else ("normalize", "false")
+            raise ValueError(f"method.link.joint: true joins the local loss and the next stage's error as they are; "
+                             f"set method.link.{key}={value}, or leave method.link.joint out")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from blpipe.config_types import WirePrecision
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -62,6 +64,16 @@ class Precision:
         with self._context:
             out = part(x)
         return out.float() if self._bf16 and out.dtype == torch.bfloat16 else out
+
+
+def widened(x: Tensor, wire: WirePrecision) -> Tensor:
+    """A tensor that was under way, as a stage computes with it."""
+    return x.float() if wire == "bf16" and x.dtype == torch.bfloat16 else x
+
+
+def narrowed(x: Tensor, wire: WirePrecision) -> Tensor:
+    """A tensor as it goes under way."""
+    return x.to(torch.bfloat16) if wire == "bf16" else x
 
 
 def use_channels_last(module: Module) -> Module:

@@ -41,6 +41,7 @@ class Links:
         tail: how many of the last blocks the errors run through; 0 where none comes, all where one is passed on.
         weight: λ.
         local_weight: α.
+        joint: whether the local gradient goes through the blocks together with the error.
     """
 
     hops_in: tuple[int, ...] = ()
@@ -48,6 +49,7 @@ class Links:
     tail: int = 0
     weight: float = 1.0
     local_weight: float = 1.0
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -288,8 +290,9 @@ def stage_links(method: MethodConfig, sizes: Sequence[int]) -> list[Links]:
     for k, (size, hops_in) in enumerate(zip(sizes, hops(method, len(sizes)), strict=True)):
         last = k == len(sizes) - 1
         length = size if method.link.length == "all" else min(method.link.length, size)
-        links.append(Links(hops_in, before, length if hops_in else 0,
-                           0.0 if last else method.link.stage_weight(k), 1.0 if last else method.local_weight))
+        alpha = 1.0 if last else method.local_weight
+        links.append(Links(hops_in, before, length if hops_in else 0, 0.0 if last else method.link.stage_weight(k),
+                           alpha, joint=method.link.joint and bool(hops_in and alpha)))
         before = hops_in
     return links
 
@@ -332,6 +335,9 @@ def _check_links(plan: Plan) -> None:
             raise ConfigError(f"method.link.reach: {method.link.reach}: stage {k + 1} passes errors on through all of "
                               f"its {len(stage)} blocks, and method.link.length is {method.link.length}; set "
                               "method.link.length=all")
+        if links.joint and not whole:
+            raise ConfigError(f"method.link.joint: stage {k + 1} has {len(stage)} blocks, and method.link.length is "
+                              f"{method.link.length}; set method.link.length=all, or leave method.link.joint out")
         trained_by_link = bool(links.hops_in) and links.weight != 0.0
         if method.name != "bp" and links.local_weight == 0.0 and not (trained_by_link and whole):
             remedy = "set method.link.length=all" if trained_by_link else "give it a method.link.weight"

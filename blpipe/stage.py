@@ -7,6 +7,9 @@ backward link brings: the next stage's own local error at their boundary. The li
 last blocks only, its tail, and never becomes part of the error that this stage sends for its own loss.
 BackLink is α = 1 and j = 1; λ = 0 is greedy local training.
 
+A joint backward takes α · ∂L_k/∂x_k + λ · e_k^1 through the blocks at once, when the error is there: the same
+gradient, as both are linear. Where the error is late, so is the local gradient.
+
 With a reach r above 1, a stage also passes on what it receives: e_{k-1}^{j+1} = (∂x_k/∂x_{k-1})ᵀ e_k^j is
 the error of the stage j stages on, one stage further back, and j runs from 1 to r. It is never scaled, and
 never mixed with another one.
@@ -29,7 +32,7 @@ from torch.func import functional_call
 
 from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
-from blpipe.device import Precision
+from blpipe.device import Precision, narrowed, widened
 from blpipe.losses import Tally
 from blpipe.plan import Links
 from blpipe.seeds import RandomStream
@@ -45,6 +48,7 @@ class TailRun:
     random_state: list[Tensor]     # for recomputing: where the random stream stood
     buffers: dict[str, Tensor]     # for recomputing: the tail's buffers as they were
     local_norm: Tensor | None = None  # for normalising: the norm of its local gradient
+    local_error: Tensor | None = None  # for a joint backward: ∂L_k/∂x_k
 
 
 Held = tuple[int, int, int]
@@ -116,7 +120,7 @@ class Stage:
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch; returns x_k, detached, as it goes to the next stage."""
         assert self._flight is None, "a forward before the local backward of the last one"
-        x = _widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
+        x = widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
         with self.stream:
             h = out = self.precision.run(self._run_body, x)
             run = None
@@ -125,7 +129,7 @@ class Stage:
                 assert run.out is not None
                 out = run.out
         self._flight = InFlight(x, h, out, run)
-        return _narrowed(out.detach(), self.wire)
+        return narrowed(out.detach(), self.wire)
 
     def forward_with_graph(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch, for `bp`: the graph goes on through x and the output."""
@@ -133,6 +137,8 @@ class Stage:
 
     def local_backward(self, targets: Tensor, share: float) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
+
+        With a joint backward they take it in `link_backward`; here they only give the error to send.
 
         Args:
             targets: int64 [microbatch, …].
@@ -170,7 +176,7 @@ class Stage:
         if later:
             self._awaiting[later[0]].append(run)
         weight: float | Tensor = self.links.weight * factor
-        trains = weight != 0.0 and (self.link.take == "every" or not later)
+        trains = (weight != 0.0 or self.links.joint) and (self.link.take == "every" or not later)
         passes = hop + 1 in self.links.hops_out
         parameters = list(run.parameters.values()) if trains else []
         if not parameters and not passes:
@@ -179,7 +185,11 @@ class Stage:
         x = run.h.detach().requires_grad_(passes) if again else run.h
         out = self._recompute(run, x) if again else run.out
         assert out is not None
-        gradients, error_before = _gradients(out, parameters, x if passes else None, error.to(out.dtype),
+        error = error.to(out.dtype)
+        if self.links.joint:
+            assert run.local_error is not None
+            error, weight = self.links.local_weight * run.local_error + weight * error, 1.0
+        gradients, error_before = _gradients(out, parameters, x if passes else None, error,
                                              keep=not again and bool(later))
         if run.local_norm is not None and trains:
             weight = weight * _ratio(run.local_norm, _norm(gradients))
@@ -293,6 +303,8 @@ class Stage:
         """Returns ∂L_k/∂h, or None if nothing before the tail wants it."""
         assert run.out is not None
         alpha, keep = self.links.local_weight, self.link.keep == "graph"
+        if self.links.joint:
+            run.local_error, alpha = error, 0.0
         parameters = list(run.parameters.values()) if alpha or self.link.normalize else []
         gradients, error = _gradients(run.out, parameters, run.h if goes_on else None, error, keep)
         if not keep:
@@ -333,7 +345,7 @@ class Stage:
     def _sent(self, error: Tensor | None, x: Tensor) -> Tensor:
         """An error as it goes to the stage before."""
         error = torch.zeros_like(x) if error is None else error
-        return _narrowed(error, self.link.wire)
+        return narrowed(error, self.link.wire)
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
@@ -356,16 +368,6 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if copies:
         torch._foreach_copy_([*copies.values()], [*tensors.values()])
     return copies
-
-
-def _widened(x: Tensor, wire: WirePrecision) -> Tensor:
-    """A tensor that was under way, as a stage computes with it."""
-    return x.float() if wire == "bf16" and x.dtype == torch.bfloat16 else x
-
-
-def _narrowed(x: Tensor, wire: WirePrecision) -> Tensor:
-    """A tensor as it goes under way."""
-    return x.to(torch.bfloat16) if wire == "bf16" else x
 
 
 def _gradients(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,

@@ -476,6 +476,8 @@ def test_heads_losses_and_link_weights_are_one_for_all_or_one_for_each():
     ({"link": {"reach": -1}}, r"^method\.link\.reach: must be a number of stages ≥ 0, or all, got -1$"),
     ({"local_weight": -1}, r"^method\.local_weight: .*greater than or equal to 0, got -1$"),
     ({"local_weight": 0.0, "link": {"reach": 0}}, r"^method\.local_weight: 0, and no link: only the last stage "),
+    ({"link": {"joint": True, "reach": 2}}, r"^method\.link\.joint: true joins .*; set method\.link\.reach=1, or "),
+    ({"link": {"joint": True, "normalize": True}}, r"^method\.link\.joint: true .*; set method\.link\.normalize=false"),
     ({"name": "greedy", "local_weight": 0.0}, r"^method\.local_weight: 0, and no link: only the last stage would "),
 ])
 def test_what_does_not_fit_the_stages_is_refused(method, message):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -105,7 +106,23 @@ def test_errors_that_reach_further_cost_a_backward_through_the_stage_for_each_ho
         known = stage_cost(costs, 1, 3, linked(length="all", reach=3, take=take), links)
         assert known.link_backward == pytest.approx(expected)
     alone = stage_cost(costs, 1, 3, MethodConfig(local_weight=0.0))
-    assert alone.local_backward == pytest.approx(one.local_backward - sum(b.backward - b.input_backward for b in stage))
+    weights = sum(b.backward - b.input_backward for b in stage)
+    assert alone.local_backward == pytest.approx(one.local_backward - weights)
+
+
+def test_a_joint_backward_saves_the_local_one_but_for_the_error_that_is_sent():
+    network, _ = network_of(partition__stages=4)
+    costs = profile(network, CPU)
+    for start, end, links in ((0, 2, Links((1,), (), 2)), (1, 3, Links((1,), (1,), 2))):
+        twice, once = linked(length="all"), linked(length="all", joint=True)
+        known = [stage_cost(costs, start, end, once, of_stage) for of_stage in (None, replace(links, joint=True))]
+        before, stage = stage_cost(costs, start, end, twice, links), costs.blocks[start:end]
+        sent = sum(b.input_backward for b in stage) if start else 0.0
+        for joint in known:
+            assert joint.link_backward == pytest.approx(before.link_backward)
+            assert joint.local_backward == pytest.approx(costs.head_seconds[end] + sent)
+        greedy = MethodConfig(name="greedy", link=once.link)
+        assert stage_cost(costs, start, end, greedy).local_backward == pytest.approx(before.local_backward)
 
 
 def test_tables_for_all_stages_say_what_each_stage_says():
@@ -142,7 +159,8 @@ def test_no_cut_between_blocks_that_share_a_parameter():
     {}, {"train__microbatches": 4}, {"method__link": {"length": "all", "delay": 2}},
     {"method__link": {"length": "all", "keep": "recompute"}}, {"method": "greedy", "optimizer": "adamw"},
     {"method": {"link": {"reach": 2, "length": "all", "wire": "bf16"}, "local_weight": 0.0},
-     "train__wire": "bf16", "partition__stages": 3}])
+     "train__wire": "bf16", "partition__stages": 3},
+    {"method__link": {"length": "all", "joint": True}, "partition__stages": 3}])
 def test_predicted_peak_memory_is_within_15_percent_of_what_torch_allocates(changes):
     network, data = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, **{
         "partition__stages": 2, "data__args": {"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes})

@@ -346,6 +346,16 @@ def test_of_the_farthest_losses_no_other_errors_are_sent(reach, weight, hops_in)
     assert [links.hops_out for links in made.links] == [(), *hops_in[:-1]]
 
 
+@pytest.mark.parametrize(("method", "joint"), [
+    ({}, [True, True, False]), ({"local_weight": 0.0}, [False] * 3), ({"name": "greedy"}, [False] * 3),
+    ({"link": {"weight": [1.0, 0.0]}}, [True, False, False]),
+])
+def test_where_nothing_comes_back_nothing_is_joined(method, joint):
+    link = {"joint": True, "length": "all", **method.get("link", {})}
+    made = plan(SIX, method={"local_weight": 1.0, **method, "link": link}, partition={"stages": 3})
+    assert [links.joint for links in made.links] == joint
+
+
 def test_the_last_stage_always_learns_from_its_own_loss_in_full():
     made = plan(SIX, method={"local_weight": 0.25}, partition={"stages": 3})
     assert [links.local_weight for links in made.links] == [0.25, 0.25, 1.0]
@@ -356,6 +366,8 @@ def test_the_last_stage_always_learns_from_its_own_loss_in_full():
                              r"method\.link\.length is 1; set method\.link\.length=all$"),
     ({"local_weight": 0.0}, r"^method\.local_weight: 0, and no link through all blocks of stage 2 \(layer2 … layer3\): "
                             r"they would not learn; set method\.link\.length=all, or a local weight above 0$"),
+    ({"link": {"joint": True}}, r"^method\.link\.joint: stage 2 has 2 blocks, and method\.link\.length is 1; set "
+                                r"method\.link\.length=all, or leave method\.link\.joint out$"),
     ({"local_weight": 0.0, "link": {"length": "all", "weight": [1.0, 0.0]}},
      r"^method\.local_weight: 0, and no link .*of stage 2 .*; give it a method\.link\.weight, or"),
 ])

@@ -81,6 +81,10 @@ LINKS = [
     (0.4, 2, {"reach": "all", "delay": 1, "delay_unit": "microbatch", "keep": "recompute"}),
     (0.0, 4, {"reach": 2, "delay": 3, "delay_unit": "microbatch", "take": "farthest"}),
     (0.4, 1, {"reach": 0}),
+    (0.4, 2, {"joint": True, "delay": 0, "weight": [0.5, 0.0, 2.0]}),
+    (1.0, 1, {"joint": True, "delay": 2, "keep": "recompute"}),
+    (0.4, 4, {"joint": True, "delay": 1, "delay_unit": "microbatch",
+              "schedule": {"name": "multistep", "milestones": [1], "gamma": 0.3}}),
 ]
 
 
@@ -107,13 +111,13 @@ def test_every_link_equals_a_hand_written_reference(link, microbatches, alpha, t
                 losses.append(share * F.cross_entropy(head(out), y))
             for k, head in enumerate(heads):
                 own = torch.autograd.grad(losses[k], copies[k].values(), retain_graph=True)
-                due.append((t, k, alpha if k < last else 1.0, own))
+                joint = given.joint and k < last and given.stage_weight(k)
+                due.append((step_at(parts, n + late) if joint else t, k, alpha if k < last else 1.0, own))
                 farthest = min(last if given.reach == "all" else given.reach, last - k)
                 for j in range(1 if given.take == "every" else max(1, farthest), farthest + 1):
                     gradients = torch.autograd.grad(losses[k + j], copies[k].values(), retain_graph=True)
                     weight = given.stage_weight(k) * factor * (norm(own) / norm(gradients) if given.normalize else 1.0)
-                    when = parts[min(n + j * late, len(parts) - 1)][0] if late else t
-                    due.append((when, k, weight, gradients))
+                    due.append((step_at(parts, n + j * late), k, weight, gradients))
                 for p in head.parameters():
                     gradient, = torch.autograd.grad(losses[k], p, retain_graph=True)
                     p.grad = gradient if p.grad is None else p.grad + gradient
@@ -126,6 +130,11 @@ def test_every_link_equals_a_hand_written_reference(link, microbatches, alpha, t
                 optimizer.step()
                 optimizer.zero_grad()
     assert_close(model_of(train_locally(tree, tmp_path)), plan.model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def step_at(parts, n):
+    """The step of the n-th microbatch of an epoch; of its last one, for those that would come after it."""
+    return parts[min(n, len(parts) - 1)][0]
 
 
 def norm(gradients):

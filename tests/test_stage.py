@@ -63,6 +63,21 @@ def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep,
     assert all(parameter.grad is None for parameter in stage.blocks[0].parameters())
 
 
+@pytest.mark.parametrize("keep", ["graph", "recompute"])
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+def test_a_joint_backward_gives_the_sum_of_both_gradients_and_sends_the_local_error_at_once(keep, factor):
+    twice, once = make_stage(keep, tail=3, local_weight=0.3), make_stage(keep, tail=3, local_weight=0.3, joint=True)
+    (x, targets), error, sent = microbatch(0), torch.randn(8, 5), []
+    for stage in (twice, once):
+        stage.forward(x)
+        sent.append(stage.local_backward(targets, 1.0))
+        assert (stage is once) == all(p.grad is None for p in stage.blocks.parameters())
+        assert stage.link_backward(error, factor=factor) is None
+    torch.testing.assert_close(*sent)
+    for a, b in zip(twice.blocks.parameters(), once.blocks.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_the_error_sent_upstream_is_that_of_the_local_loss_alone():
     stage, alone = make_stage(tail=3), make_stage(tail=3)
     reference = copy.deepcopy(nn.Sequential(*stage.blocks, stage.head))

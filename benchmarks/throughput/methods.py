@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.throughput.settings import Cuts
+from benchmarks.throughput.settings import JOINT, Cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
 from blpipe.config_file import parse_config
@@ -96,6 +96,9 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "BackLink d=1": variant({"name": "backlink", "link": {"delay": 1}}, 1),
         "BackLink d=1/M": variant({"name": "backlink", "link": {"delay": 1, "delay_unit": "microbatch"}}),
         "BackLink d=0": variant({"name": "backlink", "link": {"delay": 0}}),
+        "joint d=1": variant(_late(JOINT, delay=1), 1, cuts.joint),
+        "joint d=1/M": variant(_late(JOINT, delay=1, delay_unit="microbatch"), cuts=cuts.joint),
+        "joint d=0": variant(_late(JOINT, delay=0), cuts=cuts.joint),
         "last loss d=1/M": variant(LAST_LOSS),
         "greedy": variant({"name": "greedy"}, 1),
         **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))
@@ -103,6 +106,10 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "DDP": variant({"name": "bp"}, 1),
         "one process": variant({"name": "bp"}, 1),
     }
+
+
+def _late(method: dict[str, Any], **delay: Any) -> dict[str, Any]:
+    return method | {"link": method["link"] | delay}
 
 
 def make_methods(plans: dict[str, Plan], data: Batches, world: World) -> list[Method]:

@@ -17,8 +17,10 @@ from blpipe.forecast.stages import settle
 from blpipe.plan import make_network
 from blpipe.plugins import did_you_mean
 
-METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "last loss d=1/M", "greedy", "GPipe", "1F1B",
-           "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", "one process")
+METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "joint d=1", "joint d=1/M", "joint d=0",
+           "last loss d=1/M", "greedy", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP",
+           "one process")
+JOINT = {"name": "backlink", "link": {"length": "all", "joint": True}}
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
 
@@ -61,11 +63,13 @@ class Cuts(NamedTuple):
 
     Args:
         stages: of K stages, by the costs of BackLink.
+        joint: of K stages, by those of BackLink with joint backwards.
         backprop: of K stages, by those of backpropagation with microbatches.
         virtual: of 2K stages, by the same, for schedules with two a process.
     """
 
     stages: list[str]
+    joint: list[str]
     backprop: list[str]
     virtual: list[str]
 
@@ -122,6 +126,7 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
         ConfigError: a model that does not fit the data, or has too few blocks.
     """
     stages = config.partition.stage_count
+    joint = config.model_copy(update={"method": MethodConfig.model_validate(JOINT)})
     train = config.train.model_copy(update={"microbatches": microbatches})
     backprop = config.model_copy(update={"method": MethodConfig(name="bp"), "train": train})
     virtual = backprop.model_copy(update={"partition": PartitionConfig(stages=2 * stages, strategy="balanced")})
@@ -131,7 +136,7 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
         raise ConfigError(f"stages: {stages}: schedules with two stages a process need {2 * stages} blocks, and "
                           f"{config.name} has {len(names)}; use fewer stages")
     found = [settle(each, costs.network, costs).partition.cuts
-             for each, costs in ((config, whole), (backprop, parts), (virtual, parts))]
+             for each, costs in ((config, whole), (joint, whole), (backprop, parts), (virtual, parts))]
     return Cuts(*(list(cuts or ()) for cuts in found))
 
 

@@ -63,19 +63,20 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
         backward=backward + np.where(last, costs.head_seconds[-1], 0.0),
         input_backward=for_input + np.where(last, costs.head_seconds[-1], 0.0),
         weight_backward=np.maximum(backward - for_input, 0.0),  # what is left, given the gradients on the way
-        local_backward=np.where(last, backward, _local_seconds(backward, for_input, method, links))
+        local_backward=np.where(last, backward, _local_seconds(backward, for_input, first, method, links))
         + costs.head_seconds[end],
         link_backward=_link_seconds(costs, start, end, method.link, links),
         hops=len(links.hops_in) if links else _most_hops(costs, end, method.link),
         step=costs.step_call + total("step") + np.where(last, 0.0, costs.head_step[end]))
 
 
-def _local_seconds(backward: Any, for_input: Any, method: MethodConfig, links: Links | None) -> Any:
+def _local_seconds(backward: Any, for_input: Any, first: Any, method: MethodConfig, links: Links | None) -> Any:
     """Of the local loss through the blocks of a stage before the last, which may only pass the error on, or neither."""
-    if method.local_weight:
+    joint = links.joint if links else method.link.joint and method.name == "backlink" and not method.link.off
+    if method.local_weight and not joint:
         return backward
-    passed_on = 1 in links.hops_out if links else not one_for_all(method.link)
-    return for_input if passed_on else np.zeros_like(for_input)
+    passed_on = 1 in links.hops_out if links else ~first & (not one_for_all(method.link))
+    return np.where(passed_on, for_input, 0.0)
 
 
 def _most_hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
