@@ -19,7 +19,7 @@ from blpipe.transport.messages import message_bytes
 QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
 FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"
 GPU = REPOSITORY / "benchmarks/throughput/gpu.yaml"
-OURS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "last loss d=1/M", "greedy")
+OURS = METHODS[:METHODS.index("greedy") + 1]
 
 
 @pytest.fixture(scope="module")
