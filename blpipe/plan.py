@@ -20,7 +20,7 @@ from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import partition
 from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
-from blpipe.text import blocks_text
+from blpipe.text import blocks_text, dtype_name
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def make_network(config: Config, data: DataSpec) -> Network:
 
 
 def _told(spec: TensorSpec) -> str:
-    return f"{list(spec.shape)} of {str(spec.dtype).removeprefix('torch.')}"
+    return f"{list(spec.shape)} of {dtype_name(spec.dtype)}"
 
 
 def make_plan(config: Config, data: DataSpec, network: Network | None = None) -> Plan:
@@ -320,10 +320,10 @@ def _check_boundaries(plan: Plan) -> None:
         for k, spec in enumerate(specs):
             if not spec.dtype.is_floating_point:
                 raise ConfigError(f"partition: stage {k + 1} ends with block {plan.block_names(k)[-1]}, which gives "
-                                  f"{str(spec.dtype).removeprefix('torch.')}; cut where floating-point numbers pass")
+                                  f"{dtype_name(spec.dtype)}; cut where floating-point numbers pass")
             if needs_float32 and spec.dtype != torch.float32:
                 raise ConfigError(f"{needs_float32}: bf16 is for models in float32, and block "
-                                  f"{plan.block_names(k)[-1]} gives {str(spec.dtype).removeprefix('torch.')}; "
+                                  f"{plan.block_names(k)[-1]} gives {dtype_name(spec.dtype)}; "
                                   f"leave {needs_float32} out")
 
 

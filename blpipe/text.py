@@ -38,6 +38,11 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
+def dtype_name(dtype: object) -> str:
+    """torch's name of a dtype, without torch's: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def blocks_text(names: Sequence[str]) -> str:
     """The first and the last of a stage's blocks."""
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"

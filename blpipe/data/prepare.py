@@ -7,12 +7,13 @@ from torch import Tensor
 
 from blpipe.config import DataConfig
 from blpipe.device import transfer
+from blpipe.text import dtype_name
 
 
 def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Iterator[str]:
     """What of `augment` and `normalize` does not fit raw samples of this shape and type, one line each."""
     images = len(shape) == 3 and dtype != torch.int64
-    sample = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+    sample = f"{dtype_name(dtype)} {list(shape)}"
     wanted = {"augment.crop": config.augment.crop, "augment.flip": config.augment.flip,
               "normalize": config.normalize}
     if not images:

@@ -9,6 +9,7 @@ from torch import Tensor
 from blpipe.config import DataConfig
 from blpipe.data.splits import Split, TensorSplit
 from blpipe.errors import ConfigError
+from blpipe.text import dtype_name
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def check_alike(source: Source, key: str) -> None:
                               "give at least one")
     kinds = [(split.dtype, list(split.shape), list(split.target_shape)) for _, split in source.splits()]
     if kinds[0] != kinds[1]:
-        train, test = (f"{str(dtype).removeprefix('torch.')} {shape} with target {target}"
+        train, test = (f"{dtype_name(dtype)} {shape} with target {target}"
                        for dtype, shape, target in kinds)
         raise ConfigError(f"{key}: train samples are {train}, but test samples are {test}; make them alike")
 

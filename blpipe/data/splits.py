@@ -16,6 +16,7 @@ from blpipe.config import DataConfig
 from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
 from blpipe.seeds import derive_seed
+from blpipe.text import dtype_name
 
 Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
 """One batch to fetch: what the seed of all that is random in fetching it derives from, and indices, int64 [B]."""
@@ -176,7 +177,7 @@ class _Batches(Dataset[Any]):
         index, x, y = sample.place, sample.x, sample.y
         if (tuple(x.shape), x.dtype, tuple(y.shape)) != (split.shape, split.dtype, split.target_shape):
             raise UserError(f"{split.where} sample {index} is {describe(x)} with target {describe(y)}, but "
-                            f"the first is {_name(split.dtype)} {list(split.shape)} with target int64 "
+                            f"the first is {dtype_name(split.dtype)} {list(split.shape)} with target int64 "
                             f"{list(split.target_shape)}; make them all alike")
         if bool(((y < 0) | (y >= split.classes)).any()):
             raise UserError(f"{split.where} sample {index} has the label {y.tolist()}, outside "
@@ -232,7 +233,7 @@ def usable_target(y: Any) -> Tensor | None:
 def describe(value: Any) -> str:
     """What a value is, in messages: "uint8 [3, 32, 32]", or its type's name."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{_name(value.dtype)} {list(value.shape)}"
+        return f"{dtype_name(value.dtype)} {list(value.shape)}"
     if isinstance(value, tuple):
         return f"({', '.join(describe(v) for v in value[:4])}{', …' if len(value) > 4 else ''})"
     return type(value).__name__
@@ -279,7 +280,3 @@ def _sample(dataset: Dataset[Any], index: int, where: str) -> tuple[Tensor, Tens
 
 def _is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.is_quantized or x.dtype == torch.bool)
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
