@@ -40,6 +40,7 @@ METHODS = {
     "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2},
     "a_microbatch_late": {"method__link": {"delay": 3, "delay_unit": "microbatch", "keep": "recompute"},
                           "train__microbatches": 4},
+    "joint": {"method__link": {"delay": 1, "length": "all", "joint": True}, "train__microbatches": 2},
     "far": {"method": {"local_weight": 0.5, "link": {**DEEP, "delay": 1, "normalize": True, "weight": 0.7}},
             "train__microbatches": 2, "optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
     "farthest": {"method": {"local_weight": 0.0, "link": {**DEEP, "delay": 1, "take": "farthest", "wire": "bf16"}},
@@ -148,6 +149,8 @@ def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed)
         elif key.startswith("head/"):
             assert torch.equal(after[key], fresh[key]), key
     assert {key for key in before if key.startswith("model/")} <= after.keys()
+    taken = max(float(seconds[-1]) for key, seconds in before.items() if key.startswith("seconds/"))
+    assert {sums.train_seconds for sums in engine.so_far().values()} == {taken}  # for the samples/s of the epoch
     heads = [f"those after {names} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
     assert notes[0] == (f"the checkpoint is of 3 stages, and this run has {len(cuts) + 1}; "
                         f"heads: {'; '.join(heads) or 'none'}")

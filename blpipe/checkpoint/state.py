@@ -52,10 +52,11 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
             # A random stream of a device that the run did not have starts anew.
             stage.stream.state = [state.get(f"random/{index}/{i}", new) for i, new in enumerate(stage.stream.state)]
             _load_held(checkpoint, stage)
-    if not same:
-        engine.go_on_from({index: SoFar(Tally()) for index in engine.stages})
-        return _notes_on_other_stages(saved.stages, plan)
     sums = read(checkpoint, _starting_with(("tally/", "seconds/")))
+    if not same:
+        taken = max(float(seconds[-1]) for key, seconds in sums.items() if key.startswith("seconds/"))
+        engine.go_on_from({index: SoFar(Tally(), train_seconds=taken) for index in engine.stages})
+        return _notes_on_other_stages(saved.stages, plan)
     engine.go_on_from({index: SoFar(Tally.of(sums[f"tally/{index}"].tolist()), *sums[f"seconds/{index}"].tolist())
                        for index in engine.stages})
     return []
