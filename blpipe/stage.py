@@ -186,9 +186,9 @@ class Stage:
         out = self._recompute(run, x) if again else run.out
         assert out is not None
         error = error.to(out.dtype)
-        if self.links.joint:
-            assert run.local_error is not None
-            error, weight = self.links.local_weight * run.local_error + weight * error, 1.0
+        if run.local_error is not None:
+            local, run.local_error = self.links.local_weight * run.local_error, None
+            error, weight = local + weight * error if weight else local, 1.0
         gradients, error_before = _gradients(out, parameters, x if passes else None, error,
                                              keep=not again and bool(later))
         if run.local_norm is not None and trains:

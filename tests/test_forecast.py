@@ -125,9 +125,11 @@ def test_a_joint_backward_saves_the_local_one_but_for_the_error_that_is_sent():
         assert stage_cost(costs, start, end, greedy).local_backward == pytest.approx(before.local_backward)
 
 
-def test_tables_for_all_stages_say_what_each_stage_says():
-    network, _ = network_of(partition__stages=2, method__link__length="all")
-    costs, method = profile(network, CPU), network.config.method
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("name", ["backlink", "greedy"])
+def test_tables_for_all_stages_say_what_each_stage_says(name, joint):
+    network, _ = network_of(partition__stages=2, method={"name": name, "link": {"length": "all", "joint": joint}})
+    costs, method = profile(network, CPU), linked(length="all", joint=joint)
     table = seconds_table(costs, "backlink")
     for start in range(len(costs.blocks)):
         for end in range(start + 1, len(costs.blocks) + 1):

@@ -78,6 +78,15 @@ def test_a_joint_backward_gives_the_sum_of_both_gradients_and_sends_the_local_er
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_an_error_that_weighs_nothing_spoils_no_joint_gradient():
+    stage = make_stage(tail=3, joint=True)
+    x, targets = microbatch(0)
+    stage.forward(x)
+    stage.local_backward(targets, 1.0)
+    stage.link_backward(torch.full((8, 5), torch.inf), factor=0.0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in stage.blocks.parameters())
+
+
 def test_the_error_sent_upstream_is_that_of_the_local_loss_alone():
     stage, alone = make_stage(tail=3), make_stage(tail=3)
     reference = copy.deepcopy(nn.Sequential(*stage.blocks, stage.head))

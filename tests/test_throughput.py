@@ -10,9 +10,11 @@ from conftest import REPOSITORY
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
 from benchmarks.throughput.methods import make_configs
-from benchmarks.throughput.settings import METHODS, Cuts, case_tree, load_settings
+from benchmarks.throughput.settings import JOINT, METHODS, Cuts, case_tree, find_cuts, load_settings
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
+from blpipe.forecast.costs import profile
+from blpipe.forecast.stages import balanced_starts
 from blpipe.plan import make_network, make_plan
 from blpipe.transport.messages import message_bytes
 
@@ -155,3 +157,16 @@ def test_the_shipped_cases_are_sound():
         for name in settings.cases:
             config = parse_config(case_tree(settings, name, "cpu"))
             assert len(make_network(config, open_data(config.data, 0).spec).block_names) >= 2 * stages
+
+
+def test_every_method_has_the_cuts_that_suit_it():
+    settings = load_settings(FULL, {"stages": 3})
+    base = {**settings.base, "train": {"batch_size": 48}}
+    tree = case_tree(settings.model_copy(update={"base": base}), "ResNet-20, width 2", "cpu")
+    config = parse_config({**tree, "partition": {**tree["partition"], "costs": "analytic"}})
+    cuts = find_cuts(config, 8, torch.device("cpu"))
+    for kind, method in (("stages", {}), ("joint", JOINT)):
+        network = make_network(parse_config({**tree, "method": method}), open_data(config.data, config.seed).spec)
+        starts = balanced_starts(profile(network, torch.device("cpu")), "backlink", config.partition)[1:]
+        assert getattr(cuts, kind) == [network.block_names[start] for start in starts]
+    assert cuts.joint != cuts.stages

@@ -19,7 +19,7 @@ from benchmarks.scaling.report import as_markdown
 from benchmarks.throughput.measure import measure_case
 from benchmarks.throughput.methods import LAST_LOSS
 from benchmarks.throughput.report import samples_per_second
-from benchmarks.throughput.settings import METHODS, ThroughputConfig, case_tree, load_settings
+from benchmarks.throughput.settings import JOINT, METHODS, ThroughputConfig, case_tree, load_settings
 from blpipe.cli import whole_numbers
 from blpipe.config import Config
 from blpipe.config_file import parse_config
@@ -102,12 +102,13 @@ def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts
     with one_thread():
         whole = make_report(_config(settings, name, device), counts)
         parts = make_report(_config(settings, name, device, settings.microbatches), counts)
+        joint = make_report(_config(settings, name, device, method=JOINT), counts)
         last = make_report(_config(settings, name, device, settings.microbatches, method=LAST_LOSS), counts)
     names = {"backlink d=0": "BackLink d=0", f"backlink d=1/{settings.microbatches}": "BackLink d=1/M",
              "GPipe": "GPipe", "1F1B": "1F1B", "zero-bubble": "zero-bubble"}
     found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second}}
-    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (parts, names),
-                          (last, {last.methods[0].method: "last loss d=1/M"})):
+    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (joint, {"backlink d=1": "joint d=1"}),
+                          (parts, names), (last, {last.methods[0].method: "last loss d=1/M"})):
         for row in report.sweep:
             if row.method in known:
                 found.setdefault(str(row.stages), {})[known[row.method]] = row.samples_per_second

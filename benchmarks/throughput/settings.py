@@ -1,6 +1,7 @@
 """What is to be measured: the config, and for each case the model, its batches and its cuts."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -131,12 +132,13 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
     backprop = config.model_copy(update={"method": MethodConfig(name="bp"), "train": train})
     virtual = backprop.model_copy(update={"partition": PartitionConfig(stages=2 * stages, strategy="balanced")})
     whole, parts = _costs(config, device), _costs(backprop, device)
+    joined = replace(whole, network=replace(whole.network, config=joint))
     names = whole.network.block_names
     if 2 * stages > len(names):
         raise ConfigError(f"stages: {stages}: schedules with two stages a process need {2 * stages} blocks, and "
                           f"{config.name} has {len(names)}; use fewer stages")
     found = [settle(each, costs.network, costs).partition.cuts
-             for each, costs in ((config, whole), (joint, whole), (backprop, parts), (virtual, parts))]
+             for each, costs in ((config, whole), (joint, joined), (backprop, parts), (virtual, parts))]
     return Cuts(*(list(cuts or ()) for cuts in found))
 
 

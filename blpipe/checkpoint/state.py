@@ -68,7 +68,8 @@ def _notes_on_other_stages(before: list[list[str]], plan: Plan) -> list[str]:
     kept, new = [name for name in now if name in ends], [name for name in now if name not in ends]
     heads = [f"those after {', '.join(names)} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
     return [f"the checkpoint is of {len(before)} stages, and this run has {len(plan.stages)}; "
-            f"heads: {'; '.join(heads) or 'none'}", "random streams begin anew, and errors under way are left out"]
+            f"heads: {'; '.join(heads) or 'none'}",
+            "random streams begin anew, and errors under way and gradients due later are left out"]
 
 
 def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage], strict: bool = True) -> None:

@@ -71,6 +71,7 @@ class PipelineEngine:
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
         self._train_tally = self._val_tally = self.stage.tally
         self._train_seconds = self._wait_seconds = 0.0  # in the epoch, without the part under way
+        self._untold_seconds = 0.0  # of these, neither busy nor waiting: the epoch's part in other stages
         self._started = self._waited_before = 0.0  # of that part
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
         self._feed = TrainFeed(data, plan, world.device) if data is not None else None
@@ -112,7 +113,7 @@ class PipelineEngine:
 
     def so_far(self) -> dict[int, SoFar]:
         """See `Engine`."""
-        busy = self._train_seconds - self._wait_seconds
+        busy = self._train_seconds - self._wait_seconds - self._untold_seconds
         return {self.index: SoFar(self._train_tally, busy, self._wait_seconds, self._train_seconds)}
 
     def go_on_from(self, sums: dict[int, SoFar]) -> None:
@@ -122,6 +123,7 @@ class PipelineEngine:
         self._train_tally = mine.tally
         self._val_tally = Tally()
         self._train_seconds, self._wait_seconds = mine.train_seconds, mine.wait_seconds
+        self._untold_seconds = mine.train_seconds - mine.busy_seconds - mine.wait_seconds
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
@@ -148,7 +150,7 @@ class PipelineEngine:
 
     def _seconds(self, total: float, waited: float) -> tuple[float | None, float | None]:
         """Busy and waiting; torch's schedules do not tell one from the other."""
-        return (total - waited, waited) if self._backprop is None else (None, None)
+        return (total - waited - self._untold_seconds, waited) if self._backprop is None else (None, None)
 
     def spans(self) -> list[Span] | None:
         """The traced operations of all stages, on rank 0."""

@@ -113,7 +113,8 @@ def seconds_table(costs: Profile, kind: str) -> Table:
     count = len(costs.blocks)
     start, end = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
     config = costs.network.config
-    seconds = stage_cost(costs, start, end, config.method).batch_seconds(kind, config.train.microbatches)
+    method = config.method.model_copy(update={"name": kind})
+    seconds = stage_cost(costs, start, end, method).batch_seconds(kind, config.train.microbatches)
     floating = [True] + [spec.dtype.is_floating_point for spec in next(iter(costs.network.outputs.values()))]
     allowed = (start < end) & np.array(floating)[None, :]
     for i, j in _tied(costs.network):
