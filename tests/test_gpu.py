@@ -50,6 +50,8 @@ def test_the_pipeline_learns_as_the_local_engine_in_bf16_and_channels_last(tmp_p
 
 FAR = small_config("far", partition__stages=3, method__local_weight=0.5, train__microbatches=4, model=NO_DROPOUT,
                    method__link={"length": "all", "reach": 2, "delay_unit": "microbatch"}, runtime__device="cuda")
+JOINT = small_config("joint", partition__stages=3, method__link={"length": "all", "joint": True}, model=NO_DROPOUT,
+                     runtime__device="cuda")
 IN_BF16 = small_config("wire", partition__stages=3, method__link={"delay": 2, "wire": "bf16", "keep": "recompute"},
                        train__wire="bf16", model=NO_DROPOUT, runtime__device="cuda")
 
@@ -60,7 +62,7 @@ def test_the_pipeline_equals_the_local_engine_bit_for_bit(environment, tmp_path,
     if not environment and torch.cuda.device_count() >= 3:
         pytest.skip("three GPUs or more: stages do not share one")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    trees = [ON_GPU, FAR, IN_BF16]
+    trees = [ON_GPU, FAR, JOINT, IN_BF16]
     runs = train_in_processes(trees, 3, tmp_path, DETERMINISTIC="1", **environment)
     torch.use_deterministic_algorithms(True)
     try:
@@ -70,7 +72,7 @@ def test_the_pipeline_equals_the_local_engine_bit_for_bit(environment, tmp_path,
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", ["three_late", "far", "bp"])
+@pytest.mark.parametrize("name", ["three_late", "far", "joint", "bp"])
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path, monkeypatch):
     """With deterministic algorithms; dropout's random stream is the GPU's."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -112,11 +114,12 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
     {"method__link": {"delay": 1, "length": 2}, "train__microbatches": 2},
     {"method__link": {"delay": 0, "length": "all", "keep": "recompute", "normalize": True},
      "train__channels_last": True},
+    {"method__link": {"length": "all", "joint": True}},
     {"method__name": "bp"},
     {"method__loss": "supcon"},
     {"method__loss": "pred_sim"},
     {"optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
-], ids=["late", "recompute", "bp", "supcon", "pred_sim", "adamw"])
+], ids=["late", "recompute", "joint", "bp", "supcon", "pred_sim", "adamw"])
 def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
     engine = opened(on_gpu(train__precision=precision, **changes))
     train_epoch(engine, 0)  # libraries start
