@@ -22,6 +22,7 @@ METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "joint d=1", "joint
            "last loss d=1/M", "greedy", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP",
            "one process")
 JOINT = {"name": "backlink", "link": {"length": "all", "joint": True}}
+DRAINING = 2  # steps after a window, in which pipelines drain: they do so once an epoch, which has hundreds of steps
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
 
@@ -47,7 +48,7 @@ class ThroughputConfig(Section):
 
     base: an ordinary config without name, model, method and cuts; `samples` of its data follows from
     the steps. microbatches: of BackLink d=0 and of torch's schedules. A window is `warmup` steps that are not
-    timed, then `steps` that are.
+    timed, then `steps` that are, then two in which the pipelines drain.
     """
 
     base: dict[str, Any]
@@ -115,7 +116,7 @@ def case_tree(settings: ThroughputConfig, name: str, device: str) -> dict[str, A
     if batch % parts:
         raise ConfigError(f"cases.{name}: a batch of {batch} does not divide among {settings.microbatches} "
                           f"microbatches and {settings.stages} processes; use a multiple of {parts}")
-    samples = (settings.warmup + settings.steps) * batch
+    samples = (settings.warmup + settings.steps + DRAINING) * batch
     tree["data"] = {**data, "args": {**data.get("args", {}), "samples": samples}}
     return tree
 
