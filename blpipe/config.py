@@ -217,6 +217,11 @@ class MethodConfig(ByName):
     local_weight: Annotated[float, Field(ge=0.0)] = 1.0
     link: LinkConfig = LinkConfig()
 
+    @property
+    def linked(self) -> bool:
+        """Whether any error goes back."""
+        return self.name == "backlink" and not self.link.off
+
     def stage_head(self, stage: int) -> HeadConfig:
         """The head of the stage with this index, from 0."""
         return self.head[stage] if isinstance(self.head, tuple) else self.head
@@ -349,8 +354,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _every_block_learns(self) -> "Config":
         method = self.method
-        if method.name != "bp" and method.local_weight == 0.0 and self.partition.stage_count > 1 and \
-                (method.name == "greedy" or method.link.off):
+        if method.name != "bp" and method.local_weight == 0.0 and self.partition.stage_count > 1 and not method.linked:
             raise ValueError("method.local_weight: 0, and no link: only the last stage would learn; set "
                              "method.local_weight=1, or a link of weight, length and reach above 0")
         return self

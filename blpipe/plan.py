@@ -265,7 +265,7 @@ def evaluation_sizes(samples: int, config: Config) -> list[int]:
 def hops(method: MethodConfig, stages: int) -> list[tuple[int, ...]]:
     """The errors that come back to each stage for a microbatch, in order; hop j is that of the loss j stages on."""
     link, found = method.link, [set[int]()]
-    if method.name != "backlink" or link.off:
+    if not method.linked:
         return [()] * stages
     for k in range(stages - 1):
         after = stages - 1 - k
@@ -304,7 +304,7 @@ def notices(plan: Plan) -> list[str]:
         lines.append(f"partition: balanced by {plan.config.partition.costs} costs; "
                      f"cuts: [{', '.join(plan.config.partition.cuts or ())}]")
     link = plan.config.method.link
-    if plan.config.method.name != "backlink" or link.length == "all" or link.off:
+    if not plan.config.method.linked or link.length == "all":
         return lines
     short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if len(stage) < link.length]
     if short:

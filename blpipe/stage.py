@@ -186,9 +186,8 @@ class Stage:
         out = self._recompute(run, x) if again else run.out
         assert out is not None
         error = error.to(out.dtype)
-        if run.local_error is not None:
-            local, run.local_error = self.links.local_weight * run.local_error, None
-            error, weight = local + weight * error if weight else local, 1.0
+        if self.links.joint:
+            error, weight = self._joined(run, error, weight), 1.0
         gradients, error_before = _gradients(out, parameters, x if passes else None, error,
                                              keep=not again and bool(later))
         if run.local_norm is not None and trains:
@@ -314,6 +313,13 @@ class Stage:
         if alpha:
             self._add(self._tail_live.values(), _weighted(gradients, alpha))
         return error
+
+    def _joined(self, run: TailRun, error: Tensor, weight: float | Tensor) -> Tensor:
+        """α · ∂L_k/∂x_k + λ · e_k, which one backward takes through the blocks."""
+        local, linked = *_weighted([run.local_error], self.links.local_weight), *_weighted([error], weight)
+        run.local_error = None  # not held during that backward
+        assert local is not None and linked is not None
+        return local + linked if weight else local  # an error that weighs nothing may be infinite
 
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""

@@ -352,7 +352,7 @@ def test_of_the_farthest_losses_no_other_errors_are_sent(reach, weight, hops_in)
 ])
 def test_where_nothing_comes_back_nothing_is_joined(method, joint):
     link = {"joint": True, "length": "all", **method.get("link", {})}
-    made = plan(SIX, method={"local_weight": 1.0, **method, "link": link}, partition={"stages": 3})
+    made = plan(SIX, method={**method, "link": link}, partition={"stages": 3})
     assert [links.joint for links in made.links] == joint
 
 

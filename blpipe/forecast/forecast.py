@@ -84,7 +84,7 @@ def methods(config: Config) -> list[Method]:
     delay = method.link.delay_in_microbatches(micro)
     own = _schedule("1F1B", micro) if method.name == "bp" else _local(method, delay, micro)
     backlink = method.model_copy(update={"name": "backlink"})
-    others = [*(_local(backlink, delay, micro) for delay in sorted({0, 1, micro}) if not method.link.off),
+    others = [*(_local(backlink, delay, micro) for delay in sorted({0, 1, micro}) if backlink.linked),
               *(_schedule(schedule, micro) for schedule in SCHEDULES)]
     return [own, *(other for other in others if other.name != own.name)]
 
@@ -105,9 +105,8 @@ def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
         return {Kind.FORWARD: cost.forward, Kind.LOCAL_BACKWARD: cost.local_backward,
                 Kind.LINK_BACKWARD: cost.link_backward / max(1, cost.hops), Kind.STEP: cost.step}
 
-    linked = method.name == "backlink" and not method.link.off
     reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
-    name = f"{method.name} d={Fraction(delay, microbatches)}{reach}" if linked else method.name
+    name = f"{method.name} d={Fraction(delay, microbatches)}{reach}" if method.linked else method.name
     return Method(name, method.name, program, seconds, links, delay)
 
 

@@ -72,7 +72,7 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
 
 def _local_seconds(backward: Any, for_input: Any, first: Any, method: MethodConfig, links: Links | None) -> Any:
     """Of the local loss through the blocks of a stage before the last, which may only pass the error on, or neither."""
-    joint = links.joint if links else method.link.joint and method.name == "backlink" and not method.link.off
+    joint = links.joint if links else method.link.joint and method.linked
     if method.local_weight and not joint:
         return backward
     passed_on = 1 in links.hops_out if links else ~first & (not one_for_all(method.link))
