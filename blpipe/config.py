@@ -305,12 +305,16 @@ class CheckpointConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where and how the run executes. On a CPU nothing but `threads` changes its results."""
+    """Where and how the run executes. On a CPU nothing but `threads` changes its results.
+
+    cuda_graphs: on a GPU, whether a stage launches what it computes on a microbatch as CUDA graphs; `bp` has none.
+    """
 
     engine: Literal["auto", "local", "pipeline"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[Processes, Field(ge=1)] | None = None
     runs: PathText = "runs"
+    cuda_graphs: bool = False
     progress: bool = True
     trace: bool = False
     tensorboard: bool = False

@@ -48,6 +48,14 @@ class NonFiniteError(RuntimeError):
                          "train.on_nonfinite to skip or ignore")
 
 
+class RecordingError(RuntimeError):
+    """What a stage computes could not be recorded as CUDA graphs. Exit code 1."""
+
+    def __init__(self, cause: BaseException):
+        super().__init__(f"it cannot be recorded as a CUDA graph, as what waits for the GPU cannot; set "
+                         f"runtime.cuda_graphs=false ({type(cause).__name__}: {one_line(cause)})")
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written. Exit code 1."""
 

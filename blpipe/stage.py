@@ -19,11 +19,11 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from torch.func import functional_call
 from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
 from blpipe.device import Precision, narrowed, widened
+from blpipe.gradients import copies_of, first_names, gradients_of, norm_of, ratio, weighted
+from blpipe.graphs import Recorder, Runner
 from blpipe.losses import Tally
 from blpipe.plan import Links
 from blpipe.seeds import RandomStream
@@ -42,11 +44,12 @@ from blpipe.seeds import RandomStream
 class TailRun:
     """A forward of the tail, kept until its last link backward."""
 
+    runner: Runner                 # runs what is computed on this microbatch
     parameters: dict[str, Tensor]  # the live ones, or the snapshot that it ran with
     h: Tensor                      # its input, a leaf: the body's graph ends before it
     out: Tensor | None             # its output with its graph; None once that is given up for recomputing
-    random_state: list[Tensor]     # for recomputing: where the random stream stood
     buffers: dict[str, Tensor]     # for recomputing: the tail's buffers as they were
+    random_state: list[Tensor] | None = None  # for recomputing: where the random stream stood
     local_norm: Tensor | None = None  # for normalising: the norm of its local gradient
     local_error: Tensor | None = None  # for a joint backward: ∂L_k/∂x_k
 
@@ -63,6 +66,7 @@ class InFlight:
     h: Tensor    # output of the body
     out: Tensor  # x_k, the output of the tail; the same as h without a tail
     tail_run: TailRun | None
+    runner: Runner
 
 
 class Stage:
@@ -87,12 +91,13 @@ class Stage:
         compile: whether torch.compile compiles blocks and head, for training.
         skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
             waits for the device in every step.
+        recorder: of what is computed on each microbatch.
     """
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
                  link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
                  precision: Precision | None = None, wire: WirePrecision = "full", compile: bool = False,
-                 skip_nonfinite: bool = False):
+                 skip_nonfinite: bool = False, recorder: Recorder | None = None):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
@@ -100,11 +105,14 @@ class Stage:
         compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
         self._run_blocks, self._run_body = compiled(blocks), compiled(self.body)
         self._run_head: Any = compiled(head) if head is not None else None
-        self._first_names = _first_names(self.tail)
+        self._first_names = first_names(self.tail)
         self._run_tail_live = compiled(self.tail)
         self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,), tie_weights=False))
         self.optimizer, self.stream = optimizer, stream
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        self._recorder = recorder or Recorder()
+        judges = [loss, *([] if head is None else [head])]
+        self._head_live = [*dict.fromkeys(p for part in judges for p in part.parameters() if p.requires_grad)]
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
         self._tail_live: dict[str, Tensor] = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
         self._sums: set[Tensor] = set()  # parameters whose gradient is a sum, and held by nothing else
@@ -120,15 +128,15 @@ class Stage:
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch; returns x_k, detached, as it goes to the next stage."""
         assert self._flight is None, "a forward before the local backward of the last one"
-        x = widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
+        runner, run = self._recorder.begin(x), None
         with self.stream:
-            h = out = self.precision.run(self._run_body, x)
-            run = None
+            x, h = runner.run("body", self._run_body_from, x)
+            out = h
             if self.links.hops_in:
-                run = self._run_tail(h)
-                assert run.out is not None
-                out = run.out
-        self._flight = InFlight(x, h, out, run)
+                random_state = self.stream.read() if self.link.keep == "recompute" else None
+                run, out = runner.run("tail", partial(self._run_tail, h, runner), kept=True)
+                run.random_state = random_state
+        self._flight = InFlight(x, h, out, run, runner)
         return narrowed(out.detach(), self.wire)
 
     def forward_with_graph(self, x: Tensor) -> Tensor:
@@ -151,14 +159,17 @@ class Stage:
         flight, self._flight = self._flight, None
         trained, sends = self._body_live if self.links.local_weight else [], 1 in self.links.hops_out
         wanted = sends or self.links.local_weight != 0.0 or self.link.normalize
-        error = self._head_backward(flight.out, targets, share, wanted)
+        error = self._head_backward(flight, targets, share, wanted)
         if flight.tail_run is not None:
             error = self._local_backward_of_tail(flight.tail_run, error, bool(trained) or sends)
             self._awaiting[self.links.hops_in[0]].append(flight.tail_run)
         if error is not None:
-            gradients, error = _gradients(flight.h, trained, flight.x if sends else None, error)
-            self._add(trained, _weighted(gradients, self.links.local_weight))
-        return self._sent(error, flight.x) if sends else None
+            backward = partial(gradients_of, flight.h, trained, flight.x if sends else None, error)
+            gradients, error = flight.runner.run("local backward of the body", backward)
+            self._add(trained, weighted(gradients, self.links.local_weight))
+        if flight.tail_run is None:
+            self._recorder.end(flight.runner)
+        return self._sent(error, flight.x, flight.runner) if sends else None
 
     def link_backward(self, error: Tensor, hop: int = 1, factor: float = 1.0,
                       held_as: tuple[int, int] | None = None) -> Tensor | None:
@@ -175,30 +186,30 @@ class Stage:
         later = [other for other in self.links.hops_in if other > hop]
         if later:
             self._awaiting[later[0]].append(run)
+        else:
+            self._recorder.end(run.runner)
         weight: float | Tensor = self.links.weight * factor
-        trains = (weight != 0.0 or self.links.joint) and (self.link.take == "every" or not later)
+        takes = (self.links.weight != 0.0 or self.links.joint) and (self.link.take == "every" or not later)
+        trains = takes and (weight != 0.0 or self.links.joint)
         passes = hop + 1 in self.links.hops_out
-        parameters = list(run.parameters.values()) if trains else []
-        if not parameters and not passes:
+        if not trains and not passes:
             return None
-        again = run.out is None
-        x = run.h.detach().requires_grad_(passes) if again else run.h
-        out = self._recompute(run, x) if again else run.out
-        assert out is not None
-        error = error.to(out.dtype)
         if self.links.joint:
             error, weight = self._joined(run, error, weight), 1.0
-        gradients, error_before = _gradients(out, parameters, x if passes else None, error,
-                                             keep=not again and bool(later))
+        again = run.out is None
+        parameters = list(run.parameters.values()) if takes else []
+        with self.stream.rewound_to(run.random_state) if again and run.random_state else nullcontext():
+            backward = partial(self._backward_of_tail, run, parameters, passes, not again and bool(later))
+            gradients, error_before = run.runner.run(f"link backward {hop}", backward, error)
         if run.local_norm is not None and trains:
-            weight = weight * _ratio(run.local_norm, _norm(gradients))
-        weighted = _weighted(gradients, weight)
+            weight = weight * ratio(run.local_norm, norm_of(gradients))
+        summands = weighted(gradients if trains else (), weight)
         if held_as is not None:
-            named = zip(self._tail_live, weighted, strict=False)  # none where the link trains nothing
+            named = zip(self._tail_live, summands, strict=False)  # none where the link trains nothing
             self.held[*held_as, hop] = {name: gradient for name, gradient in named if gradient is not None}
         else:
-            self._add(self._tail_live.values() if trains else (), weighted)
-        return self._sent(error_before, x) if passes else None
+            self._add(self._tail_live.values() if trains else (), summands)
+        return self._sent(error_before, run.h, run.runner) if passes else None
 
     def add_held(self, held_as: tuple[int, int], hop: int) -> None:
         """Add the gradients of a link that were held, now that their step has come."""
@@ -214,6 +225,7 @@ class Stage:
         for parameter in self._trained():
             parameter.grad = None
         self._sums.clear()
+        self._recorder.step()
         self._snapshot = None
         self._remember()
 
@@ -264,32 +276,21 @@ class Stage:
         self.tally = tally or Tally()
         self._remember()
 
-    def _head_backward(self, out: Tensor, targets: Tensor, share: float, wanted: bool) -> Tensor | None:
-        """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""
-        assert self.head is not None
-        cut = out.detach().requires_grad_(wanted and out.requires_grad)
-        with self.stream:
-            logits = self.precision.run(self._run_head, cut)
-            loss = self.loss(logits, targets, cut)
-        self.tally.add(loss, logits, targets)
-        if loss.requires_grad:
-            (loss * share).backward()
-        if not wanted:
-            return None
-        return cut.grad if cut.grad is not None else torch.zeros_like(cut)  # a head may ignore its input
+    def _run_body_from(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The stage's input as a leaf, and the output of the body."""
+        x = widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
+        return x, self.precision.run(self._run_body, x)
 
-    def _run_tail(self, h: Tensor) -> TailRun:
-        if self.link.delay == 0:
-            parameters = self._tail_live  # the link's backward comes before the step that changes them
-        else:
-            parameters = self._snapshot = self._snapshot or {
-                name: own.requires_grad_() for name, own in _copies(self._tail_live).items()}
+    def _run_tail(self, h: Tensor, runner: Runner) -> tuple[TailRun, Tensor]:
+        parameters = self._tail_live  # the link's backward comes before the step that changes them
+        if self.link.delay > 0:
+            parameters = (None if runner.repeats else self._snapshot) or {
+                name: own.requires_grad_() for name, own in copies_of(self._tail_live).items()}
+            self._snapshot = self._snapshot if runner.repeats else parameters
         cut = h.detach().requires_grad_(h.requires_grad)
-        random_state, buffers = [], {}
-        if self.link.keep == "recompute":
-            random_state = self.stream.read()
-            buffers = _copies(dict(self.tail.named_buffers()))
-        return TailRun(parameters, cut, self._tail_with(parameters, cut), random_state, buffers)
+        buffers = copies_of(dict(self.tail.named_buffers())) if self.link.keep == "recompute" else {}
+        out = self._tail_with(parameters, cut)
+        return TailRun(runner, parameters, cut, out, buffers), out
 
     def _tail_with(self, tensors: dict[str, Tensor], h: Tensor) -> Tensor:
         """The tail's output, with `tensors` in place of its own."""
@@ -298,34 +299,63 @@ class Stage:
         every_name = {name: tensors[first] for name, first in self._first_names.items() if first in tensors}
         return self.precision.run(partial(self._run_tail_with, every_name), h)
 
+    def _head_backward(self, flight: InFlight, targets: Tensor, share: float, wanted: bool) -> Tensor | None:
+        """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""
+        backward = partial(self._head_gradients, flight.out, wanted)
+        with self.stream:
+            loss, logits, gradients, error = flight.runner.run("head", backward, targets, share)
+        self.tally.add(loss, logits, targets)
+        self._add(self._head_live, gradients)
+        return error
+
+    def _head_gradients(self, out: Tensor, wanted: bool, targets: Tensor,
+                        share: Tensor | float) -> tuple[Tensor, Tensor, Sequence[Tensor | None], Tensor | None]:
+        """The local loss, the logits, the gradients of head and loss, and ∂L_k/∂x_k if wanted."""
+        cut = out.detach().requires_grad_(wanted and out.requires_grad)
+        logits = self.precision.run(self._run_head, cut)
+        loss = self.loss(logits, targets, cut)
+        gradients, error = gradients_of(loss * share, self._head_live, cut, None)
+        if wanted and error is None:  # a head may ignore its input
+            error = torch.zeros_like(cut)
+        return loss.detach(), logits.detach(), gradients, error
+
     def _local_backward_of_tail(self, run: TailRun, error: Tensor | None, goes_on: bool) -> Tensor | None:
         """Returns ∂L_k/∂h, or None if nothing before the tail wants it."""
-        assert run.out is not None
         alpha, keep = self.links.local_weight, self.link.keep == "graph"
         if self.links.joint:
             run.local_error, alpha = error, 0.0
         parameters = list(run.parameters.values()) if alpha or self.link.normalize else []
-        gradients, error = _gradients(run.out, parameters, run.h if goes_on else None, error, keep)
+        backward = partial(self._backward_of_tail, run, parameters, goes_on, keep, error)
+        gradients, error = run.runner.run("local backward of the tail", backward)
         if not keep:
             run.out = None
         if self.link.normalize:
-            run.local_norm = _norm(gradients)
+            run.local_norm = norm_of(gradients)
         if alpha:
-            self._add(self._tail_live.values(), _weighted(gradients, alpha))
+            self._add(self._tail_live.values(), weighted(gradients, alpha))
         return error
 
     def _joined(self, run: TailRun, error: Tensor, weight: float | Tensor) -> Tensor:
         """α · ∂L_k/∂x_k + λ · e_k, which one backward takes through the blocks."""
-        local, linked = *_weighted([run.local_error], self.links.local_weight), *_weighted([error], weight)
+        assert run.local_error is not None
+        error = error.to(run.local_error.dtype)
+        local, linked = *weighted([run.local_error], self.links.local_weight), *weighted([error], weight)
         run.local_error = None  # not held during that backward
         assert local is not None and linked is not None
         return local + linked if weight else local  # an error that weighs nothing may be infinite
 
+    def _backward_of_tail(self, run: TailRun, parameters: Sequence[Tensor], goes_on: bool, keep: bool,
+                          error: Tensor | None) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """The gradients of these parameters, and of the tail's input if it goes on from there."""
+        x = run.h if run.out is not None else run.h.detach().requires_grad_(goes_on)
+        out = run.out if run.out is not None else self._recompute(run, x)
+        error = error.to(out.dtype) if error is not None else None
+        return gradients_of(out, parameters, x if goes_on else None, error, keep)
+
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
-        buffers = _copies(run.buffers)  # a forward may write to them
-        with self.stream.rewound_to(run.random_state):
-            return self._tail_with({**run.parameters, **buffers}, h)
+        buffers = copies_of(run.buffers)  # a forward may write to them
+        return self._tail_with({**run.parameters, **buffers}, h)
 
     def _add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
         """Add to each parameter's gradient."""
@@ -348,55 +378,7 @@ class Stage:
             given.add(id(total))
             parameter.grad = total
 
-    def _sent(self, error: Tensor | None, x: Tensor) -> Tensor:
-        """An error as it goes to the stage before."""
+    def _sent(self, error: Tensor | None, x: Tensor, runner: Runner) -> Tensor:
+        """An error as it goes to the stage before, where it may wait longer than a runner keeps it."""
         error = torch.zeros_like(x) if error is None else error
-        return narrowed(error, self.link.wire)
-
-
-def _first_names(module: nn.Module) -> dict[str, str]:
-    """Of every parameter and buffer of every layer, the name, and the first name of the same tensor.
-
-    Layers may share a tensor. A layer that is there more than once has one name: to put another tensor in its place,
-    and later its own back, works once.
-    """
-    first: dict[Tensor, str] = {}
-    named = (each for prefix, layer in module.named_modules()
-             for each in chain(layer.named_parameters(prefix, recurse=False, remove_duplicate=False),
-                               layer.named_buffers(prefix, recurse=False, remove_duplicate=False)))
-    return {name: first.setdefault(tensor, name) for name, tensor in named}
-
-
-@torch.no_grad()
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies by name, with the layouts of the originals; on a GPU in one kernel, where they have one type."""
-    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    if copies:
-        torch._foreach_copy_([*copies.values()], [*tensors.values()])
-    return copies
-
-
-def _gradients(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,
-               keep: bool = False) -> tuple[Sequence[Tensor | None], Tensor | None]:
-    """The gradients of `parameters` and of `x`, the latter None if it wants none; `keep` keeps the graph."""
-    inputs = [*parameters, *([x] if x is not None and x.requires_grad else [])]
-    if not inputs or not out.requires_grad:
-        return [None] * len(parameters), None
-    found = torch.autograd.grad(out, inputs, error, retain_graph=keep, allow_unused=True)
-    return found[:len(parameters)], found[-1] if len(found) > len(parameters) else None
-
-
-def _weighted(gradients: Iterable[Tensor | None], weight: float | Tensor) -> Iterator[Tensor | None]:
-    """weight · gradient of each, made when it is asked for."""
-    as_they_are = isinstance(weight, float) and weight == 1.0
-    return (gradient if gradient is None or as_they_are else weight * gradient for gradient in gradients)
-
-
-def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    """The norm of all of them together."""
-    return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-
-
-def _ratio(norm: Tensor, other: Tensor) -> Tensor:
-    """norm / other, 0 where there is nothing to scale."""
-    return torch.where(other > 0, norm / other, torch.zeros_like(other))
+        return narrowed(error.clone() if runner.repeats else error, self.link.wire)

@@ -48,6 +48,23 @@ def failing_net(at: int = 3, in_channels: int = 2) -> dict[str, nn.Module]:
     return blocks
 
 
+class Waits(nn.Module):
+    """Passes its input on, and looks at a value of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Identity."""
+        if x.device != torch.device("meta"):
+            x.flatten()[0].item()
+        return x
+
+
+def waiting_net(in_channels: int = 2) -> nn.Sequential:
+    """`conv_net` whose third block waits for the device."""
+    net = conv_net(in_channels)
+    net[2] = nn.Sequential(net[2], Waits())
+    return net
+
+
 class Averages(nn.Module):
     """Subtracts a running mean, a buffer that every forward in training replaces."""
 

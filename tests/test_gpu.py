@@ -7,11 +7,14 @@ import pytest
 import torch
 from conftest import assert_same_run, metrics_of, small_config, train_in_processes, train_locally
 from test_checkpoints import METHODS, go_on, rewound, saved_config
+from test_graphs import RECORDED, Noted
 
+from blpipe import graphs
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines import local
 from blpipe.engines.common import LossWatch, train_epoch
+from blpipe.errors import StageError
 from blpipe.plan import make_plan
 from blpipe.trainer import open_local, set_up
 
@@ -63,6 +66,8 @@ def test_the_pipeline_equals_the_local_engine_bit_for_bit(environment, tmp_path,
         pytest.skip("three GPUs or more: stages do not share one")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     trees = [ON_GPU, FAR, JOINT, IN_BF16]
+    trees += [{**tree, "name": f"graphs_{tree['name']}", "runtime": {**tree["runtime"], "cuda_graphs": True}}
+              for tree in trees]
     runs = train_in_processes(trees, 3, tmp_path, DETERMINISTIC="1", **environment)
     torch.use_deterministic_algorithms(True)
     try:
@@ -82,6 +87,28 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path, monkeypatch
         assert_same_run(whole, go_on(rewound(whole, 5, tmp_path / "resumed")))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_cuda_graphs_change_nothing(name, tmp_path, monkeypatch):
+    """With deterministic algorithms. The last batch of an epoch is smaller, and runs without."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(graphs, "Recording", Noted)
+    torch.use_deterministic_algorithms(True)
+    try:
+        plain, recorded = (train_locally(saved_config(name, runtime={"device": "cuda", "cuda_graphs": on},
+                                                      **RECORDED[name]), tmp_path / str(on)) for on in (False, True))
+        assert Noted.made
+        assert_same_run(plain, recorded)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        Noted.made.clear()
+
+
+def test_what_waits_for_the_gpu_is_not_recorded(tmp_path):
+    tree = on_gpu(runtime__cuda_graphs=True, model={"target": "models_under_test:waiting_net"})
+    with pytest.raises(StageError, match=r"^stage 2 .* failed at step 2: .*set runtime\.cuda_graphs=false"):
+        train_locally(tree, tmp_path)
 
 
 @pytest.mark.parametrize("normalize", [None, {"mean": [0.1, 0.2], "std": [0.7, 0.8]}])
@@ -116,10 +143,11 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
      "train__channels_last": True},
     {"method__link": {"length": "all", "joint": True}},
     {"method__name": "bp"},
+    {"method__link": {"delay": 1, "length": 2}, "train__microbatches": 2, "runtime__cuda_graphs": True},
     {"method__loss": "supcon"},
     {"method__loss": "pred_sim"},
     {"optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
-], ids=["late", "recompute", "joint", "bp", "supcon", "pred_sim", "adamw"])
+], ids=["late", "recompute", "joint", "bp", "graphs", "supcon", "pred_sim", "adamw"])
 def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
     engine = opened(on_gpu(train__precision=precision, **changes))
     train_epoch(engine, 0)  # libraries start

@@ -49,6 +49,7 @@ class Row:
     config: Config
     device: torch.device
     engine: Engine
+    held_bytes: int  # between its turns: weights, and what else it keeps
     seconds: list[float] = field(default_factory=list)  # of a step
     peak_bytes: int = 0
 
@@ -56,6 +57,7 @@ class Row:
         """Train an epoch; the first one is thrown away."""
         set_up(self.config)
         cuda = self.device.type == "cuda"
+        before = _allocated(self.device)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         train_epoch(self.engine, epoch)
@@ -64,8 +66,10 @@ class Row:
         if epoch:
             samples, batch = self.config.data.args["samples"], self.config.train.batch_size
             self.seconds.append(reports[0].train_seconds * batch / samples)
-            # Less what the other rows hold at the same time is not known on a CPU.
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() if cuda else 0)
+            # Less what the other rows hold at the same time, which is not known on a CPU.
+            others = before - self.held_bytes
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - others if cuda else 0)
+        self.held_bytes += _allocated(self.device) - before
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,8 +136,15 @@ def _open(settings: AblationConfig, name: str) -> Row:
     config = parse_config(tree)
     device, _ = choose_device(config.runtime.device)
     set_up(config)
+    before = _allocated(device)
     data = open_data(config.data, config.seed)
-    return Row(config, device, open_local(make_plan(config, data.spec), data))
+    engine = open_local(make_plan(config, data.spec), data)
+    return Row(config, device, engine, _allocated(device) - before)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of a GPU that torch has given out; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 if __name__ == "__main__":

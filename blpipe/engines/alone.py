@@ -13,6 +13,7 @@ from blpipe.config import Config
 from blpipe.data import Data
 from blpipe.device import transfer
 from blpipe.engines.common import role, train_microbatches
+from blpipe.graphs import WARM_UP
 from blpipe.plan import Plan, Step
 from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
 from blpipe.stage import Stage
@@ -45,7 +46,8 @@ def _maps_last(plan: Plan, stage: int) -> bool:
 def rehearsed_steps(config: Config, farthest: int = 1) -> int:
     """How many steps it takes to have every link under way, the farthest hop being given."""
     micro = config.train.microbatches
-    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2
+    warm_up = ceil(WARM_UP / micro) if config.runtime.cuda_graphs else 0
+    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2 + warm_up
 
 
 def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, data: Data | None) -> None:

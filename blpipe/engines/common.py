@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from blpipe.data import Data
 from blpipe.device import Precision, transfer, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
+from blpipe.graphs import GraphMemory, Recorder
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
 from blpipe.plan import Plan, Step
@@ -256,8 +257,16 @@ def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[
         yield transfer(x, device), transfer(targets, device)
 
 
-def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
+def graph_memory(plan: Plan, device: torch.device) -> GraphMemory | None:
+    """For CUDA graphs, where the config and the device have them."""
+    return GraphMemory(device) if plan.config.runtime.cuda_graphs and device.type == "cuda" else None
+
+
+def build_stage(plan: Plan, index: int, device: torch.device, graphs: GraphMemory | None = None) -> Stage:
     """The stage with this index, from 0, on `device`.
+
+    Args:
+        graphs: None to run without CUDA graphs.
 
     Raises:
         ConfigError: a head, loss or optimizer that cannot be built.
@@ -273,7 +282,8 @@ def build_stage(plan: Plan, index: int, device: torch.device) -> Stage:
                  optimizer=build_optimizer(config.optimizer, parameters),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
-                 compile=config.train.compile, skip_nonfinite=config.train.on_nonfinite == "skip")
+                 compile=config.train.compile, skip_nonfinite=config.train.on_nonfinite == "skip",
+                 recorder=Recorder(graphs))
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:

@@ -1,0 +1,55 @@
+"""Gradients, and sets of tensors by name: what a stage's arithmetic is made of."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """Of every parameter and buffer of every layer, the name, and the first name of the same tensor.
+
+    Layers may share a tensor. A layer that is there more than once has one name: to put another tensor in its place,
+    and later its own back, works once.
+    """
+    first: dict[Tensor, str] = {}
+    named = (each for prefix, layer in module.named_modules()
+             for each in chain(layer.named_parameters(prefix, recurse=False, remove_duplicate=False),
+                               layer.named_buffers(prefix, recurse=False, remove_duplicate=False)))
+    return {name: first.setdefault(tensor, name) for name, tensor in named}
+
+
+@torch.no_grad()
+def copies_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies by name, with the layouts of the originals; on a GPU in one kernel, where they have one type."""
+    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    if copies:
+        torch._foreach_copy_([*copies.values()], [*tensors.values()])
+    return copies
+
+
+def gradients_of(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,
+               keep: bool = False) -> tuple[Sequence[Tensor | None], Tensor | None]:
+    """The gradients of `parameters` and of `x`, the latter None if it wants none; `keep` keeps the graph."""
+    inputs = [*parameters, *([x] if x is not None and x.requires_grad else [])]
+    if not inputs or not out.requires_grad:
+        return [None] * len(parameters), None
+    found = torch.autograd.grad(out, inputs, error, retain_graph=keep, allow_unused=True)
+    return found[:len(parameters)], found[-1] if len(found) > len(parameters) else None
+
+
+def weighted(gradients: Iterable[Tensor | None], weight: float | Tensor) -> Iterator[Tensor | None]:
+    """weight · gradient of each, made when it is asked for."""
+    as_they_are = isinstance(weight, float) and weight == 1.0
+    return (gradient if gradient is None or as_they_are else weight * gradient for gradient in gradients)
+
+
+def norm_of(gradients: Iterable[Tensor | None]) -> Tensor:
+    """The norm of all of them together."""
+    return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+
+
+def ratio(norm: Tensor, other: Tensor) -> Tensor:
+    """norm / other, 0 where there is nothing to scale."""
+    return torch.where(other > 0, norm / other, torch.zeros_like(other))

@@ -1,0 +1,168 @@
+"""CUDA graphs: what a stage computes on a microbatch, recorded once, and then launched as a whole.
+
+A stage of small kernels takes as long as the host needs to launch them one by one. A CUDA graph is launched at once,
+but only repeats what was recorded: the same kernels on the same addresses ("CUDA Graphs" in the CUDA C++ Programming
+Guide, and in torch's notes on CUDA semantics). So a microbatch has a recording to itself from its forward to its last
+link backward, as many are made as are under way at a time, and later microbatches use them again. What happens
+outside of them sees the same results as without: tensors that live until the recording is used again.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from blpipe.errors import RecordingError
+
+Result = TypeVar("Result")
+
+WARM_UP = 2  # microbatches that run as they are, so that libraries have started before anything is recorded
+
+
+class Runner(Protocol):
+    """How a stage runs the parts of what it computes on one microbatch.
+
+    repeats: whether results are overwritten when it runs a later microbatch, the earlier one being through.
+    """
+
+    repeats: bool
+
+    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float,
+            kept: bool = False) -> Result:
+        """`function(*inputs)`, which depends on nothing else that changes from one microbatch to the next.
+
+        Args:
+            part: a name, different for each function of a microbatch.
+            kept: whether what it allocates may be needed until the microbatch is through, other than its results; if
+                not, until the local backward is.
+        """
+
+
+class Plain:
+    """Runs everything as it is."""
+
+    repeats = False
+
+    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float,
+            kept: bool = False) -> Result:
+        """See `Runner`."""
+        return function(*inputs)
+
+
+class GraphMemory:
+    """Where the graphs of one process are recorded: a stream, and memory that they use in turn.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+class Graph:
+    """One function, recorded at the first call. Results are the same objects each time, their tensors overwritten."""
+
+    def __init__(self, memory: GraphMemory, pool: Any):
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._memory, self._pool = memory, pool
+        self._inputs: list[Tensor] = []
+        self._numbers: list[float | None] = []  # the inputs that are numbers, as last written
+
+    def __call__(self, function: Callable[..., Result], inputs: tuple[Tensor | float, ...]) -> Result:
+        """`function(*inputs)`; later calls take only their inputs from their arguments."""
+        if self._graph is None:
+            device = self._memory.stream.device
+            self._inputs = [torch.empty_like(x) if isinstance(x, Tensor) else torch.empty((), device=device)
+                            for x in inputs]
+            self._numbers = [None] * len(inputs)
+        for at, (x, own) in enumerate(zip(inputs, self._inputs, strict=True)):
+            if isinstance(x, Tensor):
+                own.copy_(x)
+            elif x != self._numbers[at]:
+                own.fill_(x)
+                self._numbers[at] = x
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            self._results = self._record(self._graph, function)
+        self._graph.replay()
+        result: Result = self._results
+        return result
+
+    def _record(self, graph: torch.cuda.CUDAGraph, function: Callable[..., Result]) -> Result:
+        # Not by torch.cuda.graph, which waits for the whole device: a receive that was posted ahead may run there.
+        current, stream = torch.cuda.current_stream(self._memory.stream.device), self._memory.stream
+        stream.wait_stream(current)
+        with warnings.catch_warnings(), torch.cuda.stream(stream):
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a stage may be all tail
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                results = function(*self._inputs)
+            except Exception as error:
+                with suppress(RuntimeError):  # what went wrong is said by the first error
+                    graph.capture_end()
+                raise RecordingError(error) from error
+            graph.capture_end()
+        current.wait_stream(stream)
+        return results
+
+
+class Recording:
+    """The graphs of one microbatch on its way through a stage."""
+
+    repeats = True
+
+    def __init__(self, memory: GraphMemory):
+        self._memory = memory
+        self._kept_pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Hashable, Graph] = {}
+
+    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float,
+            kept: bool = False) -> Result:
+        """See `Runner`."""
+        if part not in self._graphs:
+            # One microbatch of one stage at a time is between forward and local backward: these may share memory.
+            self._graphs[part] = Graph(self._memory, self._kept_pool if kept else self._memory.pool)
+        return self._graphs[part](function, inputs)
+
+
+class Recorder:
+    """The recordings of one stage, for microbatches of the size that it first sees often enough.
+
+    Args:
+        memory: None to run everything as it is.
+    """
+
+    def __init__(self, memory: GraphMemory | None = None):
+        self._memory, self._plain = memory, Plain()
+        self._seen = 0
+        self._shape: torch.Size | None = None
+        self._free: list[Recording] = []
+        self._through: list[Recording] = []
+
+    def begin(self, x: Tensor) -> Runner:
+        """What runs the microbatch with this input."""
+        if self._memory is None:
+            return self._plain
+        if self._shape is None or (self._seen < WARM_UP and x.shape != self._shape):
+            self._shape, self._seen = x.shape, 0
+        if x.shape != self._shape:
+            return self._plain
+        self._seen += 1
+        if self._seen <= WARM_UP:
+            return self._plain
+        return self._free.pop() if self._free else Recording(self._memory)
+
+    def end(self, runner: Runner) -> None:
+        """Its last part is through. Its gradients are needed until the step."""
+        if isinstance(runner, Recording):
+            self._through.append(runner)
+
+    def step(self) -> None:
+        """The gradients of all that is through have been used."""
+        self._free += self._through
+        self._through.clear()

@@ -1,0 +1,101 @@
+"""Recordings: a run with CUDA graphs is the run without them.
+
+Here a tape of operations stands in for a graph. It repeats them as a graph does, on the same memory, and so shows
+where a result is used after it was overwritten. tests/test_gpu.py does the same with real graphs.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_same_run, train_locally
+from test_checkpoints import METHODS, saved_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blpipe import graphs
+from blpipe.engines import local
+from blpipe.graphs import Graph, Recording
+
+RECORDED = {name: changes for name, changes in METHODS.items() if name != "bp"} | {
+    "recomputed": {"method__link": {"delay": 1, "length": 2, "keep": "recompute", "normalize": True},
+                   "train__channels_last": True},
+    "scheduled": {"method__link": {"delay": 2, "schedule": {"name": "one-cycle", "start": 0.0}}, "train__wire": "bf16"},
+    "loss_with_weights": {"method__loss": "pred_sim"},
+    "skipping": {"train__on_nonfinite": "skip", "train__precision": "bf16"},
+}
+
+
+class Tape(TorchDispatchMode):
+    """Notes operations, and does them again: on the same tensors, and into the same results."""
+
+    def __init__(self):
+        super().__init__()
+        self._done = []
+        self._just_recorded = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self._done.append((function, args, kwargs or {}, results))
+        self._just_recorded = True
+        return results
+
+    @torch.no_grad()
+    def replay(self):
+        """As a graph's; but what was just recorded has been done already."""
+        for function, args, kwargs, results in [] if self._just_recorded else self._done:
+            given = memory_of((args, kwargs))
+            for old, new in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
+                if memory_of(old) - given:  # neither a view nor done in place
+                    old.detach().copy_(new)
+        self._just_recorded = False
+
+
+def memory_of(tree):
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+
+
+class TapedGraph(Graph):
+    """A tape in place of a graph."""
+
+    def _record(self, graph, function):
+        self._graph = Tape()
+        with self._graph:
+            return function(*self._inputs)
+
+
+class NoMemory:
+    """In place of a GPU's."""
+
+    stream, pool = SimpleNamespace(device=torch.device("cpu")), None
+
+
+class Noted(Recording):
+    """A recording, on a list."""
+
+    made = []
+
+    def __init__(self, memory):
+        super().__init__(memory)
+        self.made.append(self)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Has the local engine record; returns the recordings made."""
+    Noted.made.clear()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(graphs, "Graph", TapedGraph)
+    monkeypatch.setattr(graphs, "Recording", Noted)
+    monkeypatch.setattr(local, "graph_memory", lambda plan, device: NoMemory())
+    return Noted.made
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recordings_change_nothing(name, tmp_path, recorded, monkeypatch):
+    config = saved_config(name, **RECORDED[name])
+    with_them = train_locally(config, tmp_path / "recorded")
+    assert recorded
+    monkeypatch.setattr(local, "graph_memory", lambda plan, device: None)
+    assert_same_run(with_them, train_locally(config, tmp_path / "plain"))
