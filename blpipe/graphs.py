@@ -2,9 +2,9 @@
 
 A stage of small kernels takes as long as the host needs to launch them one by one. A CUDA graph is launched at once,
 but only repeats what was recorded: the same kernels on the same addresses ("CUDA Graphs" in the CUDA C++ Programming
-Guide, and in torch's notes on CUDA semantics). So a microbatch has a recording to itself from its forward to its last
-link backward, as many are made as are under way at a time, and later microbatches use them again. What happens
-outside of them sees the same results as without: tensors that live until the recording is used again.
+Guide, and in torch's notes on CUDA semantics). So a microbatch has a recording to itself from its forward to the step
+after its last link backward. As many are made as are under way at a time, and later microbatches use them again. What
+happens outside of them sees the same results as without: tensors that live until the recording is used again.
 """
 
 import warnings
@@ -30,55 +30,48 @@ class Runner(Protocol):
 
     repeats: bool
 
-    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float,
-            kept: bool = False) -> Result:
+    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
         """`function(*inputs)`, which depends on nothing else that changes from one microbatch to the next.
 
         Args:
             part: a name, different for each function of a microbatch.
-            kept: whether what it allocates may be needed until the microbatch is through, other than its results; if
-                not, until the local backward is.
         """
 
 
 class Plain:
-    """Runs everything as it is."""
+    """Runs everything as it is: on `stream`, which then waits for the current one before and after, or on that."""
 
     repeats = False
 
-    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float,
-            kept: bool = False) -> Result:
+    def __init__(self, stream: torch.cuda.Stream | None = None):
+        self._stream = stream
+
+    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
         """See `Runner`."""
-        return function(*inputs)
-
-
-class GraphMemory:
-    """Where the graphs of one process are recorded: a stream, and memory that they use in turn.
-
-    Args:
-        device: a GPU.
-    """
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            return function(*inputs)
+        return _on(self._stream, lambda: function(*inputs))
 
 
 class Graph:
-    """One function, recorded at the first call. Results are the same objects each time, their tensors overwritten."""
+    """One function, recorded at the first call. Results are the same objects each time, their tensors overwritten.
 
-    def __init__(self, memory: GraphMemory, pool: Any):
+    Args:
+        stream: to record on.
+        pool: where the memory that it allocates comes from.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, pool: Any):
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._memory, self._pool = memory, pool
+        self._stream, self._pool = stream, pool
         self._inputs: list[Tensor] = []
         self._numbers: list[float | None] = []  # the inputs that are numbers, as last written
 
     def __call__(self, function: Callable[..., Result], inputs: tuple[Tensor | float, ...]) -> Result:
         """`function(*inputs)`; later calls take only their inputs from their arguments."""
         if self._graph is None:
-            device = self._memory.stream.device
-            self._inputs = [torch.empty_like(x) if isinstance(x, Tensor) else torch.empty((), device=device)
-                            for x in inputs]
+            self._inputs = [torch.empty_like(x) if isinstance(x, Tensor)
+                            else torch.empty((), device=self._stream.device) for x in inputs]
             self._numbers = [None] * len(inputs)
         for at, (x, own) in enumerate(zip(inputs, self._inputs, strict=True)):
             if isinstance(x, Tensor):
@@ -95,10 +88,7 @@ class Graph:
 
     def _record(self, graph: torch.cuda.CUDAGraph, function: Callable[..., Result]) -> Result:
         # Not by torch.cuda.graph, which waits for the whole device: a receive that was posted ahead may run there.
-        current, stream = torch.cuda.current_stream(self._memory.stream.device), self._memory.stream
-        stream.wait_stream(current)
-        with warnings.catch_warnings(), torch.cuda.stream(stream):
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a stage may be all tail
+        def record() -> Result:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 results = function(*self._inputs)
@@ -107,26 +97,31 @@ class Graph:
                     graph.capture_end()
                 raise RecordingError(error) from error
             graph.capture_end()
-        current.wait_stream(stream)
-        return results
+            return results
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a stage may be all tail
+            return _on(self._stream, record)
 
 
 class Recording:
-    """The graphs of one microbatch on its way through a stage."""
+    """The graphs of one microbatch on its way through a stage.
+
+    They share memory with each other alone: what one of them no longer needs, another uses, in the order of the
+    parts. Those of another microbatch come in between.
+    """
 
     repeats = True
 
-    def __init__(self, memory: GraphMemory):
-        self._memory = memory
-        self._kept_pool = torch.cuda.graph_pool_handle()
+    def __init__(self, stream: torch.cuda.Stream):
+        self._stream = stream
+        self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, Graph] = {}
 
-    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float,
-            kept: bool = False) -> Result:
+    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
         """See `Runner`."""
         if part not in self._graphs:
-            # One microbatch of one stage at a time is between forward and local backward: these may share memory.
-            self._graphs[part] = Graph(self._memory, self._kept_pool if kept else self._memory.pool)
+            self._graphs[part] = Graph(self._stream, self._pool)
         return self._graphs[part](function, inputs)
 
 
@@ -134,11 +129,12 @@ class Recorder:
     """The recordings of one stage, for microbatches of the size that it first sees often enough.
 
     Args:
-        memory: None to run everything as it is.
+        stream: of a GPU, to record on. What is not recorded runs there too, since autograd goes backwards on the
+            stream that it went forwards on, and knows a parameter by one stream. None to run everything as it is.
     """
 
-    def __init__(self, memory: GraphMemory | None = None):
-        self._memory, self._plain = memory, Plain()
+    def __init__(self, stream: torch.cuda.Stream | None = None):
+        self._stream, self._plain = stream, Plain(stream)
         self._seen = 0
         self._shape: torch.Size | None = None
         self._free: list[Recording] = []
@@ -146,7 +142,7 @@ class Recorder:
 
     def begin(self, x: Tensor) -> Runner:
         """What runs the microbatch with this input."""
-        if self._memory is None:
+        if self._stream is None:
             return self._plain
         if self._shape is None or (self._seen < WARM_UP and x.shape != self._shape):
             self._shape, self._seen = x.shape, 0
@@ -155,7 +151,7 @@ class Recorder:
         self._seen += 1
         if self._seen <= WARM_UP:
             return self._plain
-        return self._free.pop() if self._free else Recording(self._memory)
+        return self._free.pop() if self._free else Recording(self._stream)
 
     def end(self, runner: Runner) -> None:
         """Its last part is through. Its gradients are needed until the step."""
@@ -166,3 +162,13 @@ class Recorder:
         """The gradients of all that is through have been used."""
         self._free += self._through
         self._through.clear()
+
+
+def _on(stream: torch.cuda.Stream, function: Callable[[], Result]) -> Result:
+    """`function()` on this stream, after what the current one does, and before what it does next."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        results = function()
+    current.wait_stream(stream)
+    return results

@@ -13,8 +13,12 @@ from blpipe.plugins import call, did_you_mean
 _NEEDS_MORE = {"lbfgs": "it calls the model again", "sparseadam": "it wants sparse gradients"}
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
     """The optimizer that the config names, over the parameters that require a gradient; None without any.
+
+    Args:
+        groups: of parameters that get their first gradient in the same step: torch's fused SGD keeps the momentum of
+            all of a group or of none.
 
     Raises:
         ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.
@@ -30,7 +34,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
         raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
     if "lr" in config.args:
         raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
-    trainable = [p for p in parameters if p.requires_grad]
+    trainable = [{"params": own} for own in ([p for p in group if p.requires_grad] for group in groups) if own]
     if not trainable:
         return None
     # YAML has lists where torch's betas want a tuple.

@@ -134,7 +134,7 @@ class Stage:
             out = h
             if self.links.hops_in:
                 random_state = self.stream.read() if self.link.keep == "recompute" else None
-                run, out = runner.run("tail", partial(self._run_tail, h, runner), kept=True)
+                run, out = runner.run("tail", partial(self._run_tail, h, runner))
                 run.random_state = random_state
         self._flight = InFlight(x, h, out, run, runner)
         return narrowed(out.detach(), self.wire)

@@ -1,10 +1,13 @@
 """On a GPU: every engine learns what the CPU learns, to rounding. Skipped where there is none."""
 
+import re
+import sys
 import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
+import yaml
 from conftest import assert_same_run, metrics_of, small_config, train_in_processes, train_locally
 from test_checkpoints import METHODS, go_on, rewound, saved_config
 from test_graphs import RECORDED, Noted
@@ -14,7 +17,6 @@ from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.engines import local
 from blpipe.engines.common import LossWatch, train_epoch
-from blpipe.errors import StageError
 from blpipe.plan import make_plan
 from blpipe.trainer import open_local, set_up
 
@@ -105,10 +107,13 @@ def test_cuda_graphs_change_nothing(name, tmp_path, monkeypatch):
         Noted.made.clear()
 
 
-def test_what_waits_for_the_gpu_is_not_recorded(tmp_path):
+def test_what_waits_for_the_gpu_is_not_recorded(tmp_path, start):
+    """In a process of its own: CUDA is of no more use to it."""
     tree = on_gpu(runtime__cuda_graphs=True, model={"target": "models_under_test:waiting_net"})
-    with pytest.raises(StageError, match=r"^stage 2 .* failed at step 2: .*set runtime\.cuda_graphs=false"):
-        train_locally(tree, tmp_path)
+    (tmp_path / "waiting.yaml").write_text(yaml.safe_dump(tree))
+    run = start([sys.executable, "-m", "blpipe", "train", "waiting.yaml"], tmp_path)
+    assert run.end() == 1
+    assert re.search(r"stage 2 .* failed at step 2: .*set runtime\.cuda_graphs=false", run.said)
 
 
 @pytest.mark.parametrize("normalize", [None, {"mean": [0.1, 0.2], "std": [0.7, 0.8]}])

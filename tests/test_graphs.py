@@ -64,19 +64,13 @@ class TapedGraph(Graph):
             return function(*self._inputs)
 
 
-class NoMemory:
-    """In place of a GPU's."""
-
-    stream, pool = SimpleNamespace(device=torch.device("cpu")), None
-
-
 class Noted(Recording):
     """A recording, on a list."""
 
     made = []
 
-    def __init__(self, memory):
-        super().__init__(memory)
+    def __init__(self, stream):
+        super().__init__(stream)
         self.made.append(self)
 
 
@@ -88,7 +82,8 @@ def recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(graphs, "Graph", TapedGraph)
     monkeypatch.setattr(graphs, "Recording", Noted)
-    monkeypatch.setattr(local, "graph_memory", lambda plan, device: NoMemory())
+    monkeypatch.setattr(graphs, "_on", lambda stream, function: function())
+    monkeypatch.setattr(local, "recording_stream", lambda plan, device: SimpleNamespace(device=device))
     return Noted.made
 
 
@@ -97,5 +92,5 @@ def test_recordings_change_nothing(name, tmp_path, recorded, monkeypatch):
     config = saved_config(name, **RECORDED[name])
     with_them = train_locally(config, tmp_path / "recorded")
     assert recorded
-    monkeypatch.setattr(local, "graph_memory", lambda plan, device: None)
+    monkeypatch.setattr(local, "recording_stream", lambda plan, device: None)
     assert_same_run(with_them, train_locally(config, tmp_path / "plain"))

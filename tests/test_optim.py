@@ -55,6 +55,18 @@ def test_only_parameters_that_require_a_gradient_are_optimized():
     assert build(over=iter([frozen, free])).param_groups[0]["params"] == [free]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_groups_may_begin_in_different_steps(fused):
+    config = OptimizerConfig(lr=0.1, args={"momentum": 0.9, "fused": fused})
+    early, late = parameters()
+    optimizer = build_optimizer(config, [late], [], [early])
+    for step in range(3):
+        early.grad, late.grad = torch.ones_like(early), torch.ones_like(late) if step else None
+        optimizer.step()
+    torch.testing.assert_close(parameters()[0] - early, torch.full_like(early, 0.1 * (1 + 1.9 + 2.71)))
+    torch.testing.assert_close(parameters()[1] - late, torch.full_like(late, 0.1 * (1 + 1.9)))
+
+
 @pytest.mark.parametrize("over", [[], [nn.Parameter(torch.ones(1), requires_grad=False)]])
 def test_without_trainable_parameters_there_is_no_optimizer(over):
     assert build(over=over) is None

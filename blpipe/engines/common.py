@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blpipe.data import Data
 from blpipe.device import Precision, transfer, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
-from blpipe.graphs import GraphMemory, Recorder
+from blpipe.graphs import Recorder
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
 from blpipe.plan import Plan, Step
@@ -257,16 +257,16 @@ def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[
         yield transfer(x, device), transfer(targets, device)
 
 
-def graph_memory(plan: Plan, device: torch.device) -> GraphMemory | None:
-    """For CUDA graphs, where the config and the device have them."""
-    return GraphMemory(device) if plan.config.runtime.cuda_graphs and device.type == "cuda" else None
+def recording_stream(plan: Plan, device: torch.device) -> torch.cuda.Stream | None:
+    """For CUDA graphs, where the config wants them and the device has them."""
+    return torch.cuda.Stream(device) if plan.config.runtime.cuda_graphs and device.type == "cuda" else None
 
 
-def build_stage(plan: Plan, index: int, device: torch.device, graphs: GraphMemory | None = None) -> Stage:
+def build_stage(plan: Plan, index: int, device: torch.device, recording: torch.cuda.Stream | None = None) -> Stage:
     """The stage with this index, from 0, on `device`.
 
     Args:
-        graphs: None to run without CUDA graphs.
+        recording: the stream for CUDA graphs; None to run without.
 
     Raises:
         ConfigError: a head, loss or optimizer that cannot be built.
@@ -277,13 +277,13 @@ def build_stage(plan: Plan, index: int, device: torch.device, graphs: GraphMemor
     if not last and config.method.name != "bp":
         head = _on(device, plan.build_head(index), config.train.channels_last)
     loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity(), config.train.channels_last)
-    parameters = [p for part in (blocks, head, loss) if part is not None for p in part.parameters()]
+    judges = [p for part in (head, loss) if part is not None for p in part.parameters()]
     return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
-                 optimizer=build_optimizer(config.optimizer, parameters),
+                 optimizer=build_optimizer(config.optimizer, blocks.parameters(), judges),
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
                  compile=config.train.compile, skip_nonfinite=config.train.on_nonfinite == "skip",
-                 recorder=Recorder(graphs))
+                 recorder=Recorder(recording))
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:

@@ -27,7 +27,7 @@ from blpipe.engines.common import (
     build_stage,
     factors,
     gpu_readings,
-    graph_memory,
+    recording_stream,
     report,
     role,
     seconds_since,
@@ -65,8 +65,8 @@ class LocalEngine:
 
     def __init__(self, plan: Plan, data: Data, device: torch.device):
         self.plan, self.data, self.device = plan, data, device
-        graphs = graph_memory(plan, device)
-        self.stages = {index: build_stage(plan, index, device, graphs) for index in range(len(plan.stages))}
+        stream = recording_stream(plan, device)
+        self.stages = {index: build_stage(plan, index, device, stream) for index in range(len(plan.stages))}
         self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
         self._busy = [0.0] * len(self.stages)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0

@@ -23,7 +23,7 @@ from blpipe.engines.common import (
     build_stage,
     factors,
     gpu_readings,
-    graph_memory,
+    recording_stream,
     report,
     role,
     seconds_since,
@@ -59,7 +59,7 @@ class PipelineEngine:
         self.plan, self.data, self.world = plan, data, world
         self.group = world.saving
         self.index = k = world.rank
-        self.stage = build_stage(plan, k, world.device, graph_memory(plan, world.device))
+        self.stage = build_stage(plan, k, world.device, recording_stream(plan, world.device))
         self.stages = {k: self.stage}
         self.role = role(plan, k)
         first, last = k == 0, k == world.size - 1
