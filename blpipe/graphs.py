@@ -7,9 +7,10 @@ after its last link backward. As many are made as are under way at a time, and l
 happens outside of them sees the same results as without: tensors that live until the recording is used again.
 """
 
+import gc
 import warnings
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -99,8 +100,7 @@ class Graph:
             graph.capture_end()
             return results
 
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a stage may be all tail
+        with _undisturbed():
             return _on(self._stream, record)
 
 
@@ -172,3 +172,17 @@ def _on(stream: torch.cuda.Stream, function: Callable[[], Result]) -> Result:
         results = function()
     current.wait_stream(stream)
     return results
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without garbage collection: a graph that it found could not be destroyed while another one is recorded."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a stage may be all tail
+            yield
+    finally:
+        if collects:
+            gc.enable()

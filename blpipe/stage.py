@@ -206,7 +206,8 @@ class Stage:
         summands = weighted(gradients if trains else (), weight)
         if held_as is not None:
             named = zip(self._tail_live, summands, strict=False)  # none where the link trains nothing
-            self.held[*held_as, hop] = {name: gradient for name, gradient in named if gradient is not None}
+            self.held[*held_as, hop] = {name: gradient.clone() if run.runner.repeats else gradient
+                                        for name, gradient in named if gradient is not None}
         else:
             self._add(self._tail_live.values() if trains else (), summands)
         return self._sent(error_before, run.h, run.runner) if passes else None
