@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_run, train_locally
-from test_checkpoints import METHODS, saved_config
+from conftest import assert_same_run, small_config, train_locally
+from test_checkpoints import METHODS, go_on, rewound, saved_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blpipe import graphs
 from blpipe.engines import local
-from blpipe.graphs import Graph, Recording
+from blpipe.graphs import Graph, Recorder, Recording
 
 RECORDED = {name: changes for name, changes in METHODS.items() if name != "bp"} | {
     "recomputed": {"method__link": {"delay": 1, "length": 2, "keep": "recompute", "normalize": True},
@@ -103,3 +103,28 @@ def test_recordings_change_nothing(name, tmp_path, recorded, monkeypatch):
     assert recorded
     monkeypatch.setattr(local, "recording_stream", lambda plan, device: None)
     assert_same_run(with_them, train_locally(config, tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(("delay", "microbatches"), [(0, 4), (1, 1), (3, 1)])
+def test_there_are_as_many_recordings_as_microbatches_under_way(delay, microbatches, tmp_path, recorded):
+    train_locally(small_config("few", method__link={"delay": delay}, train__microbatches=microbatches), tmp_path)
+    linked, last = microbatches * (delay + 1), microbatches
+    assert len(recorded) == 2 * linked + last
+
+
+def test_a_recorded_run_goes_on_without_recordings(tmp_path, recorded, monkeypatch):
+    whole = train_locally(saved_config("three_late", **METHODS["three_late"]), tmp_path)
+    assert recorded
+    monkeypatch.setattr(local, "recording_stream", lambda plan, device: None)
+    assert_same_run(whole, go_on(rewound(whole, 10, tmp_path / "resumed")))
+
+
+def test_microbatches_of_one_size_are_recorded_once_libraries_have_started(recorded):
+    recorder, sizes = Recorder(SimpleNamespace(device=torch.device("cpu"))), [8, 16, 16, 8, 16, 8, 16]
+    runners = [recorder.begin(torch.empty(size, 2)) for size in sizes]
+    assert [runner in recorded for runner in runners] == [False, False, False, False, True, False, True]
+    assert runners[4] is not runners[6]
+    recorder.end(runners[6])
+    assert recorder.begin(torch.empty(16, 2)) not in runners  # its gradients have not been used
+    recorder.step()
+    assert recorder.begin(torch.empty(16, 2)) is runners[6]
