@@ -252,10 +252,14 @@ class MethodConfig(ByName):
 
 
 class OptimizerConfig(ByName):
-    """Any optimizer of torch.optim, by its name (upper or lower case)."""
+    """Any optimizer of torch.optim, by its name (upper or lower case).
+
+    clip_norm: what the norm of a stage's gradients, all together, is scaled down to where it is larger.
+    """
 
     name: str = "sgd"
     lr: Annotated[float, Field(gt=0.0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     args: dict[str, Any] = {}
 
 
@@ -377,6 +381,14 @@ class Config(Section):
         if self.train.wire == "bf16" and self.method.name == "bp":
             raise ValueError("train.wire: bf16, but torch's schedules send the activations of bp as they are; leave "
                              "train.wire out")
+        return self
+
+    @model_validator(mode="after")
+    def _clipped_by_stage(self) -> "Config":
+        clip = self.optimizer.clip_norm
+        if clip is not None and self.method.name == "bp" and self.partition.stage_count > 1:
+            raise ValueError(f"optimizer.clip_norm: {clip} would clip each stage by itself, which changes bp with the "
+                             "partition; leave it out, or train bp in one stage")
         return self
 
     @model_validator(mode="after")

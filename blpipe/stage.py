@@ -85,6 +85,7 @@ class Stage:
         links: which errors come and go, and what they weigh.
         link: their delay, which of them train the stage, and how they are treated.
         optimizer: over the parameters of blocks, head and loss; None if they have none.
+        clip_norm: what their gradients' norm is scaled down to where it is larger; None to leave it.
         stream: this stage's random numbers.
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
@@ -96,8 +97,8 @@ class Stage:
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
                  link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
-                 precision: Precision | None = None, wire: WirePrecision = "full", compile: bool = False,
-                 skip_nonfinite: bool = False, recorder: Recorder | None = None):
+                 clip_norm: float | None = None, precision: Precision | None = None, wire: WirePrecision = "full",
+                 compile: bool = False, skip_nonfinite: bool = False, recorder: Recorder | None = None):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
@@ -108,7 +109,7 @@ class Stage:
         self._first_names = first_names(self.tail)
         self._run_tail_live = compiled(self.tail)
         self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,), tie_weights=False))
-        self.optimizer, self.stream = optimizer, stream
+        self.optimizer, self.stream, self._clip_norm = optimizer, stream, clip_norm
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._recorder = recorder or Recorder()
         judges = [loss, *([] if head is None else [head])]
@@ -234,6 +235,8 @@ class Stage:
         assert self.optimizer is not None
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_factor
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained(), self._clip_norm)
         self.optimizer.step()
 
     def _is_finite(self) -> bool:

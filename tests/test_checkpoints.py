@@ -43,7 +43,8 @@ METHODS = {
     "joint": {"method__link": {"delay": 1, "length": "all", "joint": True}, "train__microbatches": 2,
               "optimizer": {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9, "fused": True}}},
     "far": {"method": {"local_weight": 0.5, "link": {**DEEP, "delay": 1, "normalize": True, "weight": 0.7}},
-            "train__microbatches": 2, "optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
+            "train__microbatches": 2,
+            "optimizer": {"name": "adamw", "lr": 0.01, "clip_norm": 0.5, "args": {"fused": True}}},
     "farthest": {"method": {"local_weight": 0.0, "link": {**DEEP, "delay": 1, "take": "farthest", "wire": "bf16"}},
                  "train__microbatches": 2},
 }

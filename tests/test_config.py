@@ -483,3 +483,13 @@ def test_heads_losses_and_link_weights_are_one_for_all_or_one_for_each():
 def test_what_does_not_fit_the_stages_is_refused(method, message):
     with pytest.raises(ConfigError, match=message):
         with_method(**method)
+
+
+def test_gradients_of_bp_are_not_clipped_stage_by_stage():
+    clipped = {"optimizer": {"clip_norm": 1.0}}
+    assert parsed(**clipped).optimizer.clip_norm == 1.0
+    assert parsed(method="bp", partition={"stages": 1}, **clipped).optimizer.clip_norm == 1.0
+    problem, = problems(method="bp", **clipped)
+    assert problem.startswith("optimizer.clip_norm: 1.0 would clip each stage by itself")
+    problem, = problems(optimizer={"clip_norm": 0.0})
+    assert problem == "optimizer.clip_norm: should be greater than 0, got 0.0"

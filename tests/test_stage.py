@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, compile=False,
-               skip_nonfinite=False, tied="", **links):
+               skip_nonfinite=False, tied="", clip_norm=None, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
@@ -32,7 +32,7 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, comp
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
     return Stage(blocks, head, cross_entropy(), links=Links((1,), (1,), tail, **links),
                  link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU),
-                 compile=compile, skip_nonfinite=skip_nonfinite)
+                 clip_norm=clip_norm, compile=compile, skip_nonfinite=skip_nonfinite)
 
 
 def microbatch(seed):
@@ -243,6 +243,24 @@ def test_a_tail_that_is_recomputed_for_every_hop_is_the_same_each_time():
         stage.link_backward(torch.ones(8, 5), hop=2)
         gradients.append([passed, *(p.grad for p in blocks.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_norm_of_all_gradients_together_is_clipped():
+    def first_step(clip_norm):
+        stage = make_stage(delay=0, clip_norm=clip_norm)
+        before = [p.detach().clone() for p in stage.optimizer.param_groups[0]["params"]]
+        x, targets = microbatch(0)
+        stage.forward(x)
+        stage.local_backward(targets, 1.0)
+        stage.link_backward(torch.ones(8, 5))
+        stage.step(0, 1.0)
+        pairs = zip(before, stage.optimizer.param_groups[0]["params"], strict=True)
+        return torch.cat([((old - new) / 0.5).detach().flatten() for old, new in pairs])  # the first: lr · gradient
+
+    free, clipped = first_step(None), first_step(0.1)
+    assert free.norm() > 0.1
+    torch.testing.assert_close(clipped, free * 0.1 / free.norm(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first_step(1000.0), free)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own

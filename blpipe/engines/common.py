@@ -280,6 +280,7 @@ def build_stage(plan: Plan, index: int, device: torch.device, recording: torch.c
     judges = [p for part in (head, loss) if part is not None for p in part.parameters()]
     return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
                  optimizer=build_optimizer(config.optimizer, blocks.parameters(), judges),
+                 clip_norm=config.optimizer.clip_norm,
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
                  compile=config.train.compile, skip_nonfinite=config.train.on_nonfinite == "skip",
