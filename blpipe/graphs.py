@@ -71,8 +71,8 @@ class Graph:
     def __call__(self, function: Callable[..., Result], inputs: tuple[Tensor | float, ...]) -> Result:
         """`function(*inputs)`; later calls take only their inputs from their arguments."""
         if self._graph is None:
-            self._inputs = [torch.empty_like(x) if isinstance(x, Tensor)
-                            else torch.empty((), device=self._stream.device) for x in inputs]
+            self._inputs = [torch.empty_like(x) if isinstance(x, Tensor)  # a float of Python has 64 bits
+                            else torch.empty((), dtype=torch.float64, device=self._stream.device) for x in inputs]
             self._numbers = [None] * len(inputs)
         for at, (x, own) in enumerate(zip(inputs, self._inputs, strict=True)):
             if isinstance(x, Tensor):
@@ -93,22 +93,25 @@ class Graph:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 results = function(*self._inputs)
-            except Exception as error:
+            except BaseException:
                 with suppress(RuntimeError):  # what went wrong is said by the first error
                     graph.capture_end()
-                raise RecordingError(error) from error
+                raise
             graph.capture_end()
             return results
 
-        with _undisturbed():
-            return _on(self._stream, record)
+        try:
+            with _undisturbed():
+                return _on(self._stream, record)
+        except Exception as error:
+            raise RecordingError(error) from error
 
 
 class Recording:
     """The graphs of one microbatch on its way through a stage.
 
-    They share memory with each other alone: what one of them no longer needs, another uses, in the order of the
-    parts. Those of another microbatch come in between.
+    They share memory with each other alone: what one of them no longer needs, a later one uses. Other microbatches
+    run in between, so that each has memory of its own.
     """
 
     repeats = True

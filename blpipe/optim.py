@@ -17,8 +17,8 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
     """The optimizer that the config names, over the parameters that require a gradient; None without any.
 
     Args:
-        groups: of parameters that get their first gradient in the same step: torch's fused SGD keeps the momentum of
-            all of a group or of none.
+        groups: of parameters that begin to learn in the same step: torch's fused SGD has the momentum of all of a
+            group or of none.
 
     Raises:
         ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.

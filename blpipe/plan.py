@@ -240,7 +240,7 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None) ->
         last = k == len(stages) - 1
         loss = _checked_loss(plan, k) if last or config.method.name != "bp" else nn.Identity()
         head = _checked_head(plan, k) if not last and config.method.name != "bp" else nn.Identity()
-        build_optimizer(config.optimizer, [p for part in (stage, head, loss) for p in part.parameters()])
+        build_optimizer(config.optimizer, stage.parameters(), [p for part in (head, loss) for p in part.parameters()])
     return plan
 
 

@@ -122,6 +122,7 @@ class Stage:
         self._awaiting: dict[int, deque[TailRun]] = {hop: deque() for hop in links.hops_in}
         self.held: dict[Held, dict[str, Tensor]] = {}
         self.tally = Tally()
+        self._built = self._buffers()
         self._skip_nonfinite = skip_nonfinite
         self._before: tuple[list[Tensor], Tally] | None = None  # the buffers and the tally before a step
         self._remember()
@@ -131,7 +132,7 @@ class Stage:
         assert self._flight is None, "a forward before the local backward of the last one"
         runner, run = self._recorder.begin(x), None
         with self.stream:
-            x, h = runner.run("body", self._run_body_from, x)
+            x, h = runner.run("body", partial(self._run_body_from, runner), x)
             out = h
             if self.links.hops_in:
                 random_state = self.stream.read() if self.link.keep == "recompute" else None
@@ -193,12 +194,13 @@ class Stage:
         takes = (self.links.weight != 0.0 or self.links.joint) and (self.link.take == "every" or not later)
         trains = takes and (weight != 0.0 or self.links.joint)
         passes = hop + 1 in self.links.hops_out
-        if not trains and not passes:
+        recorded = takes and run.runner.repeats  # the first time, as it will be needed in later microbatches
+        if not trains and not passes and not recorded:
             return None
         if self.links.joint:
             error, weight = self._joined(run, error, weight), 1.0
         again = run.out is None
-        parameters = list(run.parameters.values()) if takes else []
+        parameters = list(run.parameters.values()) if trains or recorded else []
         with self.stream.rewound_to(run.random_state) if again and run.random_state else nullcontext():
             backward = partial(self._backward_of_tail, run, parameters, passes, not again and bool(later))
             gradients, error_before = run.runner.run(f"link backward {hop}", backward, error)
@@ -236,13 +238,20 @@ class Stage:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_factor
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._trained(), self._clip_norm)
+            self._clip(self._clip_norm)
         self.optimizer.step()
+
+    def _clip(self, largest: float) -> None:
+        """Scale the gradients down to this norm, all together; not in place, as autograd may share what it gave."""
+        trained = [parameter for parameter in self._trained() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained]
+        share = (largest / norm_of(gradients)).clamp(max=1.0)
+        for parameter, gradient in zip(trained, weighted(gradients, share), strict=True):
+            parameter.grad = gradient
 
     def _is_finite(self) -> bool:
         """Whether the losses and gradients of this step are."""
-        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        return self.tally.is_finite() and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return self.tally.is_finite() and bool(norm_of(parameter.grad for parameter in self._trained()).isfinite())
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
@@ -280,8 +289,10 @@ class Stage:
         self.tally = tally or Tally()
         self._remember()
 
-    def _run_body_from(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_body_from(self, runner: Runner, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stage's input as a leaf, and the output of the body."""
+        if runner.repeats and any(now is not before for now, before in zip(self._buffers(), self._built, strict=True)):
+            raise ValueError("a module replaces a buffer; have it change its values in place")
         x = widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
         return x, self.precision.run(self._run_body, x)
 
@@ -385,4 +396,5 @@ class Stage:
     def _sent(self, error: Tensor | None, x: Tensor, runner: Runner) -> Tensor:
         """An error as it goes to the stage before, where it may wait longer than a runner keeps it."""
         error = torch.zeros_like(x) if error is None else error
-        return narrowed(error.clone() if runner.repeats else error, self.link.wire)
+        sent = narrowed(error, self.link.wire)
+        return sent.clone() if sent is error and runner.repeats else sent

@@ -15,11 +15,17 @@ from torch.utils._pytree import tree_leaves
 
 from blpipe import graphs
 from blpipe.engines import local
+from blpipe.errors import RecordingError, StageError
 from blpipe.graphs import Graph, Recorder, Recording
+from blpipe.stage import TailRun
 
 RECORDED = {name: changes for name, changes in METHODS.items() if name != "bp"} | {
     "recomputed": {"method__link": {"delay": 1, "length": 2, "keep": "recompute", "normalize": True},
                    "train__channels_last": True},
+    "from_zero": {"method__link": {"delay": 0, "schedule": {"name": "one-cycle", "start": 0.0}},
+                  "train__microbatches": 4},
+    "all_from_zero": {"method__link": {"length": "all", "schedule": {"name": "one-cycle", "start": 0.0}},
+                      "train__microbatches": 4},
     "scheduled": {"method__link": {"delay": 2, "schedule": {"name": "one-cycle", "start": 0.0}}, "train__wire": "bf16"},
     "loss_with_weights": {"method__loss": "pred_sim"},
     "skipping": {"train__on_nonfinite": "skip", "train__precision": "bf16"},
@@ -47,7 +53,7 @@ class Tape(TorchDispatchMode):
             given = memory_of((args, kwargs))
             for old, new in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
                 if memory_of(old) - given:  # neither a view nor done in place
-                    old.detach().copy_(new)
+                    old.data.copy_(new)  # autograd does not notice, as with a graph
         self._just_recorded = False
 
 
@@ -55,13 +61,20 @@ def memory_of(tree):
     return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
 
 
+def is_live(tensor):
+    return isinstance(tensor, torch.nn.Parameter)
+
+
 class TapedGraph(Graph):
     """A tape in place of a graph."""
 
     def _record(self, graph, function):
         self._graph = Tape()
-        with self._graph:
-            return function(*self._inputs)
+        try:
+            with self._graph:
+                return function(*self._inputs)
+        except Exception as error:
+            raise RecordingError(error) from error
 
 
 class Noted(Recording):
@@ -77,9 +90,10 @@ class Noted(Recording):
         """As ever; but what is left of the microbatch before is spoiled, as memory that is used again may be."""
         if part == "body":
             for graph in self._graphs.values():
-                for result in tree_leaves(graph._results):
-                    if isinstance(result, torch.Tensor) and result.is_floating_point():
-                        result.detach().fill_(torch.nan)
+                runs = [vars(result) for result in tree_leaves(graph._results) if isinstance(result, TailRun)]
+                for result in tree_leaves([graph._results, runs]):
+                    if isinstance(result, torch.Tensor) and result.is_floating_point() and not is_live(result):
+                        result.data.fill_(torch.nan)
         return super().run(part, function, *inputs)
 
 
@@ -128,3 +142,9 @@ def test_microbatches_of_one_size_are_recorded_once_libraries_have_started(recor
     assert recorder.begin(torch.empty(16, 2)) not in runners  # its gradients have not been used
     recorder.step()
     assert recorder.begin(torch.empty(16, 2)) is runners[6]
+
+
+def test_a_buffer_that_is_replaced_is_refused(tmp_path, recorded):
+    model = {"target": "models_under_test:averaging_net"}
+    with pytest.raises(StageError, match="^stage 2 .*: a module replaces a buffer; have it change its values in place"):
+        train_locally(small_config("averages", model=model), tmp_path)

@@ -46,8 +46,7 @@ def _maps_last(plan: Plan, stage: int) -> bool:
 def rehearsed_steps(config: Config, farthest: int = 1) -> int:
     """How many steps it takes to have every link under way, the farthest hop being given."""
     micro = config.train.microbatches
-    warm_up = ceil(WARM_UP / micro) if config.runtime.cuda_graphs else 0
-    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2 + warm_up
+    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2
 
 
 def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, data: Data | None) -> None:
@@ -64,9 +63,10 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
     before = [tensor.detach().clone() for tensor in _tensors(stage)]
     stream = stage.stream.state
     optimizer = deepcopy(stage.optimizer.state_dict()) if stage.optimizer is not None else {}
+    warm_up = ceil(WARM_UP / plan.config.train.microbatches)  # CUDA graphs are made after it
     for sizes in dict.fromkeys(plan.step_sizes):
         for size in dict.fromkeys(sizes):
-            count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0))
+            count = warm_up + rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0))
             steps = [Step(i, (size,) * len(sizes)) for i in range(count)]
             run_alone(stage, plan, index, steps, device, link_factor=0.5)  # multiplies by it, as a schedule may
     stage.train(False)
