@@ -52,8 +52,8 @@ class RecordingError(RuntimeError):
     """What a stage computes could not be recorded as CUDA graphs. Exit code 1."""
 
     def __init__(self, cause: BaseException):
-        super().__init__("it could not be recorded as CUDA graphs: something waits for the GPU, or they keep too much "
-                         f"memory; set runtime.cuda_graphs=false ({type(cause).__name__}: {one_line(cause)})")
+        super().__init__("it could not be recorded as CUDA graphs, often because something waits for the GPU or memory "
+                         f"is short; set runtime.cuda_graphs=false ({type(cause).__name__}: {one_line(cause)})")
 
 
 class CheckpointError(RuntimeError):

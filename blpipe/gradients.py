@@ -31,7 +31,12 @@ def copies_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def gradients_of(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,
                keep: bool = False) -> tuple[Sequence[Tensor | None], Tensor | None]:
-    """The gradients of `parameters` and of `x`, the latter None if it wants none; `keep` keeps the graph."""
+    """The gradients of `parameters` and of `x`, the latter None if it wants none.
+
+    Args:
+        error: the gradient of `out`; None where that is a loss.
+        keep: whether the graph is kept.
+    """
     inputs = [*parameters, *([x] if x is not None and x.requires_grad else [])]
     if not inputs or not out.requires_grad:
         return [None] * len(parameters), None

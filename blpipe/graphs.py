@@ -32,7 +32,7 @@ class Runner(Protocol):
     repeats: bool
 
     def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
-        """`function(*inputs)`, which depends on nothing else that changes from one microbatch to the next.
+        """`function(*inputs)`. Other tensors that it uses are the stage's own, or results of earlier parts.
 
         Args:
             part: a name, different for each function of a microbatch.
@@ -40,7 +40,7 @@ class Runner(Protocol):
 
 
 class Plain:
-    """Runs everything as it is: on `stream`, which then waits for the current one before and after, or on that."""
+    """Runs everything as it is: on the current stream, or on `stream`, between what that does before and after."""
 
     repeats = False
 
@@ -69,7 +69,7 @@ class Graph:
         self._numbers: list[float | None] = []  # the inputs that are numbers, as last written
 
     def __call__(self, function: Callable[..., Result], inputs: tuple[Tensor | float, ...]) -> Result:
-        """`function(*inputs)`; later calls take only their inputs from their arguments."""
+        """`function(*inputs)`; later calls launch what was recorded, on these inputs, and do not call `function`."""
         if self._graph is None:
             self._inputs = [torch.empty_like(x) if isinstance(x, Tensor)  # a float of Python has 64 bits
                             else torch.empty((), dtype=torch.float64, device=self._stream.device) for x in inputs]
@@ -129,11 +129,12 @@ class Recording:
 
 
 class Recorder:
-    """The recordings of one stage, for microbatches of the size that it first sees often enough.
+    """The recordings of one stage, for microbatches of the first size that comes twice in a row.
 
     Args:
-        stream: of a GPU, to record on. What is not recorded runs there too, since autograd goes backwards on the
-            stream that it went forwards on, and knows a parameter by one stream. None to run everything as it is.
+        stream: of a GPU, to record on; None to run everything as it is. What is not recorded runs there too: autograd
+            keeps the stream on which it first met a parameter, and waits for it in every backward, which a recording
+            cannot.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None = None):

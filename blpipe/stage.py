@@ -75,7 +75,7 @@ class Stage:
     A microbatch goes through `forward`, `local_backward` and, for each hop, `link_backward` once that error is
     there, each hop in the order of the forwards; `step` ends a batch. A link that arrives after a step needs
     the weights of its own forward: with `link.delay` ≥ 1 the tail runs on a snapshot of its parameters, made
-    once a step, and the gradients are added to the live ones.
+    once a step (or for each microbatch that is recorded), and the gradients are added to the live ones.
 
     Args:
         blocks: the stage's part of the model.
@@ -92,7 +92,7 @@ class Stage:
         compile: whether torch.compile compiles blocks and head, for training.
         skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
             waits for the device in every step.
-        recorder: of what is computed on each microbatch.
+        recorder: of what is computed on each microbatch; None to run everything as it is.
     """
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
@@ -194,7 +194,7 @@ class Stage:
         takes = (self.links.weight != 0.0 or self.links.joint) and (self.link.take == "every" or not later)
         trains = takes and (weight != 0.0 or self.links.joint)
         passes = hop + 1 in self.links.hops_out
-        recorded = takes and run.runner.repeats  # the first time, as it will be needed in later microbatches
+        recorded = takes and run.runner.repeats  # even where λ is 0 for now: with the rest of its microbatch, or never
         if not trains and not passes and not recorded:
             return None
         if self.links.joint:
