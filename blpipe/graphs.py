@@ -9,7 +9,7 @@ happens outside of them sees the same results as without: tensors that live unti
 
 import gc
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +31,7 @@ class Runner(Protocol):
 
     repeats: bool
 
-    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
+    def run(self, part: str, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
         """`function(*inputs)`. Other tensors that it uses are the stage's own, or results of earlier parts.
 
         Args:
@@ -47,7 +47,7 @@ class Plain:
     def __init__(self, stream: torch.cuda.Stream | None = None):
         self._stream = stream
 
-    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
+    def run(self, part: str, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
         """See `Runner`."""
         if self._stream is None:
             return function(*inputs)
@@ -119,9 +119,9 @@ class Recording:
     def __init__(self, stream: torch.cuda.Stream):
         self._stream = stream
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[str, Graph] = {}
 
-    def run(self, part: Hashable, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
+    def run(self, part: str, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
         """See `Runner`."""
         if part not in self._graphs:
             self._graphs[part] = Graph(self._stream, self._pool)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -17,8 +18,8 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
     """The optimizer that the config names, over the parameters that require a gradient; None without any.
 
     Args:
-        groups: of parameters that begin to learn in the same step: torch's fused SGD has the momentum of all of a
-            group or of none.
+        groups: of parameters that begin to learn in the same step. They stay apart where the optimizer is fused, as
+            torch's fused SGD has the momentum of all of a group or of none; else one group takes less time.
 
     Raises:
         ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.
@@ -34,7 +35,8 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
         raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
     if "lr" in config.args:
         raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
-    trainable = [{"params": own} for own in ([p for p in group if p.requires_grad] for group in groups) if own]
+    apart = groups if config.args.get("fused") else [chain(*groups)]
+    trainable = [{"params": own} for own in ([p for p in group if p.requires_grad] for group in apart) if own]
     if not trainable:
         return None
     # YAML has lists where torch's betas want a tuple.
