@@ -2,9 +2,9 @@
 
 A stage of small kernels takes as long as the host needs to launch them one by one. A CUDA graph is launched at once,
 but only repeats what was recorded: the same kernels on the same addresses ("CUDA Graphs" in the CUDA C++ Programming
-Guide, and in torch's notes on CUDA semantics). So a microbatch has a recording to itself from its forward to the step
-after its last link backward. As many are made as are under way at a time, and later microbatches use them again. What
-happens outside of them sees the same results as without: tensors that live until the recording is used again.
+Guide, and in torch's notes on CUDA semantics). So a microbatch has a recording to itself from its forward to its last
+link backward. As many are made as are under way at a time, and later microbatches use them again. What happens outside
+of them sees the same results as without: tensors that live until the recording is used again.
 """
 
 import gc
@@ -142,7 +142,6 @@ class Recorder:
         self._seen = 0
         self._shape: torch.Size | None = None
         self._free: list[Recording] = []
-        self._through: list[Recording] = []
 
     def begin(self, x: Tensor) -> Runner:
         """What runs the microbatch with this input."""
@@ -158,14 +157,9 @@ class Recorder:
         return self._free.pop() if self._free else Recording(self._stream)
 
     def end(self, runner: Runner) -> None:
-        """Its last part is through. Its gradients are needed until the step."""
+        """It runs its last part before another microbatch begins."""
         if isinstance(runner, Recording):
-            self._through.append(runner)
-
-    def step(self) -> None:
-        """The gradients of all that is through have been used."""
-        self._free += self._through
-        self._through.clear()
+            self._free.append(runner)
 
 
 def _on(stream: torch.cuda.Stream, function: Callable[[], Result]) -> Result:

@@ -34,7 +34,7 @@ from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
 from blpipe.device import Precision, narrowed, widened
 from blpipe.gradients import copies_of, first_names, gradients_of, norm_of, ratio, weighted
-from blpipe.graphs import Recorder, Runner
+from blpipe.graphs import Plain, Recorder, Runner
 from blpipe.losses import Tally
 from blpipe.plan import Links
 from blpipe.seeds import RandomStream
@@ -168,7 +168,7 @@ class Stage:
         if error is not None:
             backward = partial(gradients_of, flight.h, trained, flight.x if sends else None, error)
             gradients, error = flight.runner.run("local backward of the body", backward)
-            self._add(trained, weighted(gradients, self.links.local_weight))
+            self._add(trained, weighted(gradients, self.links.local_weight), flight.runner)
         if flight.tail_run is None:
             self._recorder.end(flight.runner)
         return self._sent(error, flight.x, flight.runner) if sends else None
@@ -212,13 +212,13 @@ class Stage:
             self.held[*held_as, hop] = {name: gradient.clone() if run.runner.repeats else gradient
                                         for name, gradient in named if gradient is not None}
         else:
-            self._add(self._tail_live.values() if trains else (), summands)
+            self._add(self._tail_live.values() if trains else (), summands, run.runner)
         return self._sent(error_before, run.h, run.runner) if passes else None
 
     def add_held(self, held_as: tuple[int, int], hop: int) -> None:
         """Add the gradients of a link that were held, now that their step has come."""
         gradients = self.held.pop((*held_as, hop), {})
-        self._add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live])
+        self._add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live], Plain())
 
     def step(self, index: int, lr_factor: float) -> None:
         """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
@@ -229,7 +229,6 @@ class Stage:
         for parameter in self._trained():
             parameter.grad = None
         self._sums.clear()
-        self._recorder.step()
         self._snapshot = None
         self._remember()
 
@@ -320,7 +319,7 @@ class Stage:
         with self.stream:
             loss, logits, gradients, error = flight.runner.run("head", backward, targets, share)
         self.tally.add(loss, logits, targets)
-        self._add(self._head_live, gradients)
+        self._add(self._head_live, gradients, flight.runner)
         return error
 
     def _head_gradients(self, out: Tensor, wanted: bool, targets: Tensor,
@@ -347,7 +346,7 @@ class Stage:
         if self.link.normalize:
             run.local_norm = norm_of(gradients)
         if alpha:
-            self._add(self._tail_live.values(), weighted(gradients, alpha))
+            self._add(self._tail_live.values(), weighted(gradients, alpha), run.runner)
         return error
 
     def _joined(self, run: TailRun, error: Tensor, weight: float | Tensor) -> Tensor:
@@ -372,15 +371,21 @@ class Stage:
         buffers = copies_of(run.buffers)  # a forward may write to them
         return self._tail_with({**run.parameters, **buffers}, h)
 
-    def _add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
-        """Add to each parameter's gradient."""
+    def _add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None], runner: Runner) -> None:
+        """Add to each parameter's gradient what this runner gave."""
         given: set[int] = set()
+        copied: list[tuple[Tensor, Tensor]] = []
         for parameter, gradient in zip(live, gradients, strict=True):
             if gradient is None:
                 continue
             if parameter in self._sums:
                 assert parameter.grad is not None
                 parameter.grad += gradient
+                continue
+            if parameter.grad is None and runner.repeats:
+                parameter.grad = torch.empty_like(parameter)
+                copied.append((parameter.grad, gradient))
+                self._sums.add(parameter)
                 continue
             if parameter.grad is None:
                 total = gradient
@@ -392,6 +397,8 @@ class Stage:
                 total = torch.empty_like(parameter).copy_(total)
             given.add(id(total))
             parameter.grad = total
+        if copied:
+            torch._foreach_copy_([own for own, _ in copied], [gradient for _, gradient in copied])
 
     def _sent(self, error: Tensor | None, x: Tensor, runner: Runner) -> Tensor:
         """An error as it goes to the stage before, where it may wait longer than a runner keeps it."""
