@@ -29,6 +29,11 @@ def copies_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
+def trainable_copies_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, as leaves that get gradients."""
+    return {name: own.requires_grad_() for name, own in copies_of(tensors).items()}
+
+
 def gradients_of(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,
                keep: bool = False) -> tuple[Sequence[Tensor | None], Tensor | None]:
     """The gradients of `parameters` and of `x`, the latter None if it wants none.

@@ -33,7 +33,15 @@ from torch.func import functional_call
 from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
 from blpipe.device import Precision, narrowed, widened
-from blpipe.gradients import copies_of, first_names, gradients_of, norm_of, ratio, weighted
+from blpipe.gradients import (
+    copies_of,
+    first_names,
+    gradients_of,
+    norm_of,
+    ratio,
+    trainable_copies_of,
+    weighted,
+)
 from blpipe.graphs import Plain, Recorder, Runner
 from blpipe.losses import Tally
 from blpipe.plan import Links
@@ -297,10 +305,10 @@ class Stage:
 
     def _run_tail(self, h: Tensor, runner: Runner) -> tuple[TailRun, Tensor]:
         parameters = self._tail_live  # the link's backward comes before the step that changes them
-        if self.link.delay > 0:
-            parameters = (None if runner.repeats else self._snapshot) or {
-                name: own.requires_grad_() for name, own in copies_of(self._tail_live).items()}
-            self._snapshot = self._snapshot if runner.repeats else parameters
+        if self.link.delay > 0 and runner.repeats:
+            parameters = trainable_copies_of(self._tail_live)
+        elif self.link.delay > 0:
+            parameters = self._snapshot = self._snapshot or trainable_copies_of(self._tail_live)
         cut = h.detach().requires_grad_(h.requires_grad)
         buffers = copies_of(dict(self.tail.named_buffers())) if self.link.keep == "recompute" else {}
         out = self._tail_with(parameters, cut)

@@ -61,10 +61,6 @@ def memory_of(tree):
     return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
 
 
-def is_live(tensor):
-    return isinstance(tensor, torch.nn.Parameter)
-
-
 class TapedGraph(Graph):
     """A tape in place of a graph."""
 
@@ -92,7 +88,8 @@ class Noted(Recording):
             for graph in self._graphs.values():
                 runs = [vars(result) for result in tree_leaves(graph._results) if isinstance(result, TailRun)]
                 for result in tree_leaves([graph._results, runs]):
-                    if isinstance(result, torch.Tensor) and result.is_floating_point() and not is_live(result):
+                    live = isinstance(result, torch.nn.Parameter)
+                    if isinstance(result, torch.Tensor) and result.is_floating_point() and not live:
                         result.data.fill_(torch.nan)
         return super().run(part, function, *inputs)
 
