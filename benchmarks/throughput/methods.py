@@ -99,6 +99,7 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "joint d=1": variant(_late(JOINT, delay=1), 1, cuts.joint),
         "joint d=1/M": variant(_late(JOINT, delay=1, delay_unit="microbatch"), cuts=cuts.joint),
         "joint d=0": variant(_late(JOINT, delay=0), cuts=cuts.joint),
+        "last loss d=1": variant(_late(LAST_LOSS, delay_unit="batch"), 1),
         "last loss d=1/M": variant(LAST_LOSS),
         "greedy": variant({"name": "greedy"}, 1),
         **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))

@@ -19,8 +19,8 @@ from blpipe.plan import make_network
 from blpipe.plugins import did_you_mean
 
 METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "joint d=1", "joint d=1/M", "joint d=0",
-           "last loss d=1/M", "greedy", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP",
-           "one process")
+           "last loss d=1", "last loss d=1/M", "greedy", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B",
+           "zero-bubble", "DDP", "one process")
 JOINT = {"name": "backlink", "link": {"length": "all", "joint": True}}
 DRAINING = 2  # steps after a window, in which pipelines drain: they do so once an epoch, which has hundreds of steps
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
