@@ -312,6 +312,7 @@ class RuntimeConfig(Section):
     """Where and how the run executes. On a CPU nothing but `threads` changes its results.
 
     cuda_graphs: on a GPU, whether a stage launches what it computes on a microbatch as CUDA graphs; `bp` has none.
+    keep_memory: whether a process keeps the host's memory that it frees, instead of giving it back after every step.
     """
 
     engine: Literal["auto", "local", "pipeline"] = "auto"
@@ -319,6 +320,7 @@ class RuntimeConfig(Section):
     threads: Annotated[Processes, Field(ge=1)] | None = None
     runs: PathText = "runs"
     cuda_graphs: bool = False
+    keep_memory: bool = True
     progress: bool = True
     trace: bool = False
     tensorboard: bool = False

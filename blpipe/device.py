@@ -1,5 +1,6 @@
-"""How tensors get to a device without waiting for it, and in which formats and layouts it computes."""
+"""How a process computes: its threads, memory, precision and layout; and how tensors get to a device without a wait."""
 
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -7,9 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from blpipe.config import Config
 from blpipe.config_types import WirePrecision
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# Of glibc's malloc.h: how many blocks may have mappings of their own; the free bytes beyond which the heap shrinks.
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 
 def transfer(x: Tensor, device: torch.device) -> Tensor:
@@ -17,6 +22,29 @@ def transfer(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def set_up(config: Config) -> None:
+    """Set this process's number of CPU threads, where the config names one, its memory, precision and compiler."""
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    if config.runtime.keep_memory:
+        keep_freed_memory()
+    use_precision(config.train.precision)
+    if config.train.compile:
+        use_compiler()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the host's memory that it frees, for the tensors of its next step.
+
+    glibc gives large blocks back to the system as they are freed, and gets them again page by page, each cleared. Other
+    C libraries stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def use_precision(precision: str) -> None:

@@ -17,6 +17,7 @@ from blpipe.checkpoint.saver import Saver
 from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
 from blpipe.data import Data, DataSpec, open_data
+from blpipe.device import set_up
 from blpipe.engines.common import Engine, check_weights
 from blpipe.errors import StoppedError, UserError
 from blpipe.forecast.costs import profile
@@ -28,7 +29,7 @@ from blpipe.progress import Progress
 from blpipe.resume import Beginning
 from blpipe.run_folder import How, claimed, is_being_restarted, make_ready, run_folder_of
 from blpipe.trace import write_trace
-from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, set_up, train
+from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, train
 from blpipe.transport.horizon import Horizon
 from blpipe.transport.world import Meeting, choose_device, meet
 

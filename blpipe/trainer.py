@@ -9,7 +9,6 @@ import torch
 from blpipe import launch
 from blpipe.config import Config
 from blpipe.data import Data
-from blpipe.device import use_compiler, use_precision
 from blpipe.engines.common import Engine, OnStep, StageReport
 from blpipe.engines.local import LocalEngine
 from blpipe.engines.pipeline import PipelineEngine, contract
@@ -86,15 +85,6 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
 def _use(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def set_up(config: Config) -> None:
-    """Set this process's number of CPU threads, where the config names one, its precision and its compiler."""
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
-    use_precision(config.train.precision)
-    if config.train.compile:
-        use_compiler()
 
 
 def is_due(epochs_done: int, every: int, epochs: int) -> bool:

@@ -15,10 +15,11 @@ from test_graphs import RECORDED, Noted
 from blpipe import graphs
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
+from blpipe.device import set_up
 from blpipe.engines import local
 from blpipe.engines.common import LossWatch, train_epoch
 from blpipe.plan import make_plan
-from blpipe.trainer import open_local, set_up
+from blpipe.trainer import open_local
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch sees none here")]

@@ -19,11 +19,12 @@ from blpipe.config import Config, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
 from blpipe.config_types import Positive
 from blpipe.data import open_data
+from blpipe.device import set_up
 from blpipe.engines.common import Engine, train_epoch
 from blpipe.errors import ConfigError
 from blpipe.plan import make_plan
 from blpipe.text import human_bytes
-from blpipe.trainer import open_local, set_up
+from blpipe.trainer import open_local
 from blpipe.transport.world import choose_device
 
 DASH = "–"

@@ -16,7 +16,7 @@ from benchmarks.environment import environment, folder_name
 from benchmarks.memory import cases, plots, report, timing
 from benchmarks.memory.measure import measure
 from benchmarks.memory.results import Results
-from blpipe.device import use_precision
+from blpipe.device import keep_freed_memory, use_precision
 from blpipe.errors import ConfigError
 from blpipe.text import human_bytes
 from blpipe.transport.world import choose_device
@@ -79,6 +79,7 @@ def _main(arguments: argparse.Namespace) -> int:
     folder = arguments.out or Path(__file__).parent / "results" / name
     size = cases.Size(arguments.depth, arguments.batch, arguments.stages, arguments.precision, arguments.channels_last)
     use_precision(size.precision)
+    keep_freed_memory()
     linked = cases.links(arguments.lengths, arguments.delays)
     _check(size, linked)
     results = Results(folder / "results.jsonl", environment(device))

@@ -24,11 +24,12 @@ from blpipe.cli import whole_numbers
 from blpipe.config import Config
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
+from blpipe.device import set_up
 from blpipe.engines.common import train_epoch
 from blpipe.errors import ConfigError
 from blpipe.forecast.report import make_report
 from blpipe.plan import make_plan
-from blpipe.trainer import open_local, set_up
+from blpipe.trainer import open_local
 
 HERE = Path(__file__).parent
 

@@ -16,12 +16,14 @@ from benchmarks.throughput.torch_schedules import SCHEDULES
 from blpipe.config import PartitionConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
+from blpipe.device import set_up
 from blpipe.plan import make_plan
 
 
 def measure_case(settings: ThroughputConfig, name: str, device: torch.device) -> dict[str, Any] | None:
     """A case's settings, environment and rounds; None where its processes failed, who say why."""
     tree = case_tree(settings, name, device.type)
+    set_up(parse_config(tree))
     measured_on = environment(device) | {"load": os.getloadavg()[0], "blpipe": blpipe.__version__}
     with one_thread():
         cuts = find_cuts(parse_config(tree), settings.microbatches, device)

@@ -17,10 +17,10 @@ import torch
 from benchmarks.throughput.methods import Batches, Method, Run, make_configs, make_methods
 from benchmarks.throughput.settings import Cuts
 from blpipe.config_file import parse_config
+from blpipe.device import set_up
 from blpipe.engines.pipeline import contract
 from blpipe.errors import UserError
 from blpipe.plan import make_plan
-from blpipe.trainer import set_up
 from blpipe.transport.world import World, choose_device, meet
 
 Window = dict[str, Any]  # of one process: seconds, busy and waiting shares, and sent_bytes of a step

@@ -9,7 +9,7 @@ import torch
 
 from blpipe.config import Config
 from blpipe.data import open_data
-from blpipe.device import use_precision
+from blpipe.device import set_up
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast.costs import NOMINAL, profile
 from blpipe.forecast.forecast import Forecaster, MethodForecast, StageForecast, methods
@@ -55,8 +55,8 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
         ConfigError: anything wrong with the config, or more stages than blocks.
     """
     device, _ = choose_device(config.runtime.device)
-    torch.set_num_threads(config.runtime.threads or 1)
-    use_precision(config.train.precision)
+    torch.set_num_threads(1)
+    set_up(config)
     connection = _connection(device, latency, bandwidth)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
