@@ -89,9 +89,9 @@ def _report(text: str) -> None:
 
 
 def _is_reporter() -> bool:
-    from blpipe.transport.world import meet
+    from blpipe.transport.world import is_reporter
     try:
-        return meet(timeout_seconds=10).is_reporter()
+        return is_reporter(timeout_seconds=10)
     except (RuntimeError, ValueError):  # no store there (any more): better twice than never
         return True
 

@@ -63,3 +63,43 @@ def norm_of(gradients: Iterable[Tensor | None]) -> Tensor:
 def ratio(norm: Tensor, other: Tensor) -> Tensor:
     """norm / other, 0 where there is nothing to scale."""
     return torch.where(other > 0, norm / other, torch.zeros_like(other))
+
+
+class GradientSums:
+    """Adds what each backward gives to the gradients of parameters, up to the next step."""
+
+    def __init__(self) -> None:
+        self._own: set[Tensor] = set()  # the parameters whose gradient nobody else holds
+
+    def add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None], reused: bool = False) -> None:
+        """Add to each parameter's gradient.
+
+        Args:
+            reused: whether the memory of `gradients` is written again before the step.
+        """
+        given: set[int] = set()
+        copies: list[tuple[Tensor, Tensor]] = []
+        for parameter, gradient in zip(live, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter in self._own:
+                assert parameter.grad is not None
+                parameter.grad += gradient
+                continue
+            if parameter.grad is not None:  # autograd may share what it gave with others
+                gradient = parameter.grad + gradient
+                self._own.add(parameter)
+            # Fused optimizers read a gradient in its parameter's layout, and some write to it: two must not share one.
+            if reused or gradient.stride() != parameter.stride() or id(gradient) in given:
+                parameter.grad = torch.empty_like(parameter)
+                copies.append((parameter.grad, gradient))
+                self._own.add(parameter)
+            else:
+                parameter.grad = gradient
+            given.add(id(gradient))
+        if copies:
+            torch._foreach_copy_([own for own, _ in copies], [gradient for _, gradient in copies])
+
+    def clear(self) -> None:
+        """Begin anew, after the step."""
+        self._own.clear()

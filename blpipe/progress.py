@@ -49,10 +49,10 @@ class Progress:
         own = {k: {"steps": self._steps, **asdict(progress)}
                for k, progress in zip(self._engine.stages, self._engine.progress(), strict=True)}
         if self._bars:
-            others = self._meeting.notes(self._plan.config.name) if self._meeting is not None else {}
+            others = self._meeting.notes() if self._meeting is not None else {}
             self._show(others | own)
         elif self._meeting is not None:
-            self._meeting.note(self._plan.config.name, own[self._meeting.rank])
+            self._meeting.note(own[self._meeting.rank])
 
     def _show(self, stages: dict[int, dict[str, Any]]) -> None:
         for k, stage in sorted(stages.items()):

@@ -31,7 +31,7 @@ from blpipe.run_folder import How, claimed, is_being_restarted, make_ready, run_
 from blpipe.trace import write_trace
 from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, train
 from blpipe.transport.horizon import Horizon
-from blpipe.transport.world import Meeting, choose_device, meet
+from blpipe.transport.world import Meeting, choose_device, is_reporter, meet
 
 
 def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | None = None,
@@ -167,11 +167,11 @@ def _lead(config: Config, meeting: Meeting, how: How, claim: ExitStack) -> _Run:
         plan, data, beginning = _prepare(config, how)
         folder = claim.enter_context(claimed(plan.config, how, beginning))
     except UserError:
-        meeting.is_reporter()  # before another rank can be
-        meeting.announce(config.name, {"failed": True})
+        is_reporter(meeting.timeout_seconds)  # before another rank can be
+        meeting.announce({"failed": True})
         raise
     shown, found = _has_terminal(config), beginning.checkpoint
-    meeting.announce(config.name, {
+    meeting.announce({
         "data": data.spec.to_json(), "run": str(folder), "shown": shown, "checkpoint": found and str(found),
         "partition": plan.config.partition.model_dump()})
     return _Run(plan, data, folder, beginning, shown, meeting)
@@ -179,7 +179,7 @@ def _lead(config: Config, meeting: Meeting, how: How, claim: ExitStack) -> _Run:
 
 def _follow(config: Config, meeting: Meeting) -> _Run:
     """The run that the first process has prepared."""
-    told = meeting.listen(config.name)
+    told = meeting.listen()
     if "failed" in told:
         raise UserError("rank 0 could not begin")
     config = config.model_copy(update={"partition": PartitionConfig(**told["partition"])})
@@ -226,7 +226,7 @@ def _horizon(run: _Run, start: int, stop: Event) -> Horizon:
     if run.meeting is None:
         return Horizon(start, stop.is_set)
     ahead = steps_ahead([links.hops_in for links in plan.links], plan.delay, plan.config.train.microbatches)
-    return Horizon(start, stop.is_set, run.meeting, plan.config.name, ahead)
+    return Horizon(start, stop.is_set, run.meeting, ahead)
 
 
 def _finish(recorder: Recorder, folder: Path) -> None:

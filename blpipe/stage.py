@@ -19,7 +19,7 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
 from blpipe.device import Precision, narrowed, widened
 from blpipe.gradients import (
+    GradientSums,
     copies_of,
     first_names,
     gradients_of,
@@ -42,7 +43,7 @@ from blpipe.gradients import (
     trainable_copies_of,
     weighted,
 )
-from blpipe.graphs import Plain, Recorder, Runner
+from blpipe.graphs import Recorder, Runner
 from blpipe.losses import Tally
 from blpipe.plan import Links
 from blpipe.seeds import RandomStream
@@ -124,7 +125,7 @@ class Stage:
         self._head_live = [*dict.fromkeys(p for part in judges for p in part.parameters() if p.requires_grad)]
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
         self._tail_live: dict[str, Tensor] = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
-        self._sums: set[Tensor] = set()  # parameters whose gradient is a sum, and held by nothing else
+        self._sums = GradientSums()
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting: dict[int, deque[TailRun]] = {hop: deque() for hop in links.hops_in}
@@ -176,7 +177,7 @@ class Stage:
         if error is not None:
             backward = partial(gradients_of, flight.h, trained, flight.x if sends else None, error)
             gradients, error = flight.runner.run("local backward of the body", backward)
-            self._add(trained, weighted(gradients, self.links.local_weight), flight.runner)
+            self._sums.add(trained, weighted(gradients, self.links.local_weight), flight.runner.repeats)
         if flight.tail_run is None:
             self._recorder.end(flight.runner)
         return self._sent(error, flight.x, flight.runner) if sends else None
@@ -220,13 +221,13 @@ class Stage:
             self.held[*held_as, hop] = {name: gradient.clone() if run.runner.repeats else gradient
                                         for name, gradient in named if gradient is not None}
         else:
-            self._add(self._tail_live.values() if trains else (), summands, run.runner)
+            self._sums.add(self._tail_live.values() if trains else (), summands, run.runner.repeats)
         return self._sent(error_before, run.h, run.runner) if passes else None
 
     def add_held(self, held_as: tuple[int, int], hop: int) -> None:
         """Add the gradients of a link that were held, now that their step has come."""
         gradients = self.held.pop((*held_as, hop), {})
-        self._add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live], Plain())
+        self._sums.add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live])
 
     def step(self, index: int, lr_factor: float) -> None:
         """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
@@ -327,7 +328,7 @@ class Stage:
         with self.stream:
             loss, logits, gradients, error = flight.runner.run("head", backward, targets, share)
         self.tally.add(loss, logits, targets)
-        self._add(self._head_live, gradients, flight.runner)
+        self._sums.add(self._head_live, gradients, flight.runner.repeats)
         return error
 
     def _head_gradients(self, out: Tensor, wanted: bool, targets: Tensor,
@@ -354,7 +355,7 @@ class Stage:
         if self.link.normalize:
             run.local_norm = norm_of(gradients)
         if alpha:
-            self._add(self._tail_live.values(), weighted(gradients, alpha), run.runner)
+            self._sums.add(self._tail_live.values(), weighted(gradients, alpha), run.runner.repeats)
         return error
 
     def _joined(self, run: TailRun, error: Tensor, weight: float | Tensor) -> Tensor:
@@ -378,35 +379,6 @@ class Stage:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
         buffers = copies_of(run.buffers)  # a forward may write to them
         return self._tail_with({**run.parameters, **buffers}, h)
-
-    def _add(self, live: Iterable[Tensor], gradients: Iterable[Tensor | None], runner: Runner) -> None:
-        """Add to each parameter's gradient what this runner gave."""
-        given: set[int] = set()
-        copied: list[tuple[Tensor, Tensor]] = []
-        for parameter, gradient in zip(live, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter in self._sums:
-                assert parameter.grad is not None
-                parameter.grad += gradient
-                continue
-            if parameter.grad is None and runner.repeats:
-                parameter.grad = torch.empty_like(parameter)
-                copied.append((parameter.grad, gradient))
-                self._sums.add(parameter)
-                continue
-            if parameter.grad is None:
-                total = gradient
-            else:  # autograd may share what it gave with others; a sum is ours
-                total = parameter.grad + gradient
-                self._sums.add(parameter)
-            # Fused optimizers read a gradient in its parameter's layout, and some write to it: two must not share one.
-            if total.stride() != parameter.stride() or id(total) in given:
-                total = torch.empty_like(parameter).copy_(total)
-            given.add(id(total))
-            parameter.grad = total
-        if copied:
-            torch._foreach_copy_([own for own, _ in copied], [gradient for _, gradient in copied])
 
     def _sent(self, error: Tensor | None, x: Tensor, runner: Runner) -> Tensor:
         """An error as it goes to the stage before, where it may wait longer than a runner keeps it."""

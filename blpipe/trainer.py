@@ -78,8 +78,7 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
         print("note: there are more stages than GPUs here; stages share them, and send through host memory")
     _use(device)
     data = None if data is None else data.to(device)
-    return PipelineEngine(plan, data, World(meeting, plan.config.name, device, own_gpu,
-                                            plan.config.runtime.timeout_seconds, contract(plan)))
+    return PipelineEngine(plan, data, World(meeting, device, own_gpu, contract(plan)))
 
 
 def _use(device: torch.device) -> None:

@@ -31,7 +31,7 @@ def clock(monkeypatch):
 def horizons(ranks, wanted, start=0, ahead=3):
     """One for each rank; `wanted` holds those that want to stop."""
     store = dist.HashStore()
-    return [Horizon(start, lambda rank=rank: rank in wanted, Meeting(store, rank, ranks), "run", ahead)
+    return [Horizon(start, lambda rank=rank: rank in wanted, Meeting(store, rank, ranks), ahead)
             for rank in range(ranks)]
 
 

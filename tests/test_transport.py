@@ -13,6 +13,7 @@ from blpipe.config_file import parse_config
 from blpipe.errors import ConfigError, UserError
 from blpipe.plan import TensorSpec
 from blpipe.trainer import choose_engine
+from blpipe.transport import world
 from blpipe.transport.memory import MemoryQueue
 from blpipe.transport.messages import message_bytes, views
 from blpipe.transport.queues import SendQueue
@@ -53,7 +54,7 @@ def shake(contracts):
 
     def rank(index):
         try:
-            shake_hands(Meeting(store, index, len(contracts)), "run", contracts[index])
+            shake_hands(Meeting(store, index, len(contracts)), contracts[index])
         except UserError as error:
             raised[index] = str(error)
 
@@ -77,11 +78,25 @@ def test_one_with_another_contract_is_refused_by_all():
                          "start every rank with the same config and versions")
 
 
-def test_one_rank_reports_a_failure():
+@pytest.fixture
+def at_rank(monkeypatch):
+    """Calls a function as this rank of three, which share a store."""
     store = dist.HashStore()
-    assert Meeting(store, 1, 3).is_reporter()
-    assert not Meeting(store, 0, 3).is_reporter()
-    assert Meeting(store, 1, 3).is_reporter()
+
+    def call(rank, function):
+        monkeypatch.setattr(world, "_attempt", lambda timeout: (store, rank, 3))
+        return function(60.0)
+    return call
+
+
+def test_one_rank_reports_a_failure(at_rank):
+    assert [at_rank(rank, world.is_reporter) for rank in (1, 0, 1)] == [True, False, True]
+
+
+def test_every_run_of_the_same_processes_has_a_meeting_of_its_own(at_rank):
+    at_rank(0, world.meet).announce({"run": "first"})
+    at_rank(0, world.meet).announce({"run": "second"})
+    assert [at_rank(rank, world.meet).listen() for rank in (1, 1, 2, 2)] == [{"run": "first"}, {"run": "second"}] * 2
 
 
 @pytest.mark.parametrize(("launched", "engine", "stages", "expected"), [

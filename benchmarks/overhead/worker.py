@@ -40,7 +40,7 @@ def main(out: Path) -> None:
     set_up(config)
     data = open_data(config.data, config.seed)
     plan = make_plan(config, data.spec)
-    world = World(meet(60.0), config.name, torch.device("cpu"), False, 60.0, contract(plan))
+    world = World(meet(60.0), torch.device("cpu"), False, contract(plan))
     engine = PipelineEngine(plan, data if world.rank == 0 else None, world)
     plain = build_stage(make_plan(config, data.spec), 0, world.device)
     messages = [message_bytes((plan.activation(BATCH, 0), plan.targets(BATCH))), message_bytes((plan.error(BATCH, 0),))]

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.soak.cases import CASES, STALLS, outcome, same, tree
+from blpipe import launch
 from blpipe.config_file import parse_config
 from blpipe.runs import train_run
 from blpipe.transport.queues import ReceiveQueue, SendQueue
-from blpipe.transport.world import Meeting, meet
+from blpipe.transport.world import meet
 
 SAMPLE_SECONDS = 0.25  # between two looks at the resident size
 
@@ -102,34 +103,35 @@ def main(job: dict[str, Any]) -> None:
 
     Every rank leaves what it counted in a file of its own.
     """
-    meeting, started, number = meet(60.0), monotonic(), 0
-    expected = {case: torch.load(path) for case, path in job["expected"].items()} if meeting.rank == 0 else {}
-    disturbance = Disturbance(job["seed"], meeting.rank)
+    rank, started, number = launch.rank(), monotonic(), 0
+    expected = {case: torch.load(path) for case, path in job["expected"].items()} if rank == 0 else {}
+    disturbance = Disturbance(job["seed"], rank)
     disturbance.inject()
     rounds = []
-    while _goes_on(meeting, f"round{number}", number == 0 or monotonic() - started < 60 * job["minutes"]):
+    while _goes_on(number == 0 or monotonic() - started < 60 * job["minutes"]):
         disturbance.resident = []
         for position, case in enumerate(CASES):
             config = parse_config(tree(case, f"run{number}-{position}", job["epochs"], job["runs"]))
             with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
                 train_run(config)
                 give_back()
-            if meeting.rank == 0 and not same(outcome(Path(job["runs"]) / config.name), expected[case]):
+            if rank == 0 and not same(outcome(Path(job["runs"]) / config.name), expected[case]):
                 raise AssertionError(f"round {number + 1}: {case}: not the results of the undisturbed run")
         rounds.append(disturbance.resident)
         number += 1
-        if meeting.rank == 0:
+        if rank == 0:
             print(f"soak: round {number}, {monotonic() - started:.0f} s", flush=True)
     found = {"seconds": monotonic() - started, "resident_bytes": rounds,
              "queues": {name: asdict(count) for name, count in disturbance.counts.items()}}
-    Path(job["out"], f"rank{meeting.rank}.json").write_text(json.dumps(found))
+    Path(job["out"], f"rank{rank}.json").write_text(json.dumps(found))
 
 
-def _goes_on(meeting: Meeting, name: str, wanted: bool) -> bool:
+def _goes_on(wanted: bool) -> bool:
     """What rank 0 wants."""
+    meeting = meet(60.0)
     if meeting.rank == 0:
-        meeting.announce(name, {"goes_on": wanted})
-    return meeting.listen(name)["goes_on"]
+        meeting.announce({"goes_on": wanted})
+    return meeting.listen()["goes_on"]
 
 
 if __name__ == "__main__":

@@ -73,8 +73,7 @@ def main(job: dict[str, Any]) -> None:
     data = Batches(config, device)
     plans = {name: make_plan(each, data.spec)
              for name, each in make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"]).items()}
-    timeout = config.runtime.timeout_seconds
-    world = World(meet(timeout), config.name, device, own_gpu, timeout,
+    world = World(meet(config.runtime.timeout_seconds), device, own_gpu,
                   {name: contract(plan) for name, plan in plans.items()})
     methods = make_methods(plans, data, world)
     rounds = []

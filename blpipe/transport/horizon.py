@@ -20,13 +20,12 @@ class Horizon:
     Args:
         stop_wanted: whether this process has been asked to stop.
         meeting: with the other processes; None where there is one.
-        run: the run's name.
         ahead: how many steps ahead of the first stage another one may ask.
     """
 
-    def __init__(self, start: int, stop_wanted: Callable[[], bool], meeting: Meeting | None = None, run: str = "",
+    def __init__(self, start: int, stop_wanted: Callable[[], bool], meeting: Meeting | None = None,
                  ahead: int = 0):
-        self._stop_wanted, self._meeting, self._run, self._ahead = stop_wanted, meeting, run, ahead
+        self._stop_wanted, self._meeting, self._ahead = stop_wanted, meeting, ahead
         self._until = start  # steps before this one are promised
         self._ends = self._asked = False
         self._promises = 0
@@ -43,7 +42,7 @@ class Horizon:
         return step < self._until
 
     def _promise(self, step: int) -> None:
-        if self._stop_wanted() or (self._meeting is not None and self._meeting.stop_asked(self._run)):
+        if self._stop_wanted() or (self._meeting is not None and self._meeting.stop_asked()):
             self._ends = True
         else:
             if self._meeting is not None:
@@ -51,15 +50,15 @@ class Horizon:
                 self._further = max(1, min(in_time, 2 * self._further))
             self._until = step + self._ahead + self._further
         if self._meeting is not None:
-            self._meeting.promise(self._run, self._promises, {"until": self._until, "ends": self._ends})
+            self._meeting.promise(self._promises, {"until": self._until, "ends": self._ends})
             self._promises += 1
 
     def _hear(self, meeting: Meeting) -> None:
         if self._stop_wanted() and not self._asked:
             self._asked = True
-            meeting.ask_to_stop(self._run)
+            meeting.ask_to_stop()
         began = monotonic()
-        while (promise := meeting.promised(self._run, self._promises)) is None:
+        while (promise := meeting.promised(self._promises)) is None:
             patience = _PATIENCE if self._stop_wanted() else meeting.timeout_seconds
             if monotonic() - began > patience:
                 raise PeerLostError(f"rank {meeting.rank} waiting for rank 0 to promise steps: that process ended, or "

@@ -17,68 +17,80 @@ from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
 
 @dataclass
 class Meeting:
-    """A key-value store that all processes share, before and beside any process group."""
+    """A key-value store that all processes of a run share, before and beside any process group.
+
+    Args:
+        store: of this run alone.
+    """
 
     store: dist.Store
     rank: int
     size: int
     timeout_seconds: float = 600.0
 
-    def announce(self, run: str, message: dict[str, Any]) -> None:
-        """Rank 0 tells the others, of the run with this name."""
-        self.store.set(f"{run}/announcement", json.dumps(message))
+    def announce(self, message: dict[str, Any]) -> None:
+        """Rank 0 tells the others."""
+        self.store.set("announcement", json.dumps(message))
 
-    def listen(self, run: str) -> dict[str, Any]:
+    def listen(self) -> dict[str, Any]:
         """What rank 0 announced; waits for it as long as rank 0 may need for its data."""
-        key = f"{run}/announcement"
         try:
-            self.store.wait([key], timedelta(days=1))
-            return json.loads(self.store.get(key))
+            self.store.wait(["announcement"], timedelta(days=1))
+            return json.loads(self.store.get("announcement"))
         except RuntimeError as error:
             raise PeerLostError(f"rank {self.rank} waiting for rank 0: that process ended") from error
 
-    def note(self, run: str, message: dict[str, Any]) -> None:
+    def note(self, message: dict[str, Any]) -> None:
         """Leave a message to whoever looks, in place of this rank's last one."""
         with lost_peer(f"rank {self.rank} telling of its progress"):
-            self.store.set(f"{run}/notes/{self.rank}", json.dumps(message))
+            self.store.set(f"notes/{self.rank}", json.dumps(message))
 
-    def notes(self, run: str) -> dict[int, dict[str, Any]]:
+    def notes(self) -> dict[int, dict[str, Any]]:
         """The last message of every rank that has left one."""
         with lost_peer(f"rank {self.rank} looking for the others' progress"):
-            keys = {rank: f"{run}/notes/{rank}" for rank in range(self.size)}
+            keys = {rank: f"notes/{rank}" for rank in range(self.size)}
             return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
 
-    def promise(self, run: str, number: int, message: dict[str, Any]) -> None:
+    def promise(self, number: int, message: dict[str, Any]) -> None:
         """The first stage tells the others how far to go, for the how-manieth time."""
         with lost_peer(f"rank {self.rank} promising steps"):
-            self.store.set(f"{run}/promises/{number}", json.dumps(message))
+            self.store.set(f"promises/{number}", json.dumps(message))
 
-    def promised(self, run: str, number: int) -> dict[str, Any] | None:
+    def promised(self, number: int) -> dict[str, Any] | None:
         """What the first stage told for the how-manieth time; None if it has not yet."""
-        key = f"{run}/promises/{number}"
+        key = f"promises/{number}"
         with lost_peer(f"rank {self.rank} looking for rank 0's promise of steps"):
             return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
-    def ask_to_stop(self, run: str) -> None:
+    def ask_to_stop(self) -> None:
         """Ask the first stage to stop promising."""
         with lost_peer(f"rank {self.rank} asking to stop"):
-            self.store.set(f"{run}/stop", "")
+            self.store.set("stop", "")
 
-    def stop_asked(self, run: str) -> bool:
+    def stop_asked(self) -> bool:
         """Whether any process has asked for it."""
         with lost_peer(f"rank {self.rank} looking whether to stop"):
-            return self.store.check([f"{run}/stop"])
-
-    def is_reporter(self) -> bool:
-        """Whether this process is to report the failure: the first one that asks is."""
-        return self.store.compare_set("reporter", "", str(self.rank)) == str(self.rank).encode()
+            return self.store.check(["stop"])
 
 
 def meet(timeout_seconds: float) -> Meeting:
-    """Reach the store that torchrun's environment names, under a prefix of this attempt's own."""
+    """Meet the other processes for a run. All do so once a run, and so agree on the how-manieth it is."""
+    store, rank, size = _attempt(timeout_seconds)
+    number = store.add(f"runs of rank {rank}", 1)
+    return Meeting(dist.PrefixStore(f"run{number}", store), rank, size, timeout_seconds)
+
+
+def is_reporter(timeout_seconds: float) -> bool:
+    """Whether this process is to report that the processes fail: the first one that asks is."""
+    store, rank, _ = _attempt(timeout_seconds)
+    return store.compare_set("reporter", "", str(rank)) == str(rank).encode()
+
+
+def _attempt(timeout_seconds: float) -> tuple[dist.Store, int, int]:
+    """The store that torchrun's environment names, under a prefix of this attempt's own; this rank, and how many."""
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     attempt = os.environ.get("BLPIPE_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Meeting(dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size, timeout_seconds)
+    return dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size
 
 
 def stay_on_this_machine() -> None:
@@ -112,20 +124,17 @@ class World:
     NCCL where every process has a GPU of its own; else gloo, through host memory.
 
     Args:
-        run: the run's name.
         contract: what both ends of every edge must agree on; compared before the first message.
     """
 
-    def __init__(self, meeting: Meeting, run: str, device: torch.device, own_gpu: bool, timeout_seconds: float,
-                 contract: dict[str, Any]):
+    def __init__(self, meeting: Meeting, device: torch.device, own_gpu: bool, contract: dict[str, Any]):
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
         self.via = device if own_gpu else torch.device("cpu")
-        shake_hands(meeting, run, {**contract, "messages through": self.via.type})
+        shake_hands(meeting, {**contract, "messages through": self.via.type})
         stay_on_this_machine()
-        timeout = timedelta(seconds=timeout_seconds)
-        store = dist.PrefixStore(run, meeting.store)
-        dist.init_process_group("nccl" if own_gpu else "gloo", store=store, rank=self.rank, world_size=self.size,
-                                timeout=timeout, device_id=device if own_gpu else None)
+        timeout = timedelta(seconds=meeting.timeout_seconds)
+        dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
+                                world_size=self.size, timeout=timeout, device_id=device if own_gpu else None)
         # Any: torch gives a stand-in for groups that this process is not in; it never uses one.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout)
         self.saving: Any = dist.new_group(backend="gloo", timeout=timeout)  # of a thread beside training
@@ -186,17 +195,17 @@ class World:
                     dist.recv(ping, source, group)
 
 
-def shake_hands(meeting: Meeting, run: str, contract: dict[str, Any]) -> None:
+def shake_hands(meeting: Meeting, contract: dict[str, Any]) -> None:
     """Compare versions and `contract` (JSON) with all processes, before any process group exists.
 
     Raises:
         UserError: one with another version or contract.
     """
     mine = {"blpipe": blpipe.__version__, "torch": torch.__version__, **contract}
-    meeting.store.set(f"{run}/hands/{meeting.rank}", json.dumps(mine))
+    meeting.store.set(f"hands/{meeting.rank}", json.dumps(mine))
     for rank in range(meeting.size):
         with lost_peer(f"rank {meeting.rank} shaking hands with rank {rank}"):
-            theirs = json.loads(meeting.store.get(f"{run}/hands/{rank}"))
+            theirs = json.loads(meeting.store.get(f"hands/{rank}"))
         if mine != theirs:
             raise UserError(f"rank {meeting.rank} and rank {rank} differ in {_first_difference(mine, theirs)}; "
                             "start every rank with the same config and versions")
