@@ -25,6 +25,7 @@ exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupt
 saved; torchrun itself returns 1 for all but the first"""
 
 _RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
+_BEST = "the checkpoint of the best accuracy on the test samples, of those that were kept"
 _GRACE_SECONDS = 2.0  # between SIGTERM and the end of a process under torchrun
 
 
@@ -149,11 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint, or any other",
                                    description="Evaluate every stage's head on the test samples.")
     evaluate.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
+    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value",
+                          help="keys to set over the run's: of data, of runtime, and how it is computed")
+    evaluate.add_argument("--best", action="store_true", help=_BEST)
     evaluate.set_defaults(command=_evaluate)
 
     export = commands.add_parser("export", help="write the plain model's weights",
                                  description="Write the plain model's state_dict under the model's own names.")
     export.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
+    export.add_argument("--best", action="store_true", help=_BEST)
     export.add_argument("--out", required=True, metavar="FILE", help="where to, such as model.pt")
     export.set_defaults(command=_export)
     return parser
@@ -209,13 +214,13 @@ def whole_numbers(option: str, text: str | None) -> list[int]:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from blpipe import runs
     _refuse_torchrun()
-    print(runs.evaluate_run(Path(arguments.run)))
+    print(runs.evaluate_run(Path(arguments.run), arguments.overrides, arguments.best))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from blpipe import runs
     _refuse_torchrun()
-    runs.export_run(Path(arguments.run), Path(arguments.out))
+    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best)
     print(f"wrote {arguments.out}")
 
 

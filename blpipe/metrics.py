@@ -13,7 +13,7 @@ import torch
 
 import blpipe
 from blpipe.config import Config
-from blpipe.engines.common import factors
+from blpipe.engines.common import StageReport, factors
 from blpipe.errors import CheckpointError, ConfigError, UserError, one_line
 from blpipe.files import write_text
 from blpipe.plan import Plan
@@ -171,6 +171,16 @@ def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:
     loss = "–" if last.train_loss is None else f"{last.train_loss:.4f}"  # every step was skipped
     return (f"epoch {epoch.index + 1}/{epochs}  loss {loss}  accuracy by stage {accuracies}  "
             f"{samples / last.train_seconds:,.0f} samples/s")
+
+
+def evaluation_table(stages: list[dict[str, Any]], reports: list[StageReport]) -> str:
+    """A table with a row a stage: the loss and the accuracy of its head."""
+    rows = [("stage", "blocks", "parameters", "loss", "accuracy")]
+    for number, (stage, report) in enumerate(zip(stages, reports, strict=True), start=1):
+        loss = "–" if report.val_loss is None else f"{report.val_loss:.4f}"
+        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", loss,
+                     percent(report.val_accuracy)))
+    return table(rows, left=[1])
 
 
 def stage_table(stages: list[dict[str, Any]], accuracies: list[float | None]) -> str:

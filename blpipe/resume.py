@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blpipe.checkpoint.folders import check, checkpoints, config_of, manifest, newest_intact
+from blpipe.checkpoint.folders import best_of, check, checkpoints, config_of, manifest, newest_intact
 from blpipe.config import Config
 from blpipe.config_file import load_config
 from blpipe.errors import ConfigError, UserError
@@ -15,6 +15,7 @@ _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend
 _CHANGEABLE = ("partition", "optimizer.lr", "schedule", "data.root", "data.download", "data.workers", "data.place",
                "data.bad_samples", "train.epochs", "train.eval_batch_size", "train.eval_every_epochs",
                "train.on_nonfinite")
+_OF_EVALUATION = ("data", "train.eval_batch_size", "train.precision", "train.channels_last")
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,25 @@ class Beginning:
     last: Path | None = None
 
 
-def find(path: Path) -> Beginning:
+def find(path: Path, best: bool = False) -> Beginning:
     """The checkpoint that `path` names: a run folder's newest intact one, or the one that it is the folder of.
+
+    Args:
+        best: the run folder's checkpoint of the best accuracy instead.
 
     Raises:
         UserError: no run, no checkpoint, or none that is intact.
     """
+    if best and _is_checkpoint(path):
+        raise UserError(f"--best: {path} is one checkpoint; give its run folder, or leave --best out")
     if _is_checkpoint(path):
         check(path)
         return Beginning(path)
     config_of_run(path)
+    if best:
+        found = best_of(path)
+        check(found)
+        return Beginning(found, [f"{found.name} is the best of those that were kept"])
     last = checkpoints(path)[-1:]
     newest, problems = newest_intact(path)
     return Beginning(newest, [f"{problem}; {newest.name} is used" for problem in problems], *last)
@@ -65,12 +75,32 @@ def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
     """The config of the run to go on with, with changes, set so that it goes on in this very folder.
 
     Raises:
-        UserError: no run.
+        UserError: no run, or another name or place for it.
     """
     run = run_of(path)
-    config = config_of_run(run, overrides)
+    saved, config = config_of_run(run), config_of_run(run, overrides)
+    for key, before, now in (("name", saved.name, config.name), ("runtime.runs", saved.runtime.runs,
+                                                                 config.runtime.runs)):
+        if before != now:
+            raise ConfigError(f"{key}: {now!r}, but --resume goes on in {run} itself; leave it out, or resume a copy "
+                              "of that folder")
     return config.model_copy(update={
         "name": run.name, "runtime": config.runtime.model_copy(update={"runs": str(run.parent)})})
+
+
+def evaluated_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
+    """The config of a checkpoint, with changes of its data and of how it is computed.
+
+    Raises:
+        ConfigError: other changes.
+    """
+    saved, config = config_of(checkpoint), config_of(checkpoint, overrides)
+    refused = [change.key for change in _differences(saved.model_dump(), config.model_dump())
+               if not change.key.startswith(_OF_EVALUATION)]
+    if refused:
+        raise ConfigError(*(f"{key}: is the checkpoint's own; eval takes data, runtime, train.eval_batch_size, "
+                            "train.precision and train.channels_last" for key in refused))
+    return config
 
 
 def go_on(config: Config, path: Path) -> tuple[Config, Beginning]:

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from blpipe import launch, resume
-from blpipe.checkpoint.folders import config_of, manifest
+from blpipe.checkpoint.folders import manifest
 from blpipe.checkpoint.saver import Saver
 from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
@@ -22,7 +22,7 @@ from blpipe.engines.common import Engine, check_weights
 from blpipe.errors import StoppedError, UserError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
-from blpipe.metrics import Recorder, check_tensorboard, epoch_line, stage_rows, stage_table
+from blpipe.metrics import Recorder, check_tensorboard, epoch_line, evaluation_table, stage_rows, stage_table
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.program import steps_ahead
 from blpipe.progress import Progress
@@ -62,14 +62,17 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
         raise StoppedError(f"stopped by SIGTERM after step {stopped}, and saved; `train --resume {folder}` goes on")
 
 
-def evaluate_run(path: Path) -> str:
-    """Evaluate a run's newest checkpoint, or the one at `path`, on its test samples; returns the table of its stages.
+def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) -> str:
+    """Evaluate a run's newest checkpoint, its best one, or the one at `path`; returns the table of its stages.
+
+    Args:
+        overrides: of the config's data, and of how it is computed.
 
     Raises:
-        UserError: no run, no checkpoint, or no data.
+        UserError: no run, no checkpoint, or no data; or a key that evaluation does not take.
     """
-    found = _found(path)
-    config = config_of(found)
+    found = _found(path, best)
+    config = resume.evaluated_config(found, overrides)
     set_up(config)
     data = open_data(config.data, config.seed)
     plan = make_plan(config, data.spec)
@@ -79,16 +82,16 @@ def evaluate_run(path: Path) -> str:
     reports = engine.reports()
     assert reports is not None
     _tell(data.notes())
-    return stage_table(stage_rows(plan), [report.val_accuracy for report in reports])
+    return evaluation_table(stage_rows(plan), reports)
 
 
-def export_run(path: Path, out: Path) -> None:
-    """Write the plain model's state_dict of a run's newest checkpoint, or of the one at `path`, by torch.save.
+def export_run(path: Path, out: Path, best: bool = False) -> None:
+    """Write the plain model's state_dict of a run's newest checkpoint, its best, or the one at `path`, by torch.save.
 
     Raises:
         UserError: no run or no checkpoint, or `out` cannot be written.
     """
-    state = model_state(_found(path))
+    state = model_state(_found(path, best))
     partial = out.with_name(f".{out.name}.partial")
     try:
         torch.save(state, partial)
@@ -98,8 +101,8 @@ def export_run(path: Path, out: Path) -> None:
         raise UserError(f"--out: cannot write {out}: {error}") from error
 
 
-def _found(path: Path) -> Path:
-    beginning = resume.find(path)
+def _found(path: Path, best: bool) -> Path:
+    beginning = resume.find(path, best)
     _tell(beginning.notes)
     assert beginning.checkpoint is not None
     return beginning.checkpoint

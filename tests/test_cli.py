@@ -90,12 +90,55 @@ def test_the_resolved_config_repeats_the_run(folder):
     assert_same_run(folder / "runs/small", folder / "again/small")
 
 
-def test_eval_gives_the_accuracies_of_the_run(folder, capsys):
+def evaluated(capsys, *words):
+    """The loss and the accuracy of every stage, as `eval` prints them."""
+    capsys.readouterr()
+    assert run("eval", *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].split() == ["stage", "blocks", "parameters", "loss", "accuracy"]
+    return [tuple(line.split()[-3:-1]) for line in lines[-3:]]
+
+
+def shown(rows):
+    return [(f"{row['val_loss']:.4f}", f"{100 * row['val_accuracy']:.1f}") for row in rows]
+
+
+def test_eval_gives_the_losses_and_accuracies_of_the_run(folder, capsys):
     run("train", "small.yaml")
-    trained = capsys.readouterr().out.splitlines()[-4:-1]
-    assert run("eval", "runs/small") == 0
-    evaluated = capsys.readouterr().out.splitlines()[1:]
-    assert [row.split()[:7] for row in evaluated] == [row.split()[:7] for row in trained]
+    assert evaluated(capsys, "runs/small") == shown(read_rows(folder / "runs/small"))
+
+
+def test_eval_takes_other_data_and_another_batch_size_but_no_other_method(folder, capsys):
+    run("train", "small.yaml")
+    whole = evaluated(capsys, "runs/small")
+    assert evaluated(capsys, "runs/small", "train.eval_batch_size=5", "runtime.threads=1") == whole
+    assert evaluated(capsys, "runs/small", "data.test_samples=4") != whole
+    assert run("eval", "runs/small", "method.link.delay=0", "optimizer.lr=0.3") == 2
+    assert capsys.readouterr().err == "".join(
+        f"blpipe: {key}: is the checkpoint's own; eval takes data, runtime, train.eval_batch_size, train.precision and "
+        "train.channels_last\n" for key in ("method.link.delay", "optimizer.lr"))
+
+
+def test_eval_and_export_take_the_best_checkpoint(folder, capsys):
+    run("train", "small.yaml", "train.epochs=5", "checkpoint.keep=5", "optimizer.lr=0.5")
+    by_epoch = [read_rows(folder / "runs/small")[i:i + 3] for i in range(0, 15, 3)]
+    best = max(range(5), key=lambda epoch: (by_epoch[epoch][-1]["val_accuracy"], epoch))
+    path = f"runs/small/checkpoints/step_{6 * (best + 1):09d}"
+    assert evaluated(capsys, "runs/small", "--best") == evaluated(capsys, path) == shown(by_epoch[best])
+    assert run("export", "runs/small", "--best", "--out", "best.pt") == run("export", path, "--out", "one.pt") == 0
+    weights = [torch.load(name, weights_only=True) for name in ("best.pt", "one.pt")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert run("eval", path, "--best") == 2
+    assert "--best: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["name=other", "runtime.runs=elsewhere"])
+def test_a_resumed_run_stays_where_it_is(folder, capsys, change):
+    run("train", "small.yaml")
+    assert run("train", "--resume", "runs/small", change) == 2
+    key, value = change.split("=")
+    assert capsys.readouterr().err == (f"blpipe: {key}: '{value}', but --resume goes on in runs/small itself; leave it "
+                                       "out, or resume a copy of that folder\n")
 
 
 @pytest.mark.parametrize("model", [{"name": "resnet_cifar", "args": {"depth": 8, "width": 0.25}},
@@ -188,6 +231,7 @@ def test_all_problems_are_said_at_once(folder, capsys):
     (["eval", "runs/x"], "runs/x: is no run folder"),
     (["export", "runs/x", "--out", "model.pt"], "runs/x: is no run folder"),
     (["eval", "empty"], "empty: holds no checkpoint"),
+    (["eval", "empty", "--best"], "empty: holds no checkpoint at the end of an epoch that was evaluated"),
 ])
 def test_bad_arguments_are_one_line(folder, capsys, arguments, expected):
     (folder / "empty").mkdir()
@@ -201,7 +245,7 @@ def test_bad_arguments_are_one_line(folder, capsys, arguments, expected):
     ([], "the following arguments are required: COMMAND"),
     (["fly"], ".*invalid choice: 'fly'"),
     (["train", "small.yaml", "--overwritten"], "unrecognized arguments: --overwritten"),
-    (["eval", "runs/x", "more"], "unrecognized arguments: more"),
+    (["export", "runs/x", "more", "--out", "x.pt"], "unrecognized arguments: more"),
 ])
 def test_bad_usage_exits_with_two(capsys, arguments, expected):
     assert run(*arguments) == 2

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from benchmarks.methods import JOINT
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
 from benchmarks.throughput.methods import make_configs
-from benchmarks.throughput.settings import JOINT, METHODS, Cuts, case_tree, find_cuts, load_settings
+from benchmarks.throughput.settings import METHODS, Cuts, case_tree, find_cuts, load_settings
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.forecast.costs import profile

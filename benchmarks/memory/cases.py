@@ -5,6 +5,7 @@ from itertools import product
 from math import isqrt
 from typing import Any, Literal
 
+from benchmarks.methods import BACKLINK, JOINT, LAST_LOSS, late
 from blpipe.config import Config
 from blpipe.config_file import parse_config
 from blpipe.data import DataSpec
@@ -122,9 +123,10 @@ CHECKPOINTED = [Case("bp, checkpoint every block", BP.method, "one"),
                 Case("bp, checkpoint √N segments", BP.method, "√N"),
                 Case("bp, checkpoint K segments", BP.method, "stages")]
 
-
-MICROBATCH_LATE = Case("BackLink, length 1, d = 1/M",
-                       {"name": "backlink", "link": {"length": 1, "delay": 1, "delay_unit": "microbatch"}})
+WHOLE_BATCHES = [Case("joint, d = 0", late(JOINT, 0)), Case("joint, d = 1", late(JOINT, 1)),
+                 Case("last loss, d = 1", late(LAST_LOSS, 1))]
+MICROBATCHES = [Case("BackLink, length 1, d = 1/M", late(BACKLINK, "1/M")),
+                Case("joint, d = 1/M", late(JOINT, "1/M")), Case("last loss, d = 1/M", late(LAST_LOSS, "1/M"))]
 
 
 def backlink(length: int | str, delay: int, keep: str = "graph") -> Case:
@@ -143,8 +145,8 @@ def tasks(part: Part, size: Size, linked: list[Case]) -> list[Task]:
     short, most = [GREEDY, *filter(_is_short, linked)], size.stages[-1:]
     longer = [case for case in linked if not _is_short(case)]
     if part == "microbatches":
-        return _rows(part, [BP, CHECKPOINTED[0], *short, MICROBATCH_LATE], size.stages, "even")
-    rows = [*_rows(part, short, size.stages, "even"), *_rows(part, short, most, "least"),
+        return _rows(part, [BP, CHECKPOINTED[0], *short, *MICROBATCHES], size.stages, "even")
+    rows = [*_rows(part, [*short, *WHOLE_BATCHES], size.stages, "even"), *_rows(part, short, most, "least"),
             *_rows(part, longer, most, "even")]
     if part == "pipeline":
         return rows + _rows(part, [case for case in short if case.method == DEFAULT], most, "limit")

@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.command import device_for, guarded, one_thread
 from benchmarks.environment import environment, folder_name
+from benchmarks.methods import JOINT, LAST_LOSS, late
 from benchmarks.scaling.picture import draw
 from benchmarks.scaling.report import as_markdown
 from benchmarks.throughput.measure import measure_case
-from benchmarks.throughput.methods import LAST_LOSS
 from benchmarks.throughput.report import samples_per_second
-from benchmarks.throughput.settings import JOINT, METHODS, ThroughputConfig, case_tree, load_settings
+from benchmarks.throughput.settings import METHODS, ThroughputConfig, case_tree, load_settings
 from blpipe.cli import whole_numbers
 from blpipe.config import Config
 from blpipe.config_file import parse_config
@@ -104,7 +104,7 @@ def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts
         whole = make_report(_config(settings, name, device), counts)
         parts = make_report(_config(settings, name, device, settings.microbatches), counts)
         joint = make_report(_config(settings, name, device, method=JOINT), counts)
-        last = make_report(_config(settings, name, device, settings.microbatches, method=LAST_LOSS), counts)
+        last = make_report(_config(settings, name, device, settings.microbatches, method=late(LAST_LOSS, "1/M")), counts)
     names = {"backlink d=0": "BackLink d=0", f"backlink d=1/{settings.microbatches}": "BackLink d=1/M",
              "GPipe": "GPipe", "1F1B": "1F1B", "zero-bubble": "zero-bubble"}
     found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second}}

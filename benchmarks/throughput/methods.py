@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.throughput.settings import JOINT, Cuts
+from benchmarks.methods import BACKLINK, JOINT, LAST_LOSS, late
+from benchmarks.throughput.settings import Cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
 from blpipe.config_file import parse_config
@@ -47,10 +48,6 @@ class Method:
     sent_bytes: Callable[[], float] = lambda: 0
     wait_seconds: Callable[[], float] | None = None
     threads: int = 1
-
-
-LAST_LOSS = {"name": "backlink", "local_weight": 0.0, "link": {
-    "length": "all", "reach": "all", "take": "farthest", "delay": 1, "delay_unit": "microbatch"}}
 
 
 class Batches:
@@ -93,24 +90,20 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
                              "train": {**tree.get("train", {}), "microbatches": parts}})
 
     return {
-        "BackLink d=1": variant({"name": "backlink", "link": {"delay": 1}}, 1),
-        "BackLink d=1/M": variant({"name": "backlink", "link": {"delay": 1, "delay_unit": "microbatch"}}),
-        "BackLink d=0": variant({"name": "backlink", "link": {"delay": 0}}),
-        "joint d=1": variant(_late(JOINT, delay=1), 1, cuts.joint),
-        "joint d=1/M": variant(_late(JOINT, delay=1, delay_unit="microbatch"), cuts=cuts.joint),
-        "joint d=0": variant(_late(JOINT, delay=0), cuts=cuts.joint),
-        "last loss d=1": variant(_late(LAST_LOSS, delay_unit="batch"), 1),
-        "last loss d=1/M": variant(LAST_LOSS),
+        "BackLink d=1": variant(late(BACKLINK, 1), 1),
+        "BackLink d=1/M": variant(late(BACKLINK, "1/M")),
+        "BackLink d=0": variant(late(BACKLINK, 0)),
+        "joint d=1": variant(late(JOINT, 1), 1, cuts.joint),
+        "joint d=1/M": variant(late(JOINT, "1/M"), cuts=cuts.joint),
+        "joint d=0": variant(late(JOINT, 0), cuts=cuts.joint),
+        "last loss d=1": variant(late(LAST_LOSS, 1), 1),
+        "last loss d=1/M": variant(late(LAST_LOSS, "1/M")),
         "greedy": variant({"name": "greedy"}, 1),
         **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))
            for name, schedule in SCHEDULES.items()},
         "DDP": variant({"name": "bp"}, 1),
         "one process": variant({"name": "bp"}, 1),
     }
-
-
-def _late(method: dict[str, Any], **delay: Any) -> dict[str, Any]:
-    return method | {"link": method["link"] | delay}
 
 
 def make_methods(plans: dict[str, Plan], data: Batches, world: World) -> list[Method]:

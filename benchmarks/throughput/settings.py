@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field
 
+from benchmarks.methods import JOINT
 from blpipe.config import Config, MethodConfig, PartitionConfig, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml
 from blpipe.config_types import Positive
@@ -21,7 +22,6 @@ from blpipe.plugins import did_you_mean
 METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "joint d=1", "joint d=1/M", "joint d=0",
            "last loss d=1", "last loss d=1/M", "greedy", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B",
            "zero-bubble", "DDP", "one process")
-JOINT = {"name": "backlink", "link": {"length": "all", "joint": True}}
 DRAINING = 2  # steps after a window, in which pipelines drain: they do so once an epoch, which has hundreds of steps
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 

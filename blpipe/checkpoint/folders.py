@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,9 @@ def manifest(checkpoint: Path) -> Manifest:
         raise damaged(checkpoint, f"{_MANIFEST} ({type(error).__name__}: {one_line(error)})") from error
 
 
-def config_of(checkpoint: Path) -> Config:
-    """The config that a checkpoint was saved with."""
-    return load_config(checkpoint / CONFIG)
+def config_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config that a checkpoint was saved with, with changes."""
+    return load_config(checkpoint / CONFIG, overrides)
 
 
 def check(checkpoint: Path) -> None:
@@ -151,12 +151,19 @@ def newest_intact(run: Path) -> tuple[Path, list[str]]:
     raise UserError(f"{run}: holds no checkpoint yet; train it from the start, with --overwrite")
 
 
+def best_of(run: Path) -> Path:
+    """The checkpoint of the best accuracy. Raises UserError where none is known."""
+    best = _best(checkpoints(run))
+    if best is None:
+        raise UserError(f"{run}: holds no checkpoint at the end of an epoch that was evaluated; leave --best out")
+    return best
+
+
 def prune(run: Path, keep: int, keep_best: bool) -> None:
     """Delete all but the last `keep` checkpoints, and the one of the best accuracy."""
     found = checkpoints(run)
-    measured = [(accuracy, path) for path in found if (accuracy := _accuracy(path)) is not None]
-    best = {max(measured)[1]} if measured and keep_best else set()
-    _delete(set(found[:-keep]) - best)
+    best = _best(found) if keep_best else None
+    _delete(set(found[:-keep]) - {best})
 
 
 def forget_after(run: Path, checkpoint: Path) -> None:
@@ -171,6 +178,11 @@ def _delete(checkpoints: Iterable[Path]) -> None:
         gone = aside(path)  # so that what is left of one, should this be cut short, is no checkpoint
         path.rename(gone)
         shutil.rmtree(gone)
+
+
+def _best(found: list[Path]) -> Path | None:
+    measured = [(accuracy, path) for path in found if (accuracy := _accuracy(path)) is not None]
+    return max(measured)[1] if measured else None
 
 
 def _accuracy(checkpoint: Path) -> float | None:

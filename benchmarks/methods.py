@@ -1,0 +1,14 @@
+"""Methods that several benchmarks compare, each a config's section `method`."""
+
+from typing import Any
+
+BACKLINK: dict[str, Any] = {"name": "backlink", "link": {}}
+JOINT: dict[str, Any] = {"name": "backlink", "link": {"length": "all", "joint": True}}
+LAST_LOSS: dict[str, Any] = {"name": "backlink", "local_weight": 0.0,
+                             "link": {"length": "all", "reach": "all", "take": "farthest"}}
+
+
+def late(method: dict[str, Any], delay: int | str) -> dict[str, Any]:
+    """The method with errors so many batches late, or a microbatch: "1/M"."""
+    keys = {"delay": 1, "delay_unit": "microbatch"} if delay == "1/M" else {"delay": delay}
+    return method | {"link": method["link"] | keys}
