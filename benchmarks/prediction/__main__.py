@@ -51,19 +51,20 @@ def main() -> None:
 def compare(name: str, case: dict[str, Any], rounds: int) -> dict[str, Any]:
     """One row: medians over all rounds of predicted and measured step seconds, and both peaks of memory."""
     with tempfile.TemporaryDirectory() as folder:
-        predicted, measured, cuts = [], [], None
+        predicted, measured, own, cuts = [], [], [], None
         for _ in range(rounds):
             forecast = plan(case, LARGE, Path(folder))
             # The first forecast settles the cuts; every later one and every run uses them.
             cuts = cuts or {"cuts": forecast["cuts"]}
             case = case | {"partition": cuts}
             predicted.append(forecast["methods"][0]["seconds_per_step"])
-            result = train(case, LARGE, Path(folder))
-            measured.append(result["seconds_per_step"])
-        small_forecast, small = plan(case, SMALL, Path(folder)), train(case, SMALL, Path(folder))
+            own.append([stage["seconds"] for stage in forecast["stages"]])
+            measured.append(train(case, LARGE, Path(folder))["seconds_per_step"])
+        small_forecast = plan(case, SMALL, Path(folder))
+        large, small = (train(case, batch, Path(folder), lean=True)["peaks"] for batch in (LARGE, SMALL))
         more = [[large - little for large, little in zip(*pair, strict=True)] for pair in (
-            (peaks(forecast["stages"]), peaks(small_forecast["stages"])), (result["peaks"], small["peaks"]))]
-    return {"name": name, "cuts": cuts["cuts"], "stage_seconds": [stage["seconds"] for stage in forecast["stages"]],
+            (peaks(forecast["stages"]), peaks(small_forecast["stages"])), (large, small))]
+    return {"name": name, "cuts": cuts["cuts"], "stage_seconds": [median(stage) for stage in zip(*own, strict=True)],
             "predicted_seconds": median(predicted), "measured_seconds": median(measured),
             "all_predicted": predicted, "all_measured": measured,
             "predicted_more_bytes": more[0], "measured_more_bytes": more[1]}
@@ -79,10 +80,15 @@ def plan(case: dict[str, Any], batch: int, folder: Path) -> dict[str, Any]:
     return json.loads(call([sys.executable, "-m", "blpipe", "plan", config(case, batch, folder), "--json"], folder))
 
 
-def train(case: dict[str, Any], batch: int, folder: Path) -> dict[str, Any]:
-    """A real run under torchrun: step seconds of the epochs after the first, and each process's peak memory."""
+def train(case: dict[str, Any], batch: int, folder: Path, lean: bool = False) -> dict[str, Any]:
+    """A real run under torchrun: step seconds of the epochs after the first, and each process's peak memory.
+
+    Args:
+        lean: whether what is freed is given back at once, so that a process's size is that of its tensors.
+    """
+    keys, environ = (["runtime.keep_memory=false"], {"MALLOC_MMAP_THRESHOLD_": "65536"}) if lean else ([], {})
     call(["torchrun", "--standalone", "--nproc-per-node=2", "-m", "blpipe", "train", config(case, batch, folder),
-          "--overwrite"], folder)
+          "--overwrite", *keys], folder, environ)
     run = folder / "runs" / "case"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["train_seconds"] / STEPS for row in rows if row["epoch"] > 1 and row["stage"] == 2]
@@ -101,11 +107,10 @@ def config(case: dict[str, Any], batch: int, folder: Path) -> str:
     return str(path)
 
 
-def call(command: list[str], folder: Path) -> str:
-    """Run a command in `folder`, one thread a process; returns what it printed."""
+def call(command: list[str], folder: Path, environ: dict[str, str] | None = None) -> str:
+    """Run a command in `folder`, one thread a process, with changes to its environment; returns what it printed."""
     here = str(Path(__file__).parent)
-    # Without the threshold, glibc keeps what was freed, and a process's size is not that of its tensors.
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here} | (environ or {})
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")

@@ -104,7 +104,8 @@ def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts
         whole = make_report(_config(settings, name, device), counts)
         parts = make_report(_config(settings, name, device, settings.microbatches), counts)
         joint = make_report(_config(settings, name, device, method=JOINT), counts)
-        last = make_report(_config(settings, name, device, settings.microbatches, method=late(LAST_LOSS, "1/M")), counts)
+        last_loss = late(LAST_LOSS, "1/M")
+        last = make_report(_config(settings, name, device, settings.microbatches, method=last_loss), counts)
     names = {"backlink d=0": "BackLink d=0", f"backlink d=1/{settings.microbatches}": "BackLink d=1/M",
              "GPipe": "GPipe", "1F1B": "1F1B", "zero-bubble": "zero-bubble"}
     found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second}}
