@@ -163,6 +163,7 @@ class LinkConfig(Section):
     reach: how many stages back an error travels; take: whether each of them trains a stage, or the farthest
     alone. joint: one backward takes the local gradient through the blocks together with the error, when that is
     there. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
+    keep: the tail's graph until its errors are there, or its input alone, to run it again.
     """
 
     length: Annotated[Any, AfterValidator(_count_or_all)] = 1
@@ -309,7 +310,7 @@ class CheckpointConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where and how the run executes. On a CPU nothing but `threads` changes its results.
+    """Where and how the run executes. On a CPU nothing but `threads` changes results (`engine`: to rounding for `bp`).
 
     cuda_graphs: on a GPU, whether a stage launches what it computes on a microbatch as CUDA graphs; `bp` has none.
     keep_memory: whether a process keeps the host's memory that it frees, instead of giving it back after every step.

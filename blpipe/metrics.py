@@ -27,7 +27,7 @@ def check_tensorboard(config: Config) -> None:
         raise ConfigError("runtime.tensorboard: the package is missing; run `pip install tensorboard`, or leave it out")
 
 
-class Recorder:
+class RunLog:
     """Writes `metrics.jsonl` and `result.json` of one run folder; the leading process has one.
 
     With `runtime.tensorboard` also all numbers of the rows as scalars, over the steps done.
@@ -37,17 +37,13 @@ class Recorder:
         epochs_done: rows of later epochs, left by an interrupted run, are dropped.
 
     Raises:
-        UserError: rows of the epochs done are missing.
+        UserError: the files cannot be written.
     """
 
     def __init__(self, run: Path, plan: Plan, engine: str, epochs_done: int = 0):
         self._plan, self._engine = plan, engine
         self._rows_path, self._result_path = run / "metrics.jsonl", run / "result.json"
-        self._rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
-        missing = set(range(1, epochs_done + 1)) - {row["epoch"] for row in self._rows}
-        if missing:
-            raise UserError(f"{self._rows_path}: holds no rows of epoch {min(missing)}, which the checkpoint has "
-                            "behind it; restore it, or train anew with --overwrite")
+        self._rows = rows_of(run, epochs_done)
         self._unwritten = False  # whether rows of earlier epochs could not be written
         try:
             self._write_all()
@@ -154,13 +150,30 @@ def stage_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`; a last line that an interruption cut short is left out."""
+    """The rows of `metrics.jsonl`; a last line that an interruption cut short is left out.
+
+    Raises:
+        UserError: it holds something else.
+    """
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        if not all("epoch" in row for row in rows):
+            raise ValueError("a row without an epoch")
     except ValueError as error:
         raise UserError(f"{path}: is damaged: {one_line(error)}; restore it, or train anew with --overwrite") from error
+    return rows
+
+
+def rows_of(run: Path, epochs_done: int) -> list[dict[str, Any]]:
+    """The rows of the first so many epochs. Raises UserError where some are missing."""
+    rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
+    missing = set(range(1, epochs_done + 1)) - {row["epoch"] for row in rows}
+    if missing:
+        raise UserError(f"{run / 'metrics.jsonl'}: holds no rows of epoch {min(missing)}, which the checkpoint has "
+                        "behind it; restore it, or train anew with --overwrite")
+    return rows
 
 
 def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:

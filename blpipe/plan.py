@@ -241,6 +241,7 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None) ->
         loss = _checked_loss(plan, k) if last or config.method.name != "bp" else nn.Identity()
         head = _checked_head(plan, k) if not last and config.method.name != "bp" else nn.Identity()
         build_optimizer(config.optimizer, stage.parameters(), [p for part in (head, loss) for p in part.parameters()])
+        _check_kept(plan.block_names(k), stage, head, loss)
     return plan
 
 
@@ -325,6 +326,20 @@ def _check_boundaries(plan: Plan) -> None:
                 raise ConfigError(f"{needs_float32}: bf16 is for models in float32, and block "
                                   f"{plan.block_names(k)[-1]} gives {dtype_name(spec.dtype)}; "
                                   f"leave {needs_float32} out")
+
+
+def _check_kept(blocks: list[str], *parts: nn.Module) -> None:
+    """That all of a stage's parts can be trained and saved."""
+    where = f"in the stage {blocks_text(blocks)}"
+    for part in parts:
+        for name, value in part.state_dict().items():
+            if not isinstance(value, torch.Tensor):
+                raise ConfigError(f"model: {name} {where} is a {type(value).__name__} in the state_dict, and a "
+                                  "checkpoint holds tensors alone; register it as a buffer, or leave it out")
+        for name, module in part.named_modules():
+            if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                raise ConfigError(f"model: {name} {where} has sparse gradients, which stages do not add up; build it "
+                                  "with sparse=False")
 
 
 def _check_links(plan: Plan) -> None:

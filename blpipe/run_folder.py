@@ -3,7 +3,7 @@
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -42,14 +42,15 @@ def claimed(config: Config, how: How, beginning: Beginning) -> Iterator[Path]:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / _LOCK).open("w")
     with lock:
+        with _writing_to(run):
+            _take(lock, run)  # one that is another process's is not ours to remove
         try:
-            with _writing_to(run):
-                _take(lock, run)
             _refuse_another_run(run, config, how, beginning)
             yield run
         finally:
-            if not any(path.name != _LOCK for path in run.iterdir()):  # nothing came of it
-                shutil.rmtree(run)
+            with suppress(OSError):
+                if not any(path.name != _LOCK for path in run.iterdir()):  # nothing came of it
+                    shutil.rmtree(run)
 
 
 def make_ready(run: Path, config: Config, beginning: Beginning) -> None:

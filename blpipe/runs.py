@@ -22,7 +22,15 @@ from blpipe.engines.common import Engine, check_weights
 from blpipe.errors import StoppedError, UserError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
-from blpipe.metrics import Recorder, check_tensorboard, epoch_line, evaluation_table, stage_rows, stage_table
+from blpipe.metrics import (
+    RunLog,
+    check_tensorboard,
+    epoch_line,
+    evaluation_table,
+    rows_of,
+    stage_rows,
+    stage_table,
+)
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.program import steps_ahead
 from blpipe.progress import Progress
@@ -75,7 +83,8 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
     config = resume.evaluated_config(found, overrides)
     set_up(config)
     data = open_data(config.data, config.seed)
-    plan = make_plan(config, data.spec)
+    plan = make_plan(_for_evaluation(config, data.spec.train_samples), data.spec)
+    data.check_labels(plan.classes)
     engine = open_local(plan, data)
     load_weights(found, plan, engine.stages)
     engine.evaluate()
@@ -85,6 +94,14 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
     return evaluation_table(stage_rows(plan), reports)
 
 
+def _for_evaluation(config: Config, train_samples: int) -> Config:
+    """The config with batches for training that any data have."""
+    train = config.train
+    return config.model_copy(update={"train": train.model_copy(update={
+        "batch_size": min(train.batch_size, train_samples), "microbatches": 1, "drop_last": True,
+        "eval_batch_size": train.eval_batch_size or train.batch_size})})
+
+
 def export_run(path: Path, out: Path, best: bool = False) -> None:
     """Write the plain model's state_dict of a run's newest checkpoint, its best, or the one at `path`, by torch.save.
 
@@ -92,6 +109,8 @@ def export_run(path: Path, out: Path, best: bool = False) -> None:
         UserError: no run or no checkpoint, or `out` cannot be written.
     """
     state = model_state(_found(path, best))
+    if not out.name:
+        raise UserError(f"--out: {out}: is no file's name; give one, such as model.pt")
     partial = out.with_name(f".{out.name}.partial")
     try:
         torch.save(state, partial)
@@ -150,6 +169,8 @@ def _prepare(config: Config, how: How) -> tuple[Plan, Data, Beginning]:
         config = settle(config, network, costs)
     plan = make_plan(config, data.spec, network)
     resume.refuse_other_lengths(beginning, plan)
+    if beginning.checkpoint is not None:
+        rows_of(run, manifest(beginning.checkpoint).steps_done // len(plan.step_sizes))
     data.check_labels(plan.classes)
     return plan, data, beginning
 
@@ -202,25 +223,25 @@ def _train(engine: Engine, run: _Run) -> int | None:
     if found is not None:
         start = manifest(found).steps_done
         notes += load(found, plan, engine)
-    recorder = None
+    log = None
     if launch.rank() == 0:
         make_ready(run.folder, plan.config, run.beginning)
-        recorder = Recorder(run.folder, plan, engine.name, start // per_epoch)
+        log = RunLog(run.folder, plan, engine.name, start // per_epoch)
         _tell(notes)
     reached = Reached(start, None, stopped=False)
     with _stop_requests() as stop, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:
         with Progress(engine, plan, start, run.meeting, run.shown) as progress:
             for reached in train(engine, plan, start, _horizon(run, start, stop), progress.tick):
                 if reached.epoch is not None:
-                    _tell_of(reached.epoch, run, recorder)
+                    _tell_of(reached.epoch, run, log)
                     if plan.config.runtime.trace and reached.epoch.index == start // per_epoch:
                         _write_trace(run.folder, engine, plan)
                 if _is_save_due(plan, reached):
                     check_weights(plan, engine.stages, reached.steps_done)
                     saver.save(reached.steps_done, _val_accuracy(reached))
         saver.finish()
-        if recorder is not None and not reached.stopped:
-            _finish(recorder, run.folder)
+        if log is not None and not reached.stopped:
+            _finish(log, run.folder)
     return reached.steps_done if reached.stopped else None
 
 
@@ -232,16 +253,16 @@ def _horizon(run: _Run, start: int, stop: Event) -> Horizon:
     return Horizon(start, stop.is_set, run.meeting, ahead)
 
 
-def _finish(recorder: Recorder, folder: Path) -> None:
-    result = recorder.finish()
+def _finish(log: RunLog, folder: Path) -> None:
+    result = log.finish()
     print(stage_table(result["stages"], result["stage_val_accuracy"]))
     print(f"run folder: {folder}")
 
 
-def _tell_of(epoch: Epoch, run: _Run, recorder: Recorder | None) -> None:
-    if recorder is not None and run.data is not None:  # in the first process
+def _tell_of(epoch: Epoch, run: _Run, log: RunLog | None) -> None:
+    if log is not None and run.data is not None:  # in the first process
         plan = run.plan
-        _tell(recorder.add(epoch))
+        _tell(log.add(epoch))
         tqdm.write(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
         for line in run.data.notes():
             tqdm.write(f"note: {line}")

@@ -19,7 +19,7 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -193,12 +193,7 @@ class Stage:
         Returns:
             The error for the stage before, e_{k-1}^{hop+1}; None if it wants none.
         """
-        run = self._awaiting[hop].popleft()
-        later = [other for other in self.links.hops_in if other > hop]
-        if later:
-            self._awaiting[later[0]].append(run)
-        else:
-            self._recorder.end(run.runner)
+        run, later = self._oldest(hop)
         weight: float | Tensor = self.links.weight * factor
         takes = (self.links.weight != 0.0 or self.links.joint) and (self.link.take == "every" or not later)
         trains = takes and (weight != 0.0 or self.links.joint)
@@ -211,15 +206,13 @@ class Stage:
         again = run.out is None
         parameters = list(run.parameters.values()) if trains or recorded else []
         with self.stream.rewound_to(run.random_state) if again and run.random_state else nullcontext():
-            backward = partial(self._backward_of_tail, run, parameters, passes, not again and bool(later))
+            backward = partial(self._backward_of_tail, run, parameters, passes, not again and later)
             gradients, error_before = run.runner.run(f"link backward {hop}", backward, error)
         if run.local_norm is not None and trains:
             weight = weight * ratio(run.local_norm, norm_of(gradients))
         summands = weighted(gradients if trains else (), weight)
         if held_as is not None:
-            named = zip(self._tail_live, summands, strict=False)  # none where the link trains nothing
-            self.held[*held_as, hop] = {name: gradient.clone() if run.runner.repeats else gradient
-                                        for name, gradient in named if gradient is not None}
+            self._hold((*held_as, hop), summands, run.runner)
         else:
             self._sums.add(self._tail_live.values() if trains else (), summands, run.runner.repeats)
         return self._sent(error_before, run.h, run.runner) if passes else None
@@ -240,6 +233,21 @@ class Stage:
         self._sums.clear()
         self._snapshot = None
         self._remember()
+
+    def _oldest(self, hop: int) -> tuple[TailRun, bool]:
+        """The oldest run of the tail that awaits this hop's error, and whether it awaits another one after it."""
+        run = self._awaiting[hop].popleft()
+        later = [other for other in self.links.hops_in if other > hop]
+        if later:
+            self._awaiting[later[0]].append(run)
+        else:
+            self._recorder.end(run.runner)
+        return run, bool(later)
+
+    def _hold(self, key: Held, gradients: Iterable[Tensor | None], runner: Runner) -> None:
+        """Keep the gradients of the tail until their step; none where the link trains nothing."""
+        self.held[key] = {name: gradient.clone() if runner.repeats else gradient
+                          for name, gradient in zip(self._tail_live, gradients, strict=False) if gradient is not None}
 
     def _update(self, lr_factor: float) -> None:
         assert self.optimizer is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 from time import time
 from typing import NamedTuple
 
+from blpipe.files import write_text
 from blpipe.program import Op
 
 
@@ -60,4 +61,4 @@ def write_trace(path: Path, spans: Iterable[Span], stages: Sequence[str]) -> Non
     events += [{"ph": "X", "name": str(span.op.kind.value), "cat": "stage", "pid": 0, "tid": span.stage,
                 "ts": round(1e6 * (span.start - first), 3), "dur": round(1e6 * (span.end - span.start), 3),
                 "args": {"step": span.op.step, "microbatch": span.op.microbatch}} for span in spans]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+    write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

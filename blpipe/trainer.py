@@ -49,8 +49,10 @@ def choose_engine(config: Config) -> str:
     if launched is None and wanted == "pipeline":
         raise ConfigError(f"runtime.engine: pipeline needs a process a stage; run `{command}`")
     if launched is not None and launched != stages and wanted != "local":
+        cut = config.partition.cuts is not None
+        change = f"'partition={{stages: {launched}}}'" if cut else f"partition.stages={launched}"
         raise ConfigError(f"partition.stages: {stages} stages need {stages} processes, torchrun started {launched}; "
-                          f"run `{command}`, set partition.stages={launched}, or leave torchrun out")
+                          f"run `{command}`, set {change}, or leave torchrun out")
     device, own_gpu = choose_device(config.runtime.device)
     if launched is None or stages == 1 or wanted == "local":
         return "local"

@@ -193,7 +193,8 @@ def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
 
 
 def _load_held(checkpoint: Path, stage: Stage) -> None:
-    own = {plain: name for name, plain in plain_names(stage.blocks).items()}
+    plain_name = plain_names(stage.blocks)
+    own = {plain_name[name]: name for name, _ in stage.tail.named_parameters()}  # a layer in two blocks: its first name
     stage.held = {}
     for key, gradient in read(checkpoint, lambda key: key.startswith("held/") and key.split("/", 2)[2] in own).items():
         _, link, plain = key.split("/", 2)

@@ -34,15 +34,15 @@ def from_target(returned: Any, config: DataConfig, where: str) -> Source:
         classes = _classes(returned[0], where)
         train: Split = _from_dataset(returned[0], classes, config, train_where)
     else:
-        train = _in_memory(returned[0], train_where)
+        train = _pair(returned[0], train_where)
         classes = class_count(train.y, where)
     test = _from_dataset(returned[1], classes, config, test_where) \
-        if isinstance(returned[1], Dataset) else _in_memory(returned[1], test_where)
+        if isinstance(returned[1], Dataset) else _pair(returned[1], test_where)
     normalisation = (0.5,) if train.dtype == torch.uint8 else None
     return Source(train, test, classes, normalisation, normalisation)
 
 
-def _in_memory(pair: Any, where: str) -> TensorSplit:
+def _pair(pair: Any, where: str) -> TensorSplit:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ConfigError(f"{where} is {describe(pair)}; {EXPECTED}")
     x, y = (_tensor(part) for part in pair)

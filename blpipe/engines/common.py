@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from blpipe.data import Data
 from blpipe.device import Precision, transfer, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
+from blpipe.gradients import norm_of
 from blpipe.graphs import Recorder
 from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
@@ -189,14 +190,15 @@ class OpWatch:
 
 
 def check_weights(plan: Plan, stages: dict[int, Stage], steps_done: int) -> None:
-    """Look at the weights that a checkpoint would keep, where `train.on_nonfinite` is `stop`; waits for the device.
+    """Look at all weights that a checkpoint would keep, where `train.on_nonfinite` is `stop`; waits for the device.
 
     Raises:
         StageError: some are NaN or infinite.
     """
     if plan.config.train.on_nonfinite == "stop":
         for index, stage in stages.items():
-            if not torch.nn.utils.get_total_norm(p.detach() for p in stage.blocks.parameters()).isfinite():
+            parts = [part for part in (stage.blocks, stage.head, stage.loss) if part is not None]
+            if not norm_of(p.detach() for part in parts for p in part.parameters()).isfinite():
                 raise blame(plan, index, f"step {steps_done - 1}", NonFiniteError())
 
 

@@ -88,7 +88,10 @@ def _most_hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
 
 
 def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links: Links | None) -> Any:
-    """All link backwards of a microbatch: those that train stop in the tail, unless they are passed on."""
+    """All link backwards of a microbatch: those that train stop in the tail, unless they are passed on.
+
+    Which come and which are passed on is `plan.hops`' rule, here for any cuts at once.
+    """
     hops = len(links.hops_in) if links else _most_hops(costs, end, link)
     passed: Any = np.where(start > 0, hops, 0) if one_for_all(link) else np.maximum(hops - 1, 0)
     if links:
@@ -105,7 +108,7 @@ def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links:
     again = forward[end] - forward[tail] if link.keep == "recompute" else 0.0
     stops = backward[end] - backward[after] + weights[after] - weights[tail]
     return both * (backward[end] - backward[start]) + only_trains * stops \
-        + (passed - both) * (inputs[end] - inputs[start]) + (both + only_trains + passed - both) * again
+        + (passed - both) * (inputs[end] - inputs[start]) + (only_trains + passed) * again
 
 
 def seconds_table(costs: Profile, kind: str) -> Table:

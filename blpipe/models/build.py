@@ -1,6 +1,5 @@
 """From `model:` in a config to a plain model, an `nn.Sequential` of named blocks."""
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from blpipe.models.mlp import mlp
 from blpipe.models.resnet_cifar import resnet_cifar
 from blpipe.models.vgg_cifar import vgg_cifar
 from blpipe.models.zoo import PREFIX, torchvision_model
-from blpipe.plugins import call, resolve
+from blpipe.plugins import call, resolve, takes
 from blpipe.seeds import derive_seed
 
 BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
@@ -99,5 +98,6 @@ def _checked(modules: dict[Any, Any]) -> dict[str, nn.Module]:
 
 
 def _from_data(builder: Any, data: DataSpec) -> dict[str, Any]:
-    known = {"in_channels": data.shape[0], "in_shape": list(data.shape), "classes": data.classes}
-    return {name: value for name, value in known.items() if name in inspect.signature(builder).parameters}
+    channels = data.shape[0] if data.shape else 1
+    known = {"in_channels": channels, "in_shape": list(data.shape), "classes": data.classes}
+    return {name: value for name, value in known.items() if takes(builder, name)}

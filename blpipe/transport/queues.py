@@ -1,8 +1,7 @@
 """Queues between two processes, over torch.distributed point-to-point.
 
 A message is one flat buffer, so that it costs one send, whatever it holds. Both ends derive the same layouts
-before the first message (`world.shake_hands` compares them). A process issues all of its communication from one
-thread.
+before the first message (`world.shake_hands` compares them). A process uses all of its queues from one thread.
 """
 
 from collections import deque
