@@ -189,3 +189,31 @@ class MeanEmbedding(nn.Module):
 def quantised_net(classes: int = 4) -> list[nn.Module]:
     """A block that gives whole numbers, and blocks that take them."""
     return [Quantised(), MeanEmbedding(8), nn.Linear(8, classes)]
+
+
+class TwiceTheSame(nn.Module):
+    """A plain model in which one layer is there twice, so that two of its blocks share it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(128, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, …] to logits [B, 4]."""
+        x = self.first(x.flatten(1)).relu()
+        return self.last(self.again(self.again(x).relu()).relu())
+
+
+def with_extra_state() -> list[nn.Module]:
+    """A block whose state_dict holds more than tensors."""
+    block = nn.Flatten()
+    block.get_extra_state = lambda: {"seen": 3}  # type: ignore[method-assign]
+    block.set_extra_state = lambda state: None  # type: ignore[method-assign]
+    return [block, nn.Linear(128, 8), nn.Linear(8, 4)]
+
+
+def sparse_net() -> list[nn.Module]:
+    """A block whose gradients are sparse."""
+    blocks = quantised_net()
+    blocks[1].embedding = nn.Embedding(16, 8, sparse=True)
+    return blocks

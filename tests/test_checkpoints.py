@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def folder(tmp_path, monkeypatch):
 
 
 # A run that goes on is the run that was not interrupted.
+
+def test_late_gradients_of_a_layer_in_two_blocks_are_gone_on_with(tmp_path):
+    saved = train_locally(saved_config("run", model={"target": "models_under_test:TwiceTheSame"},
+                                       partition={"cuts": ["last"]}, method__link={"delay": 1, "length": "all"}),
+                          tmp_path)
+    first = checkpoints(saved)[0]
+    assert {key.rpartition("/")[2] for key in read(first, lambda key: key.startswith("held/"))} == {
+        f"{layer}.{name}" for layer in ("first", "again") for name in ("weight", "bias")}
+    assert_same_run(saved, go_on(rewound(saved, 5, tmp_path / "from5")))
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_checkpoints_change_nothing_and_a_run_goes_on_from_each_bit_for_bit(name, undisturbed, tmp_path):
@@ -279,6 +290,44 @@ def test_other_lengths_than_the_checkpoints_are_refused(folder, capsys):
     write_manifest(newest, replace(manifest(newest), steps_per_epoch=7))  # as with more data
     assert run("train", "--resume", "runs/small", "train.epochs=3") == 2
     assert "blpipe: data: an epoch has 6 steps, but 7 in " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"\xff}\n", b'{"stage": 1}\n'])
+def test_a_resume_without_the_rows_before_it_deletes_nothing(folder, content, capsys):
+    assert run("train", "--resume", "runs/small", "train.epochs=2") == 0
+    rows, (_, second, *_) = Path("runs/small/metrics.jsonl"), checkpoints(Path("runs/small"))
+    rows.unlink() if content is None else rows.write_bytes(content)
+    before = {path: path.read_bytes() for path in Path("runs/small").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run("train", "--resume", str(second)) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert re.match("blpipe: runs/small/metrics.jsonl: (holds no rows of epoch 1, .*|is damaged: .*); restore it", line)
+    assert {path: path.read_bytes() for path in Path("runs/small").rglob("*") if path.is_file()} == before
+
+
+HOLD = """
+import sys
+from blpipe.config_file import load_config
+from blpipe.resume import Beginning
+from blpipe.run_folder import How, claimed
+
+with claimed(load_config(sys.argv[1]), How(), Beginning()):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_process_has_just_claimed_is_left_to_it(folder, capsys):
+    (folder / "new.yaml").write_text(yaml.safe_dump(saved_config("new")))
+    with subprocess.Popen([sys.executable, "-c", HOLD, "new.yaml"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        assert run("train", "new.yaml") == 2
+        assert "blpipe: name: another process is training in runs/new; wait for it" in capsys.readouterr().err
+        assert (folder / "runs/new").is_dir()
+        first.communicate("")
+    assert first.returncode == 0
+    assert not (folder / "runs/new").exists()  # nothing came of it
 
 
 def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_deleted(folder, monkeypatch, capsys):

@@ -132,6 +132,24 @@ def test_eval_and_export_take_the_best_checkpoint(folder, capsys):
     assert "--best: " in capsys.readouterr().err
 
 
+def test_eval_takes_data_of_any_length_but_no_labels_that_the_model_does_not_know(folder, capsys):
+    run("train", "small.yaml", "model={target: 'models_under_test:conv_net'}")
+    assert len(evaluated(capsys, "runs/small", "data.train_samples=1")) == 3
+    assert run("eval", "runs/small", "data.args.classes=9") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert re.match("blpipe: data.*classes", line)
+
+
+@pytest.mark.parametrize(("model", "said"), [
+    ("with_extra_state", "model: 0._extra_state in the stage 0 is a dict in the state_dict, and a checkpoint holds"),
+    ("sparse_net", "model: 1.embedding in the stage 0 … 1 has sparse gradients, which stages do not add up"),
+])
+def test_a_model_that_cannot_be_trained_or_saved_is_refused_before(folder, capsys, model, said):
+    assert run("train", "small.yaml", f"model={{target: 'models_under_test:{model}'}}", "partition={stages: 2}") == 2
+    assert capsys.readouterr().err.startswith(f"blpipe: {said}")
+    assert not (folder / "runs").exists()
+
+
 @pytest.mark.parametrize("change", ["name=other", "runtime.runs=elsewhere"])
 def test_a_resumed_run_stays_where_it_is(folder, capsys, change):
     run("train", "small.yaml")
@@ -352,6 +370,8 @@ def test_export_to_where_it_cannot_write_leaves_nothing(folder, capsys):
     assert run("export", "runs/small", "--out", "runs") == 2
     assert run("export", "runs/small", "--out", "no/such/folder/model.pt") == 2
     assert capsys.readouterr().err.count("blpipe: --out: cannot write ") == 2
+    assert run("export", "runs/small", "--out", ".") == 2
+    assert capsys.readouterr().err == "blpipe: --out: .: is no file's name; give one, such as model.pt\n"
     assert sorted(folder.iterdir()) == before
 
 

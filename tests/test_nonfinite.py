@@ -98,13 +98,14 @@ def test_by_config_it_goes_on(tmp_path):
     assert "NaN" not in (run / "metrics.jsonl").read_text()  # which is no JSON
 
 
-def test_weights_that_are_nan_are_not_saved(tmp_path):
+@pytest.mark.parametrize("part", ["blocks", "head"])
+def test_weights_that_are_nan_are_not_saved(part):
     """The loss of the last step before the checkpoint was still finite."""
     config = parse_config(config_of("stop"))
     data = open_data(config.data, config.seed)
     engine = open_local(make_plan(config, data.spec), data)
     check_weights(engine.plan, engine.stages, 6)
-    next(engine.stages[1].blocks.parameters()).data[0] = torch.nan
+    next(getattr(engine.stages[1], part).parameters()).data[0] = torch.nan
     with pytest.raises(StageError, match=r"^stage 2 .* failed at step 5: NonFiniteError"):
         check_weights(engine.plan, engine.stages, 6)
 

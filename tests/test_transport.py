@@ -1,5 +1,6 @@
 """Messages, hands shaken, and which engine a launch gets."""
 
+import re
 import threading
 
 import pytest
@@ -118,6 +119,13 @@ def test_a_launch_that_does_not_fit_is_refused(monkeypatch, launched, engine, st
     launch(monkeypatch, launched)
     with pytest.raises(ConfigError, match=message):
         choose_engine(tree(engine, stages))
+
+
+def test_a_launch_that_does_not_fit_the_cuts_is_told_what_to_set(monkeypatch):
+    launch(monkeypatch, 2)
+    config = parse_config(small_config("run", partition={"cuts": ["2", "4"]}))
+    with pytest.raises(ConfigError, match=re.escape("set 'partition={stages: 2}', or leave torchrun out")):
+        choose_engine(config)
 
 
 def launch(monkeypatch, processes):
