@@ -30,7 +30,7 @@ def digits(config: DataConfig, seed: int, key: str) -> Source:
     bunch = load_digits()
     x_N1HW = torch.from_numpy(np.round(bunch.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
     y_N = torch.from_numpy(bunch.target.astype(np.int64))
-    rank_N = torch.zeros_like(y_N)  # the how-manieth of its class a sample is
+    rank_N = torch.zeros_like(y_N)  # of a sample: how many of its class come before it
     for label in range(10):
         rank_N[y_N == label] = torch.arange(int((y_N == label).sum()))
     test_N = rank_N % 5 == 2

@@ -52,12 +52,12 @@ class Meeting:
             return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
 
     def promise(self, number: int, message: dict[str, Any]) -> None:
-        """The first stage tells the others how far to go, for the how-manieth time."""
+        """The first stage tells the others how far to go; its promises are numbered from 0."""
         with lost_peer(f"rank {self.rank} promising steps"):
             self.store.set(f"promises/{number}", json.dumps(message))
 
     def promised(self, number: int) -> dict[str, Any] | None:
-        """What the first stage told for the how-manieth time; None if it has not yet."""
+        """What the first stage told in its promise of this number; None if it has not yet."""
         key = f"promises/{number}"
         with lost_peer(f"rank {self.rank} looking for rank 0's promise of steps"):
             return json.loads(self.store.get(key)) if self.store.check([key]) else None
@@ -74,7 +74,7 @@ class Meeting:
 
 
 def meet(timeout_seconds: float) -> Meeting:
-    """Meet the other processes for a run. All do so once a run, and so agree on the how-manieth it is."""
+    """Meet the other processes for a run. All do so once a run, and so number the runs alike."""
     store, rank, size = _attempt(timeout_seconds)
     number = store.add(f"runs of rank {rank}", 1)
     return Meeting(dist.PrefixStore(f"run{number}", store), rank, size, timeout_seconds)
