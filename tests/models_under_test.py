@@ -204,12 +204,20 @@ class TwiceTheSame(nn.Module):
         return self.last(self.again(self.again(x).relu()).relu())
 
 
-def with_extra_state() -> list[nn.Module]:
-    """A block whose state_dict holds more than tensors."""
-    block = nn.Flatten()
-    block.get_extra_state = lambda: {"seen": 3}  # type: ignore[method-assign]
-    block.set_extra_state = lambda state: None  # type: ignore[method-assign]
-    return [block, nn.Linear(128, 8), nn.Linear(8, 4)]
+class Counts(nn.Flatten):
+    """A module whose state_dict holds more than tensors."""
+
+    def get_extra_state(self) -> Any:
+        """What its state_dict has beside tensors."""
+        return {"seen": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes it back."""
+
+
+def counting_net() -> list[nn.Module]:
+    """Blocks of which the first counts."""
+    return [Counts(), nn.Linear(128, 8), nn.Linear(8, 4)]
 
 
 def sparse_net() -> list[nn.Module]:

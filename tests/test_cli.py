@@ -141,11 +141,11 @@ def test_eval_takes_data_of_any_length_but_no_labels_that_the_model_does_not_kno
 
 
 @pytest.mark.parametrize(("model", "said"), [
-    ("with_extra_state", "model: 0._extra_state in the stage 0 is a dict in the state_dict, and a checkpoint holds"),
+    ("counting_net", "model: 0._extra_state in the stage 0 … 1 is a dict in the state_dict, and a checkpoint holds"),
     ("sparse_net", "model: 1.embedding in the stage 0 … 1 has sparse gradients, which stages do not add up"),
 ])
 def test_a_model_that_cannot_be_trained_or_saved_is_refused_before(folder, capsys, model, said):
-    assert run("train", "small.yaml", f"model={{target: 'models_under_test:{model}'}}", "partition={stages: 2}") == 2
+    assert run("train", "small.yaml", f"model={{target: 'models_under_test:{model}'}}", "partition={cuts: ['2']}") == 2
     assert capsys.readouterr().err.startswith(f"blpipe: {said}")
     assert not (folder / "runs").exists()
 
