@@ -56,7 +56,8 @@ def test_bad_input_is_said_in_one_line(change, said, measure, capsys):
 
 
 @pytest.mark.parametrize(("name", "device"), [
-    ("cpu", "cpu"), ("cpu_memory_kept", "cpu"), ("cpu_memory_given_back", "cpu"), ("gpu", "cuda"), ("gpu_compiled", "cuda")])
+    ("cpu", "cpu"), ("cpu_memory_kept", "cpu"), ("cpu_memory_given_back", "cpu"), ("gpu", "cuda"),
+    ("gpu_compiled", "cuda")])
 def test_the_shipped_configs_are_sound(name, device, monkeypatch):
     monkeypatch.setattr(ablation, "open_local", lambda plan, data: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
