@@ -53,14 +53,14 @@ def _main(arguments: argparse.Namespace) -> int:
         if found is None:
             print(f"throughput: {name}: a process failed; what it said stands above", file=sys.stderr)
             return 1
-        cases[name] = found
+        # In the order of the file, whenever they were measured.
+        measured = cases | {name: found}
+        cases = {each: measured[each] for each in (*settings.cases, *measured) if each in measured}
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(cases, indent=1) + "\n")
-    # In the order of the file, whenever they were measured.
-    ordered = {name: cases[name] for name in (*settings.cases, *cases) if name in cases}
-    if not ordered:
+    if not cases:
         raise ConfigError(f"--table: {path} holds no results; leave it out to measure some")
-    table = as_markdown(ordered)
+    table = as_markdown(cases)
     path.with_suffix(".md").write_text(table)
     print(table)
     return 0
