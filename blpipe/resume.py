@@ -95,11 +95,10 @@ def evaluated_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
         ConfigError: other changes.
     """
     saved, config = config_of(checkpoint), config_of(checkpoint, overrides)
-    refused = [change.key for change in _differences(saved.model_dump(), config.model_dump())
-               if not change.key.startswith(_OF_EVALUATION)]
+    refused = _but(_OF_EVALUATION, _changes(saved, config))
     if refused:
-        raise ConfigError(*(f"{key}: is the checkpoint's own; eval takes data, runtime, train.eval_batch_size, "
-                            "train.precision and train.channels_last" for key in refused))
+        raise ConfigError(*(f"{change.key}: is the checkpoint's own; eval takes data, runtime, train.eval_batch_size, "
+                            "train.precision and train.channels_last" for change in refused))
     return config
 
 
@@ -116,8 +115,8 @@ def go_on(config: Config, path: Path) -> tuple[Config, Beginning]:
     partition = saved.partition
     if config.partition.unsettled and partition == config.partition.model_copy(update={"cuts": partition.cuts}):
         config = config.model_copy(update={"partition": partition})
-    changes = list(_differences(saved.model_dump(), config.model_dump()))
-    refused = [change for change in changes if not change.key.startswith(_CHANGEABLE)]
+    changes = _changes(saved, config)
+    refused = _but(_CHANGEABLE, changes)
     if refused:
         raise ConfigError(*(f"{change.key}: {change.now!r}, but {change.before!r} in {found.checkpoint}; set it back, "
                             "or train anew under another name" for change in refused))
@@ -157,9 +156,7 @@ def is_of(run: Path, config: Config) -> bool:
     """Whether what a run folder holds is of this config."""
     if not (run / "config.yaml").exists():
         return False
-    saved = load_config(run / "config.yaml")
-    return not [change for change in _differences(saved.model_dump(), config.model_dump())
-                if not change.key.startswith("partition")]
+    return not _but(("partition",), _changes(load_config(run / "config.yaml"), config))
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -171,6 +168,15 @@ class _Change:
     key: str
     before: Any
     now: Any
+
+
+def _changes(before: Config, now: Config) -> list[_Change]:
+    return list(_differences(before.model_dump(), now.model_dump()))
+
+
+def _but(keys: tuple[str, ...], changes: list[_Change]) -> list[_Change]:
+    """The changes of other keys than these and those below them."""
+    return [change for change in changes if not change.key.startswith(keys)]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[_Change]:

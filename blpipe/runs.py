@@ -108,9 +108,9 @@ def export_run(path: Path, out: Path, best: bool = False) -> None:
     Raises:
         UserError: no run or no checkpoint, or `out` cannot be written.
     """
-    state = model_state(_found(path, best))
     if not out.name:
         raise UserError(f"--out: {out}: is no file's name; give one, such as model.pt")
+    state = model_state(_found(path, best))
     partial = out.with_name(f".{out.name}.partial")
     try:
         torch.save(state, partial)

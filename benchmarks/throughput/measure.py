@@ -23,14 +23,15 @@ from blpipe.plan import make_plan
 def measure_case(settings: ThroughputConfig, name: str, device: torch.device) -> dict[str, Any] | None:
     """A case's settings, environment and rounds; None where its processes failed, who say why."""
     tree = case_tree(settings, name, device.type)
-    set_up(parse_config(tree))
+    config = parse_config(tree)
+    set_up(config)
     measured_on = environment(device) | {"load": os.getloadavg()[0], "blpipe": blpipe.__version__}
     with one_thread():
-        cuts = find_cuts(parse_config(tree), settings.microbatches, device)
+        cuts = find_cuts(config, settings.microbatches, device)
     rounds = _launch({"case": name, "config": tree, "cuts": cuts._asdict(), **_lengths(settings)}, settings.stages)
     if rounds is None:
         return None
-    return {"stages": settings.stages, "batch": parse_config(tree).train.batch_size, **_lengths(settings),
+    return {"stages": settings.stages, "batch": config.train.batch_size, **_lengths(settings),
             "cuts": cuts._asdict(), "blocks": {kind: _blocks(tree, each) for kind, each in cuts._asdict().items()},
             "environment": measured_on,
             "like": {each: schedule.like for each, schedule in SCHEDULES.items() if schedule.like},
