@@ -33,7 +33,7 @@ within() {  # SECONDS COMMAND…: at most so long, and not beyond the end
 
 within 300 "$python" -m pytest tests/test_gpu.py
 tested=$?
-within 200 "$python" -m benchmarks.ablation benchmarks/ablation/gpu_compiled.yaml
+within 120 "$python" -m benchmarks.ablation benchmarks/ablation/gpu.yaml
 within 90 "$python" -m benchmarks.memory --device cuda --precision tf32 --channels-last
 if [ "$gpus" -ge 2 ]; then
     within 150 "$python" -m benchmarks.throughput benchmarks/throughput/gpu.yaml --device cuda --stages $((gpus < 4 ? 2 : 4))

@@ -44,7 +44,8 @@ def draw(lines: Sequence[Line], out: Path) -> list[str]:
 def _by_stages(lines: Sequence[Line]) -> Any:
     """A line for each group and setting, over K."""
     def series(here: Sequence[Line]) -> Series:
-        return _long(_series(here, lines), _stages)
+        found = _long(_series(here, lines), _stages)
+        return found if any(method_of(line.combination) != "bp" for line, *_ in found.values()) else {}  # bp has no K
 
     panels = {title: here for title, here in _panels(lines, lines, lambda line: "").items() if series(here)}
     figure, axes = _figure(panels, "K, number of stages")

@@ -20,7 +20,7 @@ _CHECKPOINTED = [case.name for case in CHECKPOINTED]
 
 
 def as_markdown(rows: Sequence[Row], size: Size) -> str:
-    """The tables of every network, batch, precision and layout of which there are rows, at the K of `size`."""
+    """The tables of every network, batch, precision and layout of which there are rows, at those K of `size` that have any."""
     kinds = {tuple(row[name] for name in size.key()): None for row in rows}
     sizes = [replace(size, **dict(zip(size.key(), kind, strict=True))) for kind in kinds]
     return "\n".join(_tables([row for row in rows if each.has(row)], each) for each in sizes) \
@@ -51,9 +51,10 @@ def bp_bytes(rows: Iterable[Row]) -> int | None:
 
 def _memory_table(rows: Sequence[Row], bp: int | None, size: Size) -> str:
     found = {(row["cut"], row["method"], row["stages"]): row for row in rows}
-    table = [["method", "cut", *(f"K = {count}" for count in size.stages)]]
+    counts = [count for count in size.stages if any(row["stages"] == count for row in rows)] or size.stages
+    table = [["method", "cut", *(f"K = {count}" for count in counts)]]
     for cut, method in sorted({(row["cut"], row["method"]) for row in rows}, key=_place):
-        cells = [_cell(found.get((cut, method, count)) or found.get((cut, method, 1)), bp) for count in size.stages]
+        cells = [_cell(found.get((cut, method, count)) or found.get((cut, method, 1)), bp) for count in counts]
         table.append([method, cut if _is_cut(method) or rows[0]["part"] != "local" else DASH, *cells])
     return markdown.table(table, texts=2)
 
