@@ -28,7 +28,7 @@ def test_the_tests_come_first_and_what_time_is_left_goes_to_accuracy(gpus, stage
     done = gpu_script(tmp_path, gpus)
     ran = [line.removeprefix("ran -m ") for line in done.stdout.splitlines() if line.startswith("ran")]
     throughput = f"benchmarks.throughput benchmarks/throughput/gpu.yaml --device cuda --stages {stages}"
-    assert ran[:-1] == ["pytest tests/test_gpu.py", "benchmarks.ablation benchmarks/ablation/gpu_compiled.yaml",
+    assert ran[:-1] == ["pytest tests/test_gpu.py", "benchmarks.ablation benchmarks/ablation/gpu.yaml",
                         "benchmarks.memory --device cuda --precision tf32 --channels-last",
                         *([throughput] if stages else [])]
     assert ran[-1] in [f"benchmarks.accuracy benchmarks/accuracy/gpu.yaml --minutes {left}" for left in (9, 10)]

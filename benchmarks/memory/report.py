@@ -20,7 +20,7 @@ _CHECKPOINTED = [case.name for case in CHECKPOINTED]
 
 
 def as_markdown(rows: Sequence[Row], size: Size) -> str:
-    """The tables of every network, batch, precision and layout of which there are rows, at those K of `size` that have any."""
+    """The tables of every network, batch, precision and layout that has rows, at those K of `size` that have any."""
     kinds = {tuple(row[name] for name in size.key()): None for row in rows}
     sizes = [replace(size, **dict(zip(size.key(), kind, strict=True))) for kind in kinds]
     return "\n".join(_tables([row for row in rows if each.has(row)], each) for each in sizes) \
