@@ -38,6 +38,8 @@ def best_starts(cost: Table, speeds: Sequence[float]) -> list[int] | None:
 
 def least_maximum(cost: Table, speeds: Sequence[float]) -> float:
     """The least max over k of cost_k / speeds[k] over all partitions; infinity where there is none."""
+    if len(speeds) >= len(cost):
+        return np.inf
     return float(_rows(cost, speeds, np.maximum, np.divide)[-1][-1])
 
 

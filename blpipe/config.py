@@ -267,8 +267,9 @@ class OptimizerConfig(ByName):
 class TrainConfig(Section):
     """Epochs and batches, and how they are computed.
 
-    compile: whether blocks and heads are compiled. wire: the precision of activations under way. on_nonfinite: what
-    becomes of a step in which a stage's loss is NaN or infinite.
+    recompute: whether a block keeps its input alone, and runs again in its backward. compile: whether blocks and heads
+    are compiled. wire: the precision of activations under way. on_nonfinite: what becomes of a step in which a stage's
+    loss is NaN or infinite.
     """
 
     epochs: Positive = 10
@@ -279,6 +280,7 @@ class TrainConfig(Section):
     eval_every_epochs: NotNegative = 1
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     channels_last: bool = False
+    recompute: bool = False
     compile: bool = False
     wire: WirePrecision = "full"
     on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
@@ -313,6 +315,7 @@ class RuntimeConfig(Section):
     """Where and how the run executes. On a CPU nothing but `threads` changes results (`engine`: to rounding for `bp`).
 
     cuda_graphs: on a GPU, whether a stage launches what it computes on a microbatch as CUDA graphs; `bp` has none.
+    deterministic: whether operations that have no deterministic algorithm are refused, for the whole process.
     keep_memory: whether a process keeps the host's memory that it frees, instead of giving it back after every step.
     """
 
@@ -321,6 +324,7 @@ class RuntimeConfig(Section):
     threads: Annotated[Processes, Field(ge=1)] | None = None
     runs: PathText = "runs"
     cuda_graphs: bool = False
+    deterministic: bool = False
     keep_memory: bool = True
     progress: bool = True
     trace: bool = False
@@ -368,6 +372,13 @@ class Config(Section):
         if method.name != "bp" and method.local_weight == 0.0 and self.partition.stage_count > 1 and not method.linked:
             raise ValueError("method.local_weight: 0, and no link: only the last stage would learn; set "
                              "method.local_weight=1, or a link of weight, length and reach above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _recomputed_as_it_is(self) -> "Config":
+        for key, on in (("train.compile", self.train.compile), ("runtime.cuda_graphs", self.runtime.cuda_graphs)):
+            if self.train.recompute and on:
+                raise ValueError(f"train.recompute: true, which goes without {key}; set one of them to false")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """How a process computes: its threads, memory, precision and layout; and how tensors get to a device without a wait."""
 
 import ctypes
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -25,12 +26,14 @@ def transfer(x: Tensor, device: torch.device) -> Tensor:
 
 
 def set_up(config: Config) -> None:
-    """Set this process's number of CPU threads, where the config names one, its memory, precision and compiler."""
+    """Set up what all of this process's operations share: CPU threads, memory, precision, determinism, compiler."""
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
     if config.runtime.keep_memory:
         keep_freed_memory()
     use_precision(config.train.precision)
+    if config.runtime.deterministic:
+        use_deterministic_algorithms()
     if config.train.compile:
         use_compiler()
 
@@ -55,6 +58,15 @@ def use_precision(precision: str) -> None:
     tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+def use_deterministic_algorithms() -> None:
+    """Let torch use deterministic algorithms alone; an operation without one then raises a RuntimeError.
+
+    cuBLAS has to be told before its first call ("Results reproducibility" in its documentation).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def use_compiler() -> None:

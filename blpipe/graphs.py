@@ -132,20 +132,19 @@ class Recorder:
     """The recordings of one stage, for microbatches of the first size that comes twice in a row.
 
     Args:
-        stream: of a GPU, to record on; None to run everything as it is. What is not recorded runs there too: autograd
-            keeps the stream on which it first met a parameter, and waits for it in every backward, which a recording
-            cannot.
+        plain: runs what is not recorded.
+        record: makes a recording; None to run everything as it is.
     """
 
-    def __init__(self, stream: torch.cuda.Stream | None = None):
-        self._stream, self._plain = stream, Plain(stream)
+    def __init__(self, plain: Runner | None = None, record: Callable[[], Runner] | None = None):
+        self._plain, self._record = plain or Plain(), record
         self._seen = 0
         self._shape: torch.Size | None = None
-        self._free: list[Recording] = []
+        self._free: list[Runner] = []
 
     def begin(self, x: Tensor) -> Runner:
         """What runs the microbatch with this input."""
-        if self._stream is None:
+        if self._record is None:
             return self._plain
         if self._shape is None or (self._seen < WARM_UP and x.shape != self._shape):
             self._shape, self._seen = x.shape, 0
@@ -154,12 +153,21 @@ class Recorder:
         self._seen += 1
         if self._seen <= WARM_UP:
             return self._plain
-        return self._free.pop() if self._free else Recording(self._stream)
+        return self._free.pop() if self._free else self._record()
 
     def end(self, runner: Runner) -> None:
         """It runs its last part before another microbatch begins."""
-        if isinstance(runner, Recording):
+        if runner.repeats:
             self._free.append(runner)
+
+
+def recorder_on(stream: torch.cuda.Stream | None) -> Recorder:
+    """Records on this stream of a GPU; without one, runs everything as it is.
+
+    What is not recorded runs on it too: autograd keeps the stream on which it first met a parameter, and waits for it
+    in every backward, which a recording cannot.
+    """
+    return Recorder() if stream is None else Recorder(Plain(stream), lambda: Recording(stream))
 
 
 def _on(stream: torch.cuda.Stream, function: Callable[[], Result]) -> Result:

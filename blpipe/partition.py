@@ -22,9 +22,7 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
     """
     items = named_blocks(blocks)
     names = [name for name, _ in items]
-    if config.cuts is None and config.stage_count > len(names):
-        raise ConfigError(f"partition.stages: {config.stage_count} stages need as many blocks, but the model has "
-                          f"{len(names)} ({names[0]}…{names[-1]}); use at most {len(names)} stages or a deeper model")
+    check_stage_count(config, names)
     if config.target is not None:
         function = import_target("partition.target", config.target)
         starts = _returned("partition.target", call("partition.target", function, blocks, config.stage_count,
@@ -42,6 +40,17 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
     _refuse_shared_parameters(stages)
     _refuse_shared_statistics(stages)
     return stages
+
+
+def check_stage_count(config: PartitionConfig, names: Sequence[str]) -> None:
+    """Refuse more stages than blocks.
+
+    Raises:
+        ConfigError: as above.
+    """
+    if config.cuts is None and config.stage_count > len(names):
+        raise ConfigError(f"partition.stages: {config.stage_count} stages need as many blocks, but the model has "
+                          f"{len(names)} ({names[0]}…{names[-1]}); use at most {len(names)} stages or a deeper model")
 
 
 def even_starts(blocks: int, stages: int) -> list[int]:

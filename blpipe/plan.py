@@ -18,7 +18,7 @@ from blpipe.losses import build_loss
 from blpipe.models import build_model
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
-from blpipe.partition import partition
+from blpipe.partition import check_stage_count, partition
 from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
 from blpipe.text import blocks_text, dtype_name
 
@@ -193,6 +193,7 @@ def make_network(config: Config, data: DataSpec) -> Network:
         raise ConfigError(f"train.batch_size: {config.train.batch_size} is more than the {data.train_samples} training "
                           f"samples; use at most {data.train_samples}")
     model = build_model(config.model, data, config.seed)
+    check_stage_count(config.partition, [name for name, _ in named_blocks(model)])
     training = {size for step in step_sizes(data.train_samples, config) for size in step}
     with layer_calls(model) as calls:
         traced = {size: trace_shapes(model, data, size, training=True, calls=calls) for size in training}

@@ -46,6 +46,7 @@ from blpipe.gradients import (
 from blpipe.graphs import Recorder, Runner
 from blpipe.losses import Tally
 from blpipe.plan import Links
+from blpipe.recompute import recomputed
 from blpipe.seeds import RandomStream
 
 
@@ -98,6 +99,8 @@ class Stage:
         stream: this stage's random numbers.
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
+        recompute: whether a block keeps its input alone, and runs again in its backward. Not those of a late link's
+            tail, whose parameters have changed by then: there `link.keep` decides.
         compile: whether torch.compile compiles blocks and head, for training.
         skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
             waits for the device in every step.
@@ -107,16 +110,18 @@ class Stage:
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
                  link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
                  clip_norm: float | None = None, precision: Precision | None = None, wire: WirePrecision = "full",
-                 compile: bool = False, skip_nonfinite: bool = False, recorder: Recorder | None = None):
+                 recompute: bool = False, compile: bool = False, skip_nonfinite: bool = False,
+                 recorder: Recorder | None = None):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
         self.links, self.link, self.wire = links, link, wire
         compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
-        self._run_blocks, self._run_body = compiled(blocks), compiled(self.body)
+        called: Callable[[nn.Sequential], Any] = recomputed if recompute else lambda part: part
+        self._run_blocks, self._run_body = compiled(called(blocks)), compiled(called(self.body))
         self._run_head: Any = compiled(head) if head is not None else None
         self._first_names = first_names(self.tail)
-        self._run_tail_live = compiled(self.tail)
+        self._run_tail_live = compiled(called(self.tail))
         self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,), tie_weights=False))
         self.optimizer, self.stream, self._clip_norm = optimizer, stream, clip_norm
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
@@ -135,6 +140,11 @@ class Stage:
         self._skip_nonfinite = skip_nonfinite
         self._before: tuple[list[Tensor], Tally] | None = None  # the buffers and the tally before a step
         self._remember()
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All that has parameters and buffers: blocks, loss, and head where there is one."""
+        return [self.blocks, self.loss, *([] if self.head is None else [self.head])]
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch; returns x_k, detached, as it goes to the next stage."""
@@ -283,8 +293,7 @@ class Stage:
         self.tally.skipped.append(index)
 
     def _buffers(self) -> list[Tensor]:
-        parts = [self.blocks, self.loss, *([] if self.head is None else [self.head])]
-        return [buffer for part in parts for buffer in part.buffers()]
+        return [buffer for part in self.parts for buffer in part.buffers()]
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:

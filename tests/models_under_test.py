@@ -18,6 +18,12 @@ def conv_net(in_channels: int = 2, classes: int = 4, dropout: float = 0.2) -> nn
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)))
 
 
+def volumes_net() -> nn.Sequential:
+    """Its boundaries have three dimensions beside the channels: no built-in head fits."""
+    return nn.Sequential(nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 4, 1), nn.Conv3d(4, 4, 1), nn.Flatten(),
+                         nn.Linear(4 * 2 * 8 * 8, 4))
+
+
 def wider_net() -> nn.Sequential:
     """`conv_net` for weights of another shape."""
     net = conv_net()

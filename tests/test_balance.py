@@ -76,6 +76,12 @@ def test_the_fewest_stages_that_keep_a_limit(memory, limit):
     assert fewest_stages(memory <= limit) == min(counts, default=None)
 
 
+def test_more_stages_than_blocks_are_no_partition():
+    cost = np.ones((4, 4))
+    assert np.isinf(least_maximum(cost, [1.0] * 4))
+    assert best_starts(cost, [1.0] * 4) is None
+
+
 def test_a_thousand_stages():
     ends = np.cumsum([0, *np.random.default_rng(0).random(1200)])
     cost = np.where(np.tri(1201, k=0, dtype=bool), np.inf, ends[None, :] - ends[:, None])

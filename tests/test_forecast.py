@@ -80,7 +80,7 @@ def test_a_stage_costs_its_blocks_its_head_and_its_link():
             sum(b.backward for b in inner) - for_input + head.forward + head.backward)
         assert stage.link_backward == pytest.approx(0.0 if end == count else inner[-1].weight_backward)
         assert stage.batch_seconds("backlink", 4) == pytest.approx(
-            4 * (stage.forward + stage.local_backward + stage.link_backward) + stage.step)
+            4 * (stage.forward + stage.local_backward + stage.link_backward) + stage.step + stage.head_step)
     both = stage_cost(costs, 1, 4, linked(length=2))
     assert both.link_backward == pytest.approx(blocks[2].weight_backward + blocks[3].backward)
     again = stage_cost(costs, 1, 4, linked(length=2, keep="recompute"))
@@ -215,11 +215,62 @@ def allocated_bytes(plan, index):
 
 
 def test_estimates_for_the_search_are_near_the_exact_memory():
-    network, _ = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, partition__stages=2,
-                            data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64})
+    network = small_resnet()
     estimates, exact = estimated_bytes(profile(network, CPU)), Rehearsal(network, CPU)
     for start, end in ((0, 3), (2, 5), (4, 8)):
         assert estimates[start, end] == pytest.approx(exact.peak_bytes(start, end), rel=0.15)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"method__link": {"length": 0}}, {"method__name": "greedy", "train__wire": "bf16"},
+    {"method__link": {"delay": 2, "wire": "bf16"}, "train__microbatches": 4, "train__wire": "bf16"},
+    {"method": {"local_weight": 0.0, "link": {"length": "all", "reach": "all", "take": "farthest"}}}])
+def test_the_search_misses_no_partition_that_fits(changes):
+    network = small_resnet(**changes)
+    estimates, exact = estimated_bytes(profile(network, CPU)), Rehearsal(network, CPU)
+    blocks = len(network.block_names)
+    for start, end in ((0, 3), (2, 5), (4, blocks), (blocks - 1, blocks)):
+        assert 0.9 * estimates[start, end] <= exact.peak_bytes(start, end)
+
+
+def test_backpropagation_is_not_charged_for_heads():
+    network, _ = network_of(partition__stages=2, optimizer="adamw")
+    costs = profile(network, CPU)
+    stage, blocks = stage_cost(costs, 1, 3, linked(length=1)), costs.blocks[1:3]
+    assert stage.batch_seconds("bp", 1) == pytest.approx(sum(b.forward + b.backward + b.step for b in blocks))
+    assert stage.head_step == costs.heads[2].step > 0
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Has memory be foretold as on a GPU with `runtime.cuda_graphs`."""
+    monkeypatch.setattr("blpipe.forecast.memory.has_graphs", lambda config, device: True)
+
+
+def small_resnet(**changes):
+    return network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, partition__stages=2,
+                      data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes)[0]
+
+
+def test_every_microbatch_under_way_has_cuda_graphs_that_keep_all_that_it_computes(graphs):
+    peaks = [Rehearsal(small_resnet(method__link__delay=delay), CPU).peak_bytes(2, 5) for delay in (0, 1, 2)]
+    greedy = Rehearsal(small_resnet(method__name="greedy"), CPU).peak_bytes(2, 5)
+    assert greedy < peaks[0] < 1.5 * greedy
+    assert all(later - earlier > 0.6 * greedy for earlier, later in pairwise(peaks))
+
+
+def test_on_a_cpu_cuda_graphs_take_no_memory():
+    plain, recorded = (Rehearsal(small_resnet(runtime__cuda_graphs=on), CPU).peak_bytes(2, 5) for on in (False, True))
+    assert plain == recorded
+
+
+@pytest.mark.parametrize("changes", [{"method__link__delay": 2}, {"method__name": "greedy"},
+                                     {"method__link": {"length": "all"}}])
+def test_estimates_are_near_the_exact_memory_with_cuda_graphs_too(changes, graphs):
+    network = small_resnet(**changes)
+    estimates, exact = estimated_bytes(profile(network, CPU)), Rehearsal(network, CPU)
+    for start, end in ((0, 3), (2, 5), (4, 8)):
+        assert 0.7 < estimates[start, end] / exact.peak_bytes(start, end) < 1.1
 
 
 def test_links_weighted_by_stage_are_balanced_within_a_limit():
@@ -241,21 +292,22 @@ def test_blocks_after_whole_numbers_are_measured_on_whole_numbers():
     assert all(block.forward > 0 for block in profile(network, CPU, data).blocks)
 
 
-def test_where_no_partition_keeps_the_limit_the_error_says_which_would():
-    changes = {"model": {"name": "mlp", "args": {"hidden": [256] * 7}}}
+@pytest.mark.parametrize(("method", "limit"), [("backlink", "3MB"), ("bp", "2MB")])
+def test_where_no_partition_keeps_the_limit_the_error_says_which_would(method, limit):
+    changes = {"model": {"name": "mlp", "args": {"hidden": [256] * 7}}, "method": method}
 
     def settled(**partition):
         network, _ = network_of(partition={"strategy": "balanced", **partition}, **changes)
         return settle(network.config, network, profile(network, CPU)).partition.cuts
 
     with pytest.raises(ConfigError) as error:
-        settled(stages=2, memory_limit="3MB")
+        settled(stages=2, memory_limit=limit)
     message = str(error.value)
     assert message.startswith("partition.memory_limit: no partition into 2 stages keeps every stage within")
     least = int(re.search(r"at least ([\d,]+) bytes", message)[1].replace(",", ""))
     stages = int(re.search(r"use (\d+) stages", message)[1])
     assert len(settled(stages=2, memory_limit=least)) == 1
-    assert len(settled(stages=stages, memory_limit="3MB")) == stages - 1
+    assert len(settled(stages=stages, memory_limit=limit)) == stages - 1
     with pytest.raises(ConfigError, match="no partition into 2 stages"):
         settled(stages=2, memory_limit=least - 1)
     with pytest.raises(ConfigError, match="no partition into 8 stages.*give at least"):
@@ -286,10 +338,10 @@ def test_the_best_partition_for_each_method_is_no_slower_than_an_even_one():
     network, _ = network_of(model={"name": "resnet_cifar", "args": {"depth": 20}}, partition__stages=4,
                             data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, train__microbatches=8)
     costs = profile(network, CPU)
-    even = Forecaster(costs, network.config, CONNECTIONS["cuda"]).compare(None, 4)
+    even = Forecaster(costs, network.config, CONNECTIONS["cuda"]).compare(4)
     partition = network.config.partition.model_copy(update={"strategy": "balanced"})
     config = network.config.model_copy(update={"partition": partition})
-    best = Forecaster(costs, config, CONNECTIONS["cuda"]).compare(None, 4)
+    best = Forecaster(costs, config, CONNECTIONS["cuda"]).compare(4)
     assert [row.method for row in best] == ["backlink d=1", "backlink d=0", "backlink d=1/8", "GPipe", "1F1B",
                                                "zero-bubble"]
     assert all(a.seconds_per_step <= b.seconds_per_step * 1.001 for a, b in zip(best, even, strict=True))
@@ -304,7 +356,7 @@ def test_a_forecast_knows_which_errors_come_to_each_stage():
         network = make_network(config, open_data(config.data, 0).spec)
         plan = make_plan(config, network.data, network)
         forecaster = Forecaster(profile(network, CPU), config, CONNECTIONS["cpu"])
-        assert all(0 < row.efficiency <= 1.0 for row in forecaster.compare(plan.starts, 4))
+        assert all(0 < row.efficiency <= 1.0 for row in forecaster.compare(4, plan.starts))
         return [stage.seconds for stage in forecaster.stages(plan)]
 
     assert forecast(reach="all") == forecast(reach=3)
@@ -319,7 +371,7 @@ def test_a_bf16_wire_makes_backlink_faster_over_a_slow_link_and_not_torchs_sched
     for wire in ("full", "bf16"):
         network, _ = network_of(train__wire=wire, method__link={"wire": wire})
         forecaster = Forecaster(profile(network, CPU), network.config, Connection(0.0, 1e5))
-        rows.append({row.method: row.seconds_per_step for row in forecaster.compare(None, 3)})
+        rows.append({row.method: row.seconds_per_step for row in forecaster.compare(3)})
     full, half = rows
     assert half["backlink d=1"] < 0.7 * full["backlink d=1"]
     assert half["1F1B"] == full["1F1B"]

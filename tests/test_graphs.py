@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from blpipe import graphs
 from blpipe.engines import local
 from blpipe.errors import RecordingError, StageError
-from blpipe.graphs import Graph, Recorder, Recording
+from blpipe.graphs import Graph, Recording, recorder_on
 from blpipe.stage import TailRun
 
 RECORDED = {name: changes for name, changes in METHODS.items() if name != "bp"} | {
@@ -130,7 +130,7 @@ def test_a_recorded_run_goes_on_without_recordings(tmp_path, recorded, monkeypat
 
 
 def test_microbatches_of_one_size_are_recorded_once_libraries_have_started(recorded):
-    recorder, sizes = Recorder(SimpleNamespace(device=torch.device("cpu"))), [8, 16, 16, 8, 16, 8, 16]
+    recorder, sizes = recorder_on(SimpleNamespace(device=torch.device("cpu"))), [8, 16, 16, 8, 16, 8, 16]
     runners = [recorder.begin(torch.empty(size, 2)) for size in sizes]
     assert [runner in recorded for runner in runners] == [False, False, False, False, True, False, True]
     assert runners[4] is not runners[6]

@@ -8,6 +8,9 @@ from conftest import small_config
 
 from blpipe.cli import main
 from blpipe.config_file import load_config
+from blpipe.forecast import picture
+from blpipe.forecast.report import make_report
+from blpipe.program import Kind
 
 
 @pytest.fixture
@@ -102,6 +105,45 @@ def test_a_sweep_over_stages_with_a_picture_and_a_trace(config, capsys):
     assert {event["name"] for event in events if event["ph"] == "X"} >= {"forward", "local backward", "link backward"}
 
 
+def last_two(blocks, stages):
+    """Cuts for three stages, whatever is asked for."""
+    return ["4", "5"]
+
+
+def test_stages_cut_by_a_function_are_those_of_the_same_cuts(config, capsys):
+    by_function = json.loads(plan(capsys, "--json", "partition={stages: 3, target: 'test_plan_command:last_two', "
+                                                    "costs: analytic}"))
+    assert by_function == json.loads(plan(capsys, "--json", "partition={cuts: ['4', '5'], costs: analytic}"))
+
+
+def test_the_configs_own_method_is_compared_in_its_own_cuts(config, capsys):
+    """As the config.yaml of a run that was balanced has them."""
+    found = json.loads(plan(capsys, "--json", "--stages", "2,3",
+                            "partition={cuts: ['4', '5'], strategy: balanced, costs: analytic}"))
+    slowest = max(stage["seconds"] for stage in found["stages"])
+    assert found["methods"][0]["seconds_per_step"] >= slowest
+    best = json.loads(plan(capsys, "--json", "partition.strategy=balanced"))
+    assert best["methods"][0]["seconds_per_step"] < found["methods"][0]["seconds_per_step"]
+    assert best["methods"][1:] == found["methods"][1:]
+    assert [row for row in found["sweep"] if row["stages"] == 3] == found["methods"][:-1]
+
+
+@pytest.mark.parametrize("strategy", ["even", "balanced"])
+def test_methods_that_have_no_such_stages_are_left_out(config, capsys, strategy):
+    """Here no head fits."""
+    found = json.loads(plan(capsys, "--json", "model={target: 'models_under_test:volumes_net'}", "method=bp",
+                            f"partition.strategy={strategy}", "--stages", "4"), parse_constant=pytest.fail)
+    assert [row["method"] for row in found["methods"]] == ["1F1B", "GPipe", "zero-bubble", "one device"]
+    assert [row["method"] for row in found["sweep"]] == ["1F1B", "GPipe", "zero-bubble"]
+
+
+@pytest.mark.parametrize("method", ["backlink", "bp"])
+def test_all_that_takes_time_is_in_the_picture(config, method):
+    timeline = make_report(load_config("c.yaml", [f"method={method}"])).timeline
+    messages = {Kind.SEND, Kind.RECEIVE, Kind.SEND_ERROR, Kind.RECEIVE_ERROR}
+    assert {span.op.kind for span in timeline.spans if span.end > span.start} - messages <= picture._COLOURS.keys()
+
+
 def test_a_thousand_stages_take_seconds(config, capsys):
     changes = ["model={name: mlp, args: {hidden: 1100 * [8]}}".replace("1100 * [8]", str([8] * 1100)),
                "partition.stages=4", "--stages", "1024", "--json"]
@@ -118,6 +160,8 @@ def test_a_thousand_stages_take_seconds(config, capsys):
     (["--out", "plan.docx"], "--out: cannot write plan.docx"),
     (["--trace", "nowhere/plan.json"], "--trace: cannot write nowhere/plan.json"),
     (["--bandwidth", "0"], "--bandwidth: 0.0 must be above 0"),
+    (["partition.stages=40", "partition.strategy=balanced"],
+     "partition.stages: 40 stages need as many blocks, but the model has 6"),
     (["partition.speeds=[1, 2]"], "partition: 2 speeds for 3 stages"),
     (["partition.costs=guessed"], "partition.costs: should be 'measured' or 'analytic'"),
 ])

@@ -27,11 +27,13 @@ class Case:
         method: the config's section.
         checkpoint: the segments of activation checkpointing: "none"; of "one" block or of "two"; "√N" of them; the
             "stages" of the even cut.
+        recompute: `train.recompute`.
     """
 
     name: str
     method: dict[str, Any] = field(hash=False)
     checkpoint: Literal["none", "one", "two", "√N", "stages"] = "none"
+    recompute: bool = False
 
     def segments(self, blocks: int, stages: int) -> int | None:
         """How many segments a network of so many blocks has; None without checkpointing."""
@@ -63,7 +65,7 @@ class Size:
             "optimizer": {"name": "sgd", "lr": 0.01, "args": {"momentum": 0.9}},
             # Of tensors without values nobody can say whether a loss is finite.
             "train": {"batch_size": self.batch, "microbatches": microbatches, "on_nonfinite": "ignore",
-                      "precision": self.precision, "channels_last": self.channels_last}})
+                      "precision": self.precision, "channels_last": self.channels_last, "recompute": case.recompute}})
 
     def key(self) -> dict[str, Any]:
         """What the rows of this size are known by."""
@@ -129,6 +131,13 @@ MICROBATCHES = [Case("BackLink, length 1, d = 1/M", late(BACKLINK, "1/M")),
                 Case("joint, d = 1/M", late(JOINT, "1/M")), Case("last loss, d = 1/M", late(LAST_LOSS, "1/M"))]
 
 
+RECOMPUTED = [Case("greedy, blocks recomputed", GREEDY.method, recompute=True),
+              Case("BackLink, length 1, d = 0, blocks recomputed", late(BACKLINK, 0), recompute=True)]
+RECOMPUTED_LATE = Case("BackLink, length 1, d = 1/M, blocks recomputed",
+                       {"name": "backlink", "link": {"delay": 1, "delay_unit": "microbatch", "keep": "recompute"}},
+                       recompute=True)
+
+
 def backlink(length: int | str, delay: int, keep: str = "graph") -> Case:
     """BackLink with such a link."""
     name = f"BackLink, length {length}, d = {delay}" + (", recompute" if keep == "recompute" else "")
@@ -145,8 +154,10 @@ def tasks(part: Part, size: Size, linked: list[Case]) -> list[Task]:
     short, most = [GREEDY, *filter(_is_short, linked)], size.stages[-1:]
     longer = [case for case in linked if not _is_short(case)]
     if part == "microbatches":
-        return _rows(part, [BP, CHECKPOINTED[0], *short, *MICROBATCHES], size.stages, "even")
-    rows = [*_rows(part, [*short, *WHOLE_BATCHES], size.stages, "even"), *_rows(part, short, most, "least"),
+        every = [BP, CHECKPOINTED[0], *short, *MICROBATCHES, *RECOMPUTED, RECOMPUTED_LATE]
+        return _rows(part, every, size.stages, "even")
+    every = [*short, *WHOLE_BATCHES, *RECOMPUTED]
+    rows = [*_rows(part, every, size.stages, "even"), *_rows(part, short, most, "least"),
             *_rows(part, longer, most, "even")]
     if part == "pipeline":
         return rows + _rows(part, [case for case in short if case.method == DEFAULT], most, "limit")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory.cases import BP, CHECKPOINTED, GREEDY, WHOLE_BATCHES, Case, Size, Task
+from benchmarks.memory.cases import BP, CHECKPOINTED, GREEDY, RECOMPUTED, WHOLE_BATCHES, Case, Size, Task
 from benchmarks.memory.measure import local_engine, settled
 from blpipe.engines.common import seconds_since, train_epoch
 from blpipe.engines.local import LocalEngine
@@ -28,7 +28,7 @@ def tasks(size: Size, linked: list[Case]) -> list[Task]:
     own = [GREEDY, *[case for case in linked if case.method["link"]["length"] == 1]]
     return [*(Task("local", case, 1) for case in (BP, *CHECKPOINTED[:-1])), Task("local", CHECKPOINTED[-1], most),
             *(Task("local", case, most, cut) for cut in ("even", "least") for case in own),
-            *(Task("local", case, most) for case in WHOLE_BATCHES)]
+            *(Task("local", case, most) for case in (*WHOLE_BATCHES, *RECOMPUTED))]
 
 
 def measure(chosen: list[Task], size: Size, timed: Size, effort: Effort, device: torch.device) -> list[dict[str, Any]]:

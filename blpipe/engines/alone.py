@@ -43,10 +43,11 @@ def _maps_last(plan: Plan, stage: int) -> bool:
     return stage >= 0 and plan.channels_last(stage)
 
 
-def rehearsed_steps(config: Config, farthest: int = 1) -> int:
-    """How many steps it takes to have every link under way, the farthest hop being given."""
+def rehearsed_steps(config: Config, farthest: int = 1, recorded: bool = False) -> int:
+    """How many steps it takes to have every link under way, the farthest hop being given; and CUDA graphs made."""
     micro = config.train.microbatches
-    return ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2
+    before = ceil(WARM_UP / micro) if recorded else 0
+    return before + ceil(config.method.link.delay_in_microbatches(micro) * max(1, farthest) / micro) + 2
 
 
 def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, data: Data | None) -> None:
@@ -63,10 +64,9 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
     before = [tensor.detach().clone() for tensor in _tensors(stage)]
     stream = stage.stream.state
     optimizer = deepcopy(stage.optimizer.state_dict()) if stage.optimizer is not None else {}
-    warm_up = ceil(WARM_UP / plan.config.train.microbatches)  # CUDA graphs are made after it
     for sizes in dict.fromkeys(plan.step_sizes):
         for size in dict.fromkeys(sizes):
-            count = warm_up + rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0))
+            count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0), recorded=True)
             steps = [Step(i, (size,) * len(sizes)) for i in range(count)]
             run_alone(stage, plan, index, steps, device, link_factor=0.5)  # multiplies by it, as a schedule may
     stage.train(False)
@@ -88,8 +88,7 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
 
 
 def _tensors(stage: Stage) -> list[Tensor]:
-    return [tensor for part in (stage.blocks, stage.head, stage.loss) if part is not None
-            for tensor in chain(part.parameters(), part.buffers())]
+    return [tensor for part in stage.parts for tensor in chain(part.parameters(), part.buffers())]
 
 
 def _load_batches(plan: Plan, data: Data, device: torch.device) -> None:

@@ -11,6 +11,7 @@ import pynvml
 import torch
 from torch import Tensor, nn
 
+from blpipe.config import Config
 from blpipe.data import Data
 from blpipe.device import Precision, transfer, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
@@ -197,8 +198,7 @@ def check_weights(plan: Plan, stages: dict[int, Stage], steps_done: int) -> None
     """
     if plan.config.train.on_nonfinite == "stop":
         for index, stage in stages.items():
-            parts = [part for part in (stage.blocks, stage.head, stage.loss) if part is not None]
-            if not norm_of(p.detach() for part in parts for p in part.parameters()).isfinite():
+            if not norm_of(p.detach() for part in stage.parts for p in part.parameters()).isfinite():
                 raise blame(plan, index, f"step {steps_done - 1}", NonFiniteError())
 
 
@@ -259,16 +259,21 @@ def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[
         yield transfer(x, device), transfer(targets, device)
 
 
+def has_graphs(config: Config, device: torch.device) -> bool:
+    """Whether stages run as CUDA graphs: where the config wants them and the device has them."""
+    return config.runtime.cuda_graphs and device.type == "cuda" and config.method.name != "bp"
+
+
 def recording_stream(plan: Plan, device: torch.device) -> torch.cuda.Stream | None:
-    """For CUDA graphs, where the config wants them and the device has them."""
-    return torch.cuda.Stream(device) if plan.config.runtime.cuda_graphs and device.type == "cuda" else None
+    """For CUDA graphs; None without."""
+    return torch.cuda.Stream(device) if has_graphs(plan.config, device) else None
 
 
-def build_stage(plan: Plan, index: int, device: torch.device, recording: torch.cuda.Stream | None = None) -> Stage:
+def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder | None = None) -> Stage:
     """The stage with this index, from 0, on `device`.
 
     Args:
-        recording: the stream for CUDA graphs; None to run without.
+        recorder: of CUDA graphs; None to run without.
 
     Raises:
         ConfigError: a head, loss or optimizer that cannot be built.
@@ -285,8 +290,9 @@ def build_stage(plan: Plan, index: int, device: torch.device, recording: torch.c
                  clip_norm=config.optimizer.clip_norm,
                  stream=RandomStream(derive_seed(config.seed, "stage", index), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
-                 compile=config.train.compile, skip_nonfinite=config.train.on_nonfinite == "skip",
-                 recorder=Recorder(recording))
+                 recompute=config.train.recompute, compile=config.train.compile,
+                 skip_nonfinite=config.train.on_nonfinite == "skip",
+                 recorder=recorder)
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:

@@ -33,6 +33,7 @@ from blpipe.engines.common import (
     seconds_since,
     test_microbatches,
 )
+from blpipe.graphs import recorder_on
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
 from blpipe.program import Op, Ports, evaluation_program, execute, train_program
@@ -66,7 +67,7 @@ class LocalEngine:
     def __init__(self, plan: Plan, data: Data, device: torch.device):
         self.plan, self.data, self.device = plan, data, device
         stream = recording_stream(plan, device)
-        self.stages = {index: build_stage(plan, index, device, stream) for index in range(len(plan.stages))}
+        self.stages = {k: build_stage(plan, k, device, recorder_on(stream)) for k in range(len(plan.stages))}
         self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
         self._busy = [0.0] * len(self.stages)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0

@@ -29,6 +29,7 @@ from blpipe.engines.common import (
     seconds_since,
     test_microbatches,
 )
+from blpipe.graphs import recorder_on
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step, TensorSpec
 from blpipe.program import (
@@ -59,7 +60,7 @@ class PipelineEngine:
         self.plan, self.data, self.world = plan, data, world
         self.group = world.saving
         self.index = k = world.rank
-        self.stage = build_stage(plan, k, world.device, recording_stream(plan, world.device))
+        self.stage = build_stage(plan, k, world.device, recorder_on(recording_stream(plan, world.device)))
         self.stages = {k: self.stage}
         self.role = role(plan, k)
         first, last = k == 0, k == world.size - 1
@@ -108,7 +109,10 @@ class PipelineEngine:
         if self._feed is not None:
             self._feed.leave(epoch, next_step)
         self._wait_seconds += self._waited() - self._waited_before
-        self._train_seconds += seconds_since(self._started, self.world.device)
+        try:
+            self._train_seconds += seconds_since(self._started, self.world.device)
+        except RuntimeError as error:  # of a kernel that the GPU has only run now
+            raise blame(self.plan, self.index, f"step {next_step - 1} or before", error) from error
         self._losses.look()
         return next_step
 

@@ -8,14 +8,18 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 
-from blpipe.config import Config, MethodConfig, PartitionConfig
+import numpy as np
+
+from blpipe.balance import best_starts
+from blpipe.config import Config, MethodConfig
 from blpipe.config_types import WirePrecision
 from blpipe.engines.alone import rehearsed_steps
+from blpipe.engines.common import has_graphs
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import Connection, Timeline, simulate
-from blpipe.forecast.stages import StageCost, balanced_starts, stage_cost
+from blpipe.forecast.stages import StageCost, seconds_table, stage_cost
 from blpipe.partition import even_starts
 from blpipe.plan import Links, Plan, Step, fitting, stage_links
 from blpipe.program import ACTIVATIONS_AHEAD, Kind, Op, Role, errors_ahead, train_program
@@ -103,7 +107,7 @@ def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
 
     def seconds(cost: StageCost) -> dict[Enum, float]:
         return {Kind.FORWARD: cost.forward, Kind.LOCAL_BACKWARD: cost.local_backward,
-                Kind.LINK_BACKWARD: cost.link_backward / max(1, cost.hops), Kind.STEP: cost.step}
+                Kind.LINK_BACKWARD: cost.link_backward / max(1, cost.hops), Kind.STEP: cost.step + cost.head_step}
 
     reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
     name = f"{method.name} d={Fraction(delay, microbatches)}{reach}" if method.linked else method.name
@@ -152,14 +156,25 @@ class Forecaster:
     def _can_rehearse(self, blocks: int, links: Links) -> bool:
         """Whether a stage's own program can be run for its memory, in seconds; else an estimate has to do."""
         method, train = self.config.method, self.config.train
-        runs = blocks * train.microbatches * rehearsed_steps(self.config, max(links.hops_in, default=0))
+        recorded = has_graphs(self.config, self.costs.device)
+        runs = blocks * train.microbatches * rehearsed_steps(self.config, max(links.hops_in, default=0), recorded)
         return method.name != "bp" and runs <= _MOST_BLOCK_RUNS
 
-    def compare(self, starts: list[int] | None, stages: int) -> list[MethodForecast]:
-        """Every method on `stages` devices; each in its own best partition, or all with the given `starts`."""
-        rows = []
+    def compare(self, stages: int, starts: list[int] | None = None) -> list[MethodForecast]:
+        """Every method on `stages` devices, the config's own first.
+
+        With `partition.strategy: balanced` each method has its own best cuts, without a limit on memory; else all have
+        the same ones. A method for which these are no stages is left out.
+
+        Args:
+            starts: the first blocks of the config's own stages, where it has as many.
+        """
+        rows: list[MethodForecast] = []
         for method in methods(self.config):
-            cuts = starts or self._starts_for(method.kind, stages)
+            cuts = starts if starts and (not rows or self.config.partition.strategy != "balanced") else \
+                self._starts_for(method.kind, stages)
+            if cuts is None or not self._is_possible(method, cuts):
+                continue
             steps = _DRAINED_STEPS if method.kind == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
             rows.append(self._forecast(method, self.timeline(method, cuts, steps), cuts))
         return rows
@@ -199,12 +214,16 @@ class Forecaster:
         return [stage_cost(self.costs, start, end, self.config.method, links[k])
                 for k, (start, end) in enumerate(bounds)]
 
-    def _starts_for(self, kind: str, stages: int) -> list[int]:
+    def _starts_for(self, kind: str, stages: int) -> list[int] | None:
         partition = self.config.partition
-        if partition.strategy == "even":
+        if partition.strategy != "balanced":
             return even_starts(len(self.costs.blocks), stages)
-        speeds = partition.speeds if partition.speeds and len(partition.speeds) == stages else None
-        return balanced_starts(self.costs, kind, PartitionConfig(stages=stages, strategy="balanced", speeds=speeds))
+        speeds = partition.speeds if partition.speeds and len(partition.speeds) == stages else (1.0,) * stages
+        return best_starts(seconds_table(self.costs, kind), speeds)
+
+    def _is_possible(self, method: Method, starts: list[int]) -> bool:
+        table = seconds_table(self.costs, method.kind)
+        return all(np.isfinite(table[start, end]) for start, end in pairwise([*starts, len(self.costs.blocks)]))
 
     def _wires(self, kind: str) -> tuple[WirePrecision, WirePrecision]:
         """The precision of activations and of what goes back; torch's schedules send tensors as they are."""

@@ -2,6 +2,9 @@
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass
+class Pool:
+    """Memory that is kept for what is allocated in it, as a CUDA graph's: bytes in use, and bytes that it has."""
+
+    live: int = 0
+    size: int = 0
 
 
 class Ledger(TorchDispatchMode):
@@ -22,6 +33,16 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.traffic = 0
         self._storages: set[int] = set()
+        self._pool: Pool | None = None
+
+    @contextmanager
+    def into(self, pool: Pool) -> Iterator[None]:
+        """What is allocated here comes from this pool, which keeps what is freed of it."""
+        before, self._pool = self._pool, pool
+        try:
+            yield
+        finally:
+            self._pool = before
 
     def count(self, tensor: Tensor) -> None:
         """Follow a tensor that was there before."""
@@ -29,13 +50,24 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key not in self._storages:
             self._storages.add(key)
-            self.live += storage.nbytes()
+            self._take(storage.nbytes(), self._pool)
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, key, storage.nbytes())
+            weakref.finalize(storage, self._freed, key, storage.nbytes(), self._pool)
 
-    def _freed(self, key: int, size: int) -> None:
+    def _take(self, size: int, pool: Pool | None) -> None:
+        if pool is None:
+            self.live += size
+            return
+        pool.live += size
+        self.live += max(0, pool.live - pool.size)
+        pool.size = max(pool.live, pool.size)
+
+    def _freed(self, key: int, size: int, pool: Pool | None) -> None:
         self._storages.discard(key)
-        self.live -= size
+        if pool is None:
+            self.live -= size
+        else:
+            pool.live -= size
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = function(*args, **(kwargs or {}))

@@ -1,7 +1,9 @@
 """The peak memory of a stage: its own program, run on tensors without values."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,15 +12,39 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blpipe.balance import Table
-from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig
+from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig, PartitionConfig
 from blpipe.engines.alone import rehearsed_steps, run_alone
-from blpipe.engines.common import build_stage
-from blpipe.forecast.costs import Profile
-from blpipe.forecast.ledger import Ledger, without_values
+from blpipe.engines.common import build_stage, has_graphs
+from blpipe.forecast.costs import Cost, Profile
+from blpipe.forecast.ledger import Ledger, Pool, without_values
+from blpipe.graphs import Recorder
 from blpipe.optim import build_optimizer
 from blpipe.plan import Links, Network, Plan, Step, fitting, make_plan, stage_links
 from blpipe.program import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.transport.messages import IN_FLIGHT
+
+Result = TypeVar("Result")
+
+
+class KeptMemory:
+    """Counts as CUDA graphs do: a part runs once, and what it allocated stays taken; see `graphs.Runner`."""
+
+    repeats = True
+
+    def __init__(self, ledger: Ledger):
+        self._ledger, self._pool = ledger, Pool()
+        self._results: dict[str, Any] = {}
+        self._inputs: list[Tensor] = []
+
+    def run(self, part: str, function: Callable[..., Result], *inputs: Tensor | float) -> Result:
+        """`function(*inputs)`; later calls return what the first one did."""
+        if part not in self._results:
+            own = [torch.empty_like(x) if isinstance(x, Tensor) else x for x in inputs]
+            self._inputs += [x for x in own if isinstance(x, Tensor)]
+            with self._ledger.into(self._pool):
+                self._results[part] = function(*own)
+        result: Result = self._results[part]
+        return result
 
 
 class Rehearsal:
@@ -36,6 +62,7 @@ class Rehearsal:
         """Peak of all tensors of a stage of the blocks start … end−1 while it trains in a process of its own.
 
         Its program runs for as many steps as it takes to have every link under way, its queues' buffers included.
+        With `runtime.cuda_graphs` on a GPU, all that a recording keeps counts.
         Not counted: the process itself, the libraries' workspaces, and what an allocator keeps for later.
 
         Args:
@@ -51,7 +78,7 @@ class Rehearsal:
         names, config = self._network.block_names, self._network.config
         inner = [i for i in (start, end) if 0 < i < len(names)]
         cuts = tuple(names[i] for i in inner)
-        partition = config.partition.model_copy(update={"stages": len(cuts) + 1, "cuts": cuts})
+        partition = PartitionConfig(stages=len(cuts) + 1, cuts=cuts)
         own = [self._network.stage_of_block[i - 1] for i in (*inner, len(names))]
         method, index = fitting(config.method.with_parts_of(own)), 1 if start else 0
         unlinked = method if method.name == "bp" else method.model_copy(update={"name": "greedy", "local_weight": 1.0})
@@ -62,20 +89,21 @@ class Rehearsal:
         ledger = Ledger()
         for tensor in (*plan.stages[index].parameters(), *plan.stages[index].buffers()):
             ledger.count(tensor)
+        recorder = Recorder(record=partial(KeptMemory, ledger)) if has_graphs(config, self._device) else None
         with ledger:
-            train_alone(plan, index, self._device)
+            train_alone(plan, index, self._device, recorder)
         return ledger.peak
 
 
-def train_alone(plan: Plan, index: int, device: torch.device) -> None:
+def train_alone(plan: Plan, index: int, device: torch.device, recorder: Recorder | None = None) -> None:
     """Build the stage with this index, from 0, and train it as in a process of its own, without neighbours.
 
-    It does as many steps as it takes to have every link under way.
+    It does as many steps as it takes to have every link under way, in recordings where there are any.
     """
     train = plan.config.train
-    count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0))
+    count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0), recorder is not None)
     steps = [Step(i, (train.microbatch_size,) * train.microbatches) for i in range(count)]
-    run_alone(build_stage(plan, index, device), plan, index, steps, device)
+    run_alone(build_stage(plan, index, device, recorder), plan, index, steps, device)
 
 
 def most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
@@ -95,7 +123,8 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     config, blocks = costs.network.config, costs.blocks
     link, train = config.method.link, config.train
     params = np.cumsum([0] + [block.param_bytes for block in blocks])
-    saved = np.cumsum([0] + [block.saved_bytes for block in blocks])
+    saved, outputs = (np.cumsum([0] + [getattr(block, field) for block in blocks])
+                      for field in ("saved_bytes", "output_bytes"))
     # What passes each boundary; that before the first block counts as nothing, as does the model's output.
     passing = np.array([0] + [block.output_bytes for block in blocks[:-1]] + [0])
     heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
@@ -103,26 +132,58 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     needs = copies * (params[end] - params[start])
     if config.method.name == "bp":
         in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B
+        if train.recompute:
+            return needs + (in_flight - 1) * (outputs[end] - outputs[start]) + _again(blocks)[start, end]
         return needs + in_flight * (saved[end] - saved[start])
-    needs = needs + saved[end] - saved[start] + heads[end] + 2 * np.maximum(passing[start], passing[end])
-    needs = needs + (ACTIVATIONS_AHEAD + 1) * passing[start] + IN_FLIGHT * passing[end]
-    if config.method.name == "backlink":
+    held = outputs if train.recompute else saved
+    computing = held[end] - held[start] + heads[end] + 2 * passing[end]
+    if train.recompute:
+        computing = np.maximum(computing, _again(blocks)[start, end])
+    there, back = (0.5 if wire == "bf16" else 1.0 for wire in (train.wire, link.wire))
+    needs = needs + computing + passing[start] + there * (ACTIVATIONS_AHEAD * passing[start] + IN_FLIGHT * passing[end])
+    if config.method.linked:
         tail = tail_start(link, start, end)
         kept = saved[end] - saved[tail] if link.keep == "graph" else passing[tail]
-        after = np.minimum(len(blocks) - end, config.partition.stage_count - 1)
-        farthest = after if link.reach == "all" else np.minimum(link.reach, after)
-        hops = np.minimum(farthest, 1) if one_for_all(link) else farthest
+        hops = most_hops(costs, end, link)
+        farthest = _stages_after(costs, end) if one_for_all(link) else hops
         delay = link.delay_in_microbatches(train.microbatches)
         snapshots = np.ceil(delay * farthest / train.microbatches) * (params[end] - params[tail])
-        received = hops * errors_ahead(delay, train.microbatches, 1) * passing[end]
+        received = hops * errors_ahead(delay, train.microbatches, 1) * back * passing[end]
         linked = snapshots + delay * farthest * kept + received
-        needs = needs + np.where(end < len(blocks), linked, 0) + IN_FLIGHT * passing[start]
+        if has_graphs(config, costs.device):  # a recording, and a snapshot, for each microbatch under way
+            linked = delay * farthest * (computing + params[end] - params[tail]) + received
+        needs = needs + np.where(end < len(blocks), linked, 0) + IN_FLIGHT * back * passing[start]
     return needs
+
+
+def _again(blocks: Sequence[Cost]) -> Table:
+    """The most that the blocks i … j−1 take while they run again, the last one first: [N + 1, N + 1]."""
+    outputs = np.array([block.output_bytes for block in blocks])
+    own = np.array([block.saved_bytes for block in blocks]) + outputs  # and a gradient
+    table = np.zeros((len(blocks) + 1, len(blocks) + 1))
+    for start in range(len(blocks)):
+        before = np.cumsum(outputs[start:]) - outputs[start:]
+        table[start, start + 1:] = np.maximum.accumulate(before + own[start:])
+    return table
 
 
 def one_for_all(link: LinkConfig) -> bool:
     """Whether a single error, that of the last loss, goes through all stages."""
     return link.take == "farthest" and link.reach == "all"
+
+
+def most_hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
+    """How many errors can come back for a microbatch to a stage that ends before block `end`, a number or an array."""
+    after = _stages_after(costs, end)
+    if link.off:
+        return np.zeros_like(after)
+    most = 1 if one_for_all(link) else link.reach
+    return after if most == "all" else np.minimum(most, after)
+
+
+def _stages_after(costs: Profile, end: Any) -> Any:
+    """At most."""
+    return np.minimum(len(costs.blocks) - end, costs.network.config.partition.stage_count - 1)
 
 
 def tail_start(link: LinkConfig, start: Any, end: Any) -> Any:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from blpipe.errors import UserError
+from blpipe.forecast.baselines import Backward
 from blpipe.forecast.forecast import MethodForecast
 from blpipe.forecast.report import Report
 from blpipe.program import Kind
 from blpipe.trace import Span
 
 _COLOURS = {Kind.FORWARD: "#4c78a8", Kind.LOCAL_BACKWARD: "#f2a33c", Kind.LINK_BACKWARD: "#59a14f",
-            Kind.STEP: "#555555"}
+            Backward.FULL: "#f2a33c", Kind.STEP: "#555555"}  # of what a config's own method does
 _MOST_ROWS = 64  # stages drawn; more would not be told apart
 
 
@@ -40,7 +41,9 @@ def draw(report: Report, out: Path) -> None:
 
 def _timeline(axes: Any, report: Report, stages: int) -> None:
     config = report.plan.config
-    for kind, colour in _COLOURS.items():
+    colours = {kind: colour for kind, colour in _COLOURS.items()
+               if any(span.op.kind is kind for span in report.timeline.spans)}
+    for kind, colour in colours.items():
         for k in range(stages):
             spans = [span for span in report.timeline.spans if span.stage == k and span.op.kind is kind]
             axes.broken_barh([_bar(span) for span in spans], (k - 0.4, 0.8), color=colour, edgecolor="white",
@@ -48,7 +51,7 @@ def _timeline(axes: Any, report: Report, stages: int) -> None:
     axes.set_yticks(range(stages), [str(k + 1) for k in range(stages)])
     axes.invert_yaxis()
     axes.set(title=f"{config.name}: the first steps, simulated", xlabel="milliseconds", ylabel="stage")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=len(_COLOURS), frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=len(colours), frameon=False)
 
 
 def _bar(span: Span) -> tuple[float, float]:

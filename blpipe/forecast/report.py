@@ -70,9 +70,9 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     plan = make_plan(config, data.spec, network)
     forecaster = Forecaster(costs, config, connection)
     one = forecaster.one_device()
-    balanced = config.partition.strategy == "balanced"
-    compared = forecaster.compare(None if balanced else plan.starts, len(plan.stages))
-    swept = [row for count in sweep for row in ([one] if count == 1 else forecaster.compare(None, count))]
+    compared = forecaster.compare(len(plan.stages), plan.starts)
+    swept = [row for count in sweep for row in (
+        [one] if count == 1 else compared if count == len(plan.stages) else forecaster.compare(count))]
     return Report(plan, device, measured, connection, forecaster.stages(plan), [*compared, one], swept,
                   forecaster.timeline(methods(config)[0], plan.starts, steps=4))
 

@@ -10,7 +10,7 @@ from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, l
 from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
-from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_links, one_for_all, tail_start
+from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_hops, most_links, one_for_all, tail_start
 from blpipe.plan import Links, Network, fitting
 from blpipe.text import human_bytes
 
@@ -19,11 +19,11 @@ _OPTIMISM = 0.9  # on estimates of memory: no partition that fits is missed, and
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds of a stage: for a microbatch, and `step` for a batch. Numbers, or arrays of them for many stages.
+    """Seconds of a stage: for a microbatch, and the steps for a batch. Numbers, or arrays of them for many stages.
 
     backward, input_backward, weight_backward: of its blocks in end-to-end backpropagation, with the loss in the
     last stage. local_backward: of its own head, loss and blocks. link_backward: of all `hops` errors that come back
-    for a microbatch.
+    for a microbatch. step, head_step: the optimizer's, for the blocks and for the head.
     """
 
     forward: Any
@@ -34,13 +34,14 @@ class StageCost:
     link_backward: Any
     hops: Any
     step: Any
+    head_step: Any
 
     def batch_seconds(self, method: str, microbatches: int) -> Any:
         """What the stage computes in one batch, without any waiting."""
-        each = {"bp": self.forward + self.backward,
-                "greedy": self.forward + self.local_backward,
-                "backlink": self.forward + self.local_backward + self.link_backward}[method]
-        return microbatches * each + self.step
+        if method == "bp":
+            return microbatches * (self.forward + self.backward) + self.step
+        each = self.forward + self.local_backward + (self.link_backward if method == "backlink" else 0.0)
+        return microbatches * each + self.step + self.head_step
 
 
 def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links: Links | None = None) -> StageCost:
@@ -58,16 +59,30 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
     # The first stage's input wants no gradient.
     backward = total("backward") - np.where(first, block.backward - block.weight_backward, 0.0)
     for_input = total("input_backward") - np.where(first, block.input_backward, 0.0)
+    again = total("forward") if costs.network.config.train.recompute else 0.0
+    kept = _kept_forward(costs, start, end, method, links)
     return StageCost(
         forward=np.where(first, costs.feed, 0.0) + total("forward"),
-        backward=backward + np.where(last, costs.head_seconds[-1], 0.0),
-        input_backward=for_input + np.where(last, costs.head_seconds[-1], 0.0),
+        backward=again + backward + np.where(last, costs.head_seconds[-1], 0.0),
+        input_backward=again + for_input + np.where(last, costs.head_seconds[-1], 0.0),
         weight_backward=np.maximum(backward - for_input, 0.0),  # what is left, given the gradients on the way
-        local_backward=np.where(last, backward, _local_seconds(backward, for_input, first, method, links))
+        local_backward=np.where(last, again + backward,
+                                _local_seconds(again + backward - kept, again + for_input - kept, first, method, links))
         + costs.head_seconds[end],
         link_backward=_link_seconds(costs, start, end, method.link, links),
-        hops=len(links.hops_in) if links else _most_hops(costs, end, method.link),
-        step=costs.step_call + total("step") + np.where(last, 0.0, costs.head_step[end]))
+        hops=len(links.hops_in) if links else most_hops(costs, end, method.link),
+        step=costs.step_call + total("step"),
+        head_step=np.where(last, 0.0, costs.head_step[end]))
+
+
+def _kept_forward(costs: Profile, start: Any, end: Any, method: MethodConfig, links: Links | None) -> Any:
+    """Of the blocks that `train.recompute` does not run again: those of a late link's tail."""
+    link = method.link
+    if not costs.network.config.train.recompute or not method.linked or not link.delay:
+        return 0.0
+    hops = len(links.hops_in) if links else most_hops(costs, end, link)
+    forward = costs.sums["forward"]
+    return np.where(np.greater(hops, 0), forward[end] - forward[tail_start(link, start, end)], 0.0)
 
 
 def _local_seconds(backward: Any, for_input: Any, first: Any, method: MethodConfig, links: Links | None) -> Any:
@@ -79,20 +94,12 @@ def _local_seconds(backward: Any, for_input: Any, first: Any, method: MethodConf
     return np.where(passed_on, for_input, 0.0)
 
 
-def _most_hops(costs: Profile, end: Any, link: LinkConfig) -> Any:
-    after = np.minimum(len(costs.blocks) - end, costs.network.config.partition.stage_count - 1)
-    if link.off:
-        return np.zeros_like(after)
-    most = 1 if one_for_all(link) else link.reach
-    return after if most == "all" else np.minimum(most, after)
-
-
 def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links: Links | None) -> Any:
     """All link backwards of a microbatch: those that train stop in the tail, unless they are passed on.
 
     Which come and which are passed on is `plan.hops`' rule, here for any cuts at once.
     """
-    hops = len(links.hops_in) if links else _most_hops(costs, end, link)
+    hops = len(links.hops_in) if links else most_hops(costs, end, link)
     passed: Any = np.where(start > 0, hops, 0) if one_for_all(link) else np.maximum(hops - 1, 0)
     if links:
         passed = sum(hop + 1 in links.hops_out for hop in links.hops_in)
@@ -105,7 +112,8 @@ def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links:
         costs.sums[field] for field in ("backward", "input_backward", "weight_backward", "forward"))
     # Where start ≥ end there is no stage, and the result is not used.
     after = np.minimum(tail + 1, len(costs.blocks))
-    again = forward[end] - forward[tail] if link.keep == "recompute" else 0.0
+    runs_again = link.keep == "recompute" or (costs.network.config.train.recompute and not link.delay)
+    again = forward[end] - forward[tail] if runs_again else 0.0
     stops = backward[end] - backward[after] + weights[after] - weights[tail]
     return both * (backward[end] - backward[start]) + only_trains * stops \
         + (passed - both) * (inputs[end] - inputs[start]) + (only_trains + passed) * again
@@ -152,13 +160,14 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
             raise ConfigError(f"partition.stages: the model cannot be cut into {stages} stages: shared parameters or "
                               "boundaries without a head forbid it; use fewer stages or give a method.head.target")
         return starts
-    memory, rehearsal = _OPTIMISM * estimated_bytes(costs), Rehearsal(costs.network, costs.device)
+    estimates, rehearsal = estimated_bytes(costs), Rehearsal(costs.network, costs.device)
+    memory = _OPTIMISM * estimates  # exact where it was asked for
 
     known: dict[Any, int] = {}
 
     def exact(start: int, end: int) -> float:
         if method == "bp":
-            return memory[start, end] / _OPTIMISM
+            return float(estimates[start, end])
         # Stages of alike blocks at alike boundaries need the same.
         alike = (start == 0 or costs.blocks[start - 1].output_bytes, *costs.blocks[start:end], costs.heads[end - 1],
                  most_links(fitting(costs.network.config.method), start, end - start, len(costs.blocks) - end))

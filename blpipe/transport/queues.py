@@ -20,9 +20,14 @@ from blpipe.transport.messages import IN_FLIGHT, Layout, layout_of, message_byte
 
 @contextmanager
 def lost_peer(doing: str) -> Iterator[None]:
-    """What torch.distributed raises, as a PeerLostError that says what this process was doing."""
+    """What torch.distributed raises, as a PeerLostError that says what this process was doing.
+
+    What a GPU has to say of this process's own kernels, which may only come up here, stays what it is.
+    """
     try:
         yield
+    except torch.AcceleratorError:
+        raise
     except RuntimeError as error:
         raise PeerLostError(f"{doing}: that process ended, or did not answer within "
                             "runtime.timeout_seconds") from error

@@ -70,10 +70,14 @@ class OneStoreRendezvous(RendezvousHandler):
 
 
 def open_store(parameters: RendezvousParameters) -> TCPStore:
-    """The store at `--rdzv-endpoint`; the host's own listens on that address alone."""
-    host, port = parse_rendezvous_endpoint(parameters.endpoint or "127.0.0.1", default_port=0)
+    """The store at `--rdzv-endpoint`; the host's own listens on that address alone.
+
+    Several nodes meet at torchrun's own port where the endpoint names none.
+    """
+    several = parameters.max_nodes > 1
+    host, port = parse_rendezvous_endpoint(parameters.endpoint or "127.0.0.1", default_port=29400 if several else 0)
     timeout = timedelta(seconds=parameters.get_as_int("read_timeout", 60) or 60)
-    if not parameters.get_as_bool("is_host", parameters.max_nodes == 1):
+    if not parameters.get_as_bool("is_host", not several):
         return TCPStore(host, port, is_master=False, timeout=timeout)
     with socket.create_server((host, port)) as server:
         host, port = server.getsockname()

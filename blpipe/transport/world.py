@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import blpipe
-from blpipe.errors import PeerLostError, UserError
+from blpipe.errors import PeerLostError, UserError, one_line
 from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
 
 
@@ -132,9 +132,15 @@ class World:
         self.via = device if own_gpu else torch.device("cpu")
         shake_hands(meeting, {**contract, "messages through": self.via.type})
         stay_on_this_machine()
+        try:
+            self._connect(meeting, own_gpu)
+        except RuntimeError as error:
+            raise PeerLostError(f"rank {self.rank} connecting to the others: {one_line(error)}") from error
+
+    def _connect(self, meeting: Meeting, own_gpu: bool) -> None:
         timeout = timedelta(seconds=meeting.timeout_seconds)
         dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
-                                world_size=self.size, timeout=timeout, device_id=device if own_gpu else None)
+                                world_size=self.size, timeout=timeout, device_id=self.device if own_gpu else None)
         # Any: torch gives a stand-in for groups that this process is not in; it never uses one.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout)
         self.saving: Any = dist.new_group(backend="gloo", timeout=timeout)  # of a thread beside training

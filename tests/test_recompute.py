@@ -1,0 +1,104 @@
+"""Blocks that run again in their backward: the run is that of blocks that keep everything, and needs less memory."""
+
+import pytest
+import torch
+from conftest import assert_same_run, small_config, train_in_processes, train_locally
+from test_checkpoints import METHODS, saved_config
+from test_forecast import CPU, network_of
+from torch import nn
+
+from blpipe.config import LinkConfig, MethodConfig
+from blpipe.config_file import parse_config
+from blpipe.errors import ConfigError
+from blpipe.forecast.costs import profile
+from blpipe.forecast.memory import Rehearsal, estimated_bytes
+from blpipe.forecast.stages import stage_cost
+from blpipe.recompute import recomputed
+
+SETTINGS = METHODS | {
+    "on_time_recomputed": {"method__link": {"delay": 0, "length": 2, "keep": "recompute"}},
+    "in_bf16": {"method__link": {"delay": 0, "length": "all"}, "train__precision": "bf16",
+                "train__channels_last": True}}
+IN_TIME = {"method__link": {"delay": 0, "length": "all"}, "partition__stages": 2}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_recomputes_is_the_run_that_does_not(name, tmp_path):
+    """With BatchNorm and dropout."""
+    plain, again = (train_locally(saved_config(name, 0, train__recompute=on, **SETTINGS[name]), tmp_path / str(on))
+                    for on in (False, True))
+    assert_same_run(plain, again)
+
+
+def test_so_it_is_in_processes(tmp_path):
+    trees = [saved_config(name, 0, train__recompute=True, **METHODS[name]) for name in ("in_time", "far")]
+    runs = train_in_processes(trees, 3, tmp_path)
+    for tree, run in zip(trees, runs, strict=True):
+        assert_same_run(run, train_locally({**tree, "train": {**tree["train"], "recompute": False}}, tmp_path))
+
+
+class Counts(nn.Module):
+    """Adds how often it was run in training, a buffer that it replaces, and counts all its runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.runs = 0
+
+    def forward(self, x):
+        self.runs += 1
+        self.count = self.count + 1
+        return x.sin() + self.count
+
+
+def test_a_block_runs_again_in_every_backward_with_the_buffers_of_its_forward():
+    block = Counts()
+    run, x = recomputed(nn.Sequential(block)), torch.ones(3, requires_grad=True)
+    first, second = run(x), run(x)
+    assert (first - second).tolist() == [-1.0] * 3
+    for _ in range(2):
+        torch.autograd.grad(first.sum(), x, retain_graph=True)
+    torch.autograd.grad(second.sum(), x)
+    assert block.count == 2
+    assert block.runs == 5
+
+
+@pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, IN_TIME])
+def test_a_stage_needs_less_memory(changes):
+    def network(on):
+        return network_of(model={"name": "resnet_cifar", "args": {"depth": 32}}, train__recompute=on,
+                          data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes)[0]
+
+    plain, again = (Rehearsal(network(on), CPU).peak_bytes(0, 6) for on in (False, True))
+    assert again < 0.6 * plain
+    estimates, exact = estimated_bytes(profile(network(True), CPU)), Rehearsal(network(True), CPU)
+    for start, end in ((0, 6), (3, 9), (6, 17), (16, 17)):
+        assert 0.7 < estimates[start, end] / exact.peak_bytes(start, end) < 1.1
+
+
+def test_what_runs_again_costs_its_forward_again():
+    def stage(on, **link):
+        network, _ = network_of(partition__stages=2, train__recompute=on)
+        method = MethodConfig(name="backlink" if link else "greedy", link=LinkConfig(**link))
+        return stage_cost(profile(network, CPU), 1, 4, method), profile(network, CPU).sums["forward"]
+
+    def forward_again(field, **link):
+        (plain, sums), (again, _) = stage(False, **link), stage(True, **link)
+        return float(getattr(again, field) - getattr(plain, field)), sums
+
+    for link in ({}, {"delay": 0, "length": 1}):
+        seconds, sums = forward_again("local_backward", **link)
+        assert seconds == pytest.approx(sums[4] - sums[1])
+    seconds, sums = forward_again("link_backward", delay=0, length=1)
+    assert seconds == pytest.approx(sums[4] - sums[3])
+    seconds, sums = forward_again("local_backward", delay=1, length=1)
+    assert seconds == pytest.approx(sums[3] - sums[1])
+    assert forward_again("link_backward", delay=1, length=1)[0] == 0
+    assert forward_again("backward")[0] == pytest.approx(sums[4] - sums[1])
+
+
+@pytest.mark.parametrize(("changes", "key"), [({"train__compile": True}, "train.compile"),
+                                              ({"runtime__cuda_graphs": True}, "runtime.cuda_graphs")])
+def test_it_goes_without_what_cannot_run_again(changes, key):
+    with pytest.raises(ConfigError, match=f"train.recompute: true, which goes without {key}"):
+        parse_config(small_config("both", train__recompute=True, **changes))
