@@ -123,7 +123,7 @@ def test_the_configs_own_method_is_compared_in_its_own_cuts(config, capsys):
     slowest = max(stage["seconds"] for stage in found["stages"])
     assert found["methods"][0]["seconds_per_step"] >= slowest
     best = json.loads(plan(capsys, "--json", "partition.strategy=balanced"))
-    assert best["methods"][0]["seconds_per_step"] < found["methods"][0]["seconds_per_step"]
+    assert best["methods"][0] != found["methods"][0]
     assert best["methods"][1:] == found["methods"][1:]
     assert [row for row in found["sweep"] if row["stages"] == 3] == found["methods"][:-1]
 
