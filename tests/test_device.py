@@ -1,5 +1,7 @@
 """Precision, layout and where the data are: what changes, and what must not."""
 
+import os
+
 import pytest
 import torch
 from conftest import metrics_of, small_config, state_of, train_locally
@@ -9,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from blpipe.config import DataConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.device import Precision, transfer, use_channels_last, use_precision
+from blpipe.device import Precision, set_up, transfer, use_channels_last, use_precision
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
 from blpipe.forecast.memory import Rehearsal
@@ -229,3 +231,15 @@ def test_what_the_config_says_is_compiled_and_nothing_else(method, tmp_path, mon
     assert len(set(compiled)) == {"backlink": 3 + 2 + 3, "greedy": 3 + 3, "bp": 3}[method]  # bodies, tails, heads
     left, right = state_of(plain), state_of(run)
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_deterministic_algorithms_alone_are_used_where_asked_for(on, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_up(parse_config(small_config("same", runtime__deterministic=on)))
+        assert torch.are_deterministic_algorithms_enabled() is on
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is on
+    finally:
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

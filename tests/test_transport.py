@@ -9,15 +9,17 @@ import torch.distributed as dist
 from conftest import small_config
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from blpipe.config_file import parse_config
-from blpipe.errors import ConfigError, UserError
+from blpipe.errors import ConfigError, PeerLostError, UserError
 from blpipe.plan import TensorSpec
 from blpipe.trainer import choose_engine
 from blpipe.transport import world
 from blpipe.transport.memory import MemoryQueue
 from blpipe.transport.messages import message_bytes, views
-from blpipe.transport.queues import SendQueue
+from blpipe.transport.queues import SendQueue, lost_peer
+from blpipe.transport.rendezvous import open_store
 from blpipe.transport.world import Meeting, shake_hands
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -167,3 +169,27 @@ def test_sends_take_buffers_in_turn_and_none_is_written_before_its_send_is_compl
     assert [sent.buffer.nbytes for sent in under_way] == sizes
     assert queue.sent_bytes == sum(sizes)
     assert len({sent.buffer.data_ptr() for sent in under_way}) < len(sizes)
+
+
+def test_what_a_gpu_says_of_its_own_kernels_is_not_blamed_on_a_neighbour():
+    with pytest.raises(torch.AcceleratorError), lost_peer("stage 2 receiving"):
+        raise torch.AcceleratorError("device-side assert triggered")
+    with pytest.raises(PeerLostError, match="stage 2 receiving: that process ended"), lost_peer("stage 2 receiving"):
+        raise RuntimeError("connection closed by peer")
+
+
+def test_a_rank_that_cannot_connect_says_so(monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("connect() timed\nout")
+
+    monkeypatch.setattr(world, "shake_hands", lambda meeting, contract: None)
+    monkeypatch.setattr(dist, "init_process_group", fails)
+    with pytest.raises(PeerLostError, match=r"^rank 1 connecting to the others: connect\(\) timed out$"):
+        world.World(Meeting(None, 1, 2, 60.0), torch.device("cpu"), False, {})
+
+
+@pytest.mark.parametrize(("endpoint", "nodes", "port"), [("node1", 2, 29400), ("node1:5000", 2, 5000)])
+def test_several_nodes_meet_at_torchruns_port_unless_another_is_named(endpoint, nodes, port, monkeypatch):
+    monkeypatch.setattr("blpipe.transport.rendezvous.TCPStore", lambda host, port, **options: (host, port))
+    parameters = RendezvousParameters("blpipe", endpoint, "run", 1, nodes, is_host=False)
+    assert open_store(parameters) == ("node1", port)
