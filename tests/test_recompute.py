@@ -1,5 +1,7 @@
 """Blocks that run again in their backward: the run is that of blocks that keep everything, and needs less memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
@@ -9,6 +11,7 @@ from torch import nn
 
 from blpipe.config import LinkConfig, MethodConfig
 from blpipe.config_file import parse_config
+from blpipe.engines.common import blame
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
@@ -102,3 +105,10 @@ def test_what_runs_again_costs_its_forward_again():
 def test_it_goes_without_what_cannot_run_again(changes, key):
     with pytest.raises(ConfigError, match=f"train.recompute: true, which goes without {key}"):
         parse_config(small_config("both", train__recompute=True, **changes))
+
+
+@pytest.mark.parametrize(("error", "told"), [(torch.OutOfMemoryError("CUDA out of memory"), True),
+                                             (RuntimeError("shapes do not match"), False)])
+def test_a_stage_that_runs_out_of_memory_is_told_of_it(error, told):
+    plan = SimpleNamespace(block_names=lambda index: ["stem", "layer1_0"])
+    assert ("set train.recompute=true" in str(blame(plan, 1, "step 3", error))) is told

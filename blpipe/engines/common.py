@@ -28,6 +28,7 @@ from blpipe.trace import Span, SpanLog
 Module = TypeVar("Module", bound=nn.Module)
 
 TRACED_STEPS = 50  # of a run; with `runtime.trace`
+_LESS_MEMORY = "set train.recompute=true, or use more microbatches or stages; `blpipe plan` shows what each stage needs"
 
 OnStep = Callable[[], object]  # called at each optimizer step of this process's first stage
 GoesOn = Callable[[int], bool]  # whether a step of the run is to be done
@@ -352,4 +353,5 @@ def blame(plan: Plan, index: int, where: str, error: Exception) -> Exception:
         return PeerLostError(f"{error} (at {where})")
     if isinstance(error, UserError | StageError):
         return error
-    return StageError(index + 1, plan.block_names(index), where, error)
+    remedy = _LESS_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
+    return StageError(index + 1, plan.block_names(index), where, error, remedy)
