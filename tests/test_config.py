@@ -337,7 +337,8 @@ configs = st.fixed_dictionaries(
     optional={
         "seed": st.integers(0, 2**70),
         "data": part.flatmap(lambda data: st.fixed_dictionaries({}, optional={
-            "root": texts, "augment": st.fixed_dictionaries({"crop": st.integers(0, 9), "flip": st.booleans()}),
+            "root": texts.filter(lambda text: "\0" not in text),
+            "augment": st.fixed_dictionaries({"crop": st.integers(0, 9), "flip": st.booleans()}),
             "normalize": st.fixed_dictionaries({"mean": st.lists(numbers, max_size=3),
                                                 "std": st.lists(positive, max_size=3)})}).map(lambda d: data | d)),
         "method": st.fixed_dictionaries({}, optional={
@@ -349,7 +350,7 @@ configs = st.fixed_dictionaries(
             "name": st.sampled_from(["constant", "cosine", "multistep", "one-cycle"]),
             "milestones": st.lists(positive, max_size=3), "final": st.floats(0.0, 1.0)}),
         "train": st.fixed_dictionaries({"microbatches": st.integers(1, 4)}, optional={
-            "batch_size": st.just(24), "drop_last": st.booleans()}).filter(
+            "batch_size": st.just(24), "drop_last": st.booleans(), "recompute": st.booleans()}).filter(
                 lambda train: "batch_size" in train or train["microbatches"] != 3),
     })
 
