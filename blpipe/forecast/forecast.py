@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from math import prod
 
 import numpy as np
 
-from blpipe.balance import best_starts
+from blpipe.balance import Table, best_starts
 from blpipe.config import Config, MethodConfig
 from blpipe.config_types import WirePrecision
 from blpipe.engines.alone import rehearsed_steps
@@ -170,10 +170,12 @@ class Forecaster:
             starts: the first blocks of the config's own stages, where it has as many.
         """
         rows: list[MethodForecast] = []
+        table_of = cache(partial(seconds_table, self.costs))
         for method in methods(self.config):
+            table = table_of(method.kind)
             cuts = starts if starts and (not rows or self.config.partition.strategy != "balanced") else \
-                self._starts_for(method.kind, stages)
-            if cuts is None or not self._is_possible(method, cuts):
+                self._starts_for(table, stages)
+            if cuts is None or not _are_allowed(table, cuts):
                 continue
             steps = _DRAINED_STEPS if method.kind == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
             rows.append(self._forecast(method, self.timeline(method, cuts, steps), cuts))
@@ -214,16 +216,12 @@ class Forecaster:
         return [stage_cost(self.costs, start, end, self.config.method, links[k])
                 for k, (start, end) in enumerate(bounds)]
 
-    def _starts_for(self, kind: str, stages: int) -> list[int] | None:
+    def _starts_for(self, table: Table, stages: int) -> list[int] | None:
         partition = self.config.partition
         if partition.strategy != "balanced":
             return even_starts(len(self.costs.blocks), stages)
         speeds = partition.speeds if partition.speeds and len(partition.speeds) == stages else (1.0,) * stages
-        return best_starts(seconds_table(self.costs, kind), speeds)
-
-    def _is_possible(self, method: Method, starts: list[int]) -> bool:
-        table = seconds_table(self.costs, method.kind)
-        return all(np.isfinite(table[start, end]) for start, end in pairwise([*starts, len(self.costs.blocks)]))
+        return best_starts(table, speeds)
 
     def _wires(self, kind: str) -> tuple[WirePrecision, WirePrecision]:
         """The precision of activations and of what goes back; torch's schedules send tensors as they are."""
@@ -239,3 +237,7 @@ class Forecaster:
     def _speed(self, stage: int) -> float:
         speeds = self.config.partition.speeds
         return speeds[stage] if speeds and stage < len(speeds) else 1.0
+
+
+def _are_allowed(table: Table, starts: list[int]) -> bool:
+    return all(np.isfinite(table[start, end]) for start, end in pairwise([*starts, len(table) - 1]))
