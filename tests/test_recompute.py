@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
-from test_checkpoints import METHODS, saved_config
+from test_checkpoints import METHODS, go_on, rewound, saved_config
 from test_forecast import CPU, network_of
 from torch import nn
 
@@ -112,3 +112,10 @@ def test_it_goes_without_what_cannot_run_again(changes, key):
 def test_a_stage_that_runs_out_of_memory_is_told_of_it(error, told):
     plan = SimpleNamespace(block_names=lambda index: ["stem", "layer1_0"])
     assert ("set train.recompute=true" in str(blame(plan, 1, "step 3", error))) is told
+
+
+@pytest.mark.parametrize(("name", "change"), [("late", "train.recompute=true"), ("in_time", "train.recompute=true"),
+                                              ("three_late", "method.link.keep=recompute")])
+def test_a_run_that_goes_on_may_recompute(name, change, tmp_path):
+    whole = train_locally(saved_config(name, **METHODS[name]), tmp_path)
+    assert_same_run(whole, go_on(rewound(whole, 5, tmp_path / "resumed"), change))
