@@ -408,7 +408,8 @@ def test_nothing_is_noticed_otherwise(method):
 
 def test_that_a_late_tail_is_not_recomputed_is_said():
     def said(**link):
-        return notices(plan(SIX, method={"link": link}, partition={"stages": 3}, train={"batch_size": 8, "recompute": True}))
+        train = {"batch_size": 8, "recompute": True}
+        return notices(plan(SIX, method={"link": link}, partition={"stages": 3}, train=train))
 
     assert said(length="all") == ["train.recompute: blocks that a late link runs through keep everything; set "
                                   "method.link.keep=recompute for these"]
