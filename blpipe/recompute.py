@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 def recomputed(blocks: nn.Sequential) -> Callable[[Tensor], Tensor]:
     """What calls these blocks, one after the other, keeping each one's input, and its buffers as they then were.
 
-    Gradients, buffers and random numbers are those of blocks that keep everything. Parameters must not change before
-    the backward.
+    Gradients, buffers and torch's random numbers are those of blocks that keep everything. Parameters must not change
+    before the backward; what a block changes outside of buffers is changed twice.
     """
     def run(x: Tensor) -> Tensor:
         for block in blocks:
@@ -32,14 +32,26 @@ class _AsBefore:
     """Within it, a block has copies of its buffers as they were when this was made."""
 
     def __init__(self, block: nn.Module):
-        self._before = [(module, name, buffer.clone()) for module in block.modules()
-                        for name, buffer in module.named_buffers(recurse=False)]
+        # The dictionaries themselves: a buffer may be None until a forward sets it, and have several names.
+        self._places = [(module._buffers, name) for module in block.modules() for name in module._buffers]
+        self._before = _copies(self._buffers())
 
     def __enter__(self) -> None:
-        self._live = [getattr(module, name) for module, name, _ in self._before]
-        for module, name, before in self._before:
-            setattr(module, name, before.clone())
+        self._live = self._buffers()
+        self._set(_copies(self._before))
 
     def __exit__(self, *error: object) -> None:
-        for (module, name, _), live in zip(self._before, self._live, strict=True):
-            setattr(module, name, live)
+        self._set(self._live)
+
+    def _buffers(self) -> list[Tensor | None]:
+        return [buffers[name] for buffers, name in self._places]
+
+    def _set(self, values: list[Tensor | None]) -> None:
+        for (buffers, name), value in zip(self._places, values, strict=True):
+            buffers[name] = value
+
+
+def _copies(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """A copy of each tensor; one of a tensor that comes more than once."""
+    made = {id(tensor): tensor.clone() for tensor in tensors if tensor is not None}
+    return [made.get(id(tensor)) for tensor in tensors]

@@ -66,6 +66,34 @@ def test_a_block_runs_again_in_every_backward_with_the_buffers_of_its_forward():
     assert block.runs == 5
 
 
+class Remembers(nn.Module):
+    """Has a buffer that another module has too, and one that is none at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Module()
+        self.register_buffer("sum", None)
+        self.register_buffer("seen", torch.zeros(()))
+        self.other.register_buffer("seen", self.seen)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.seen.add_(1)
+            self.sum = x.mean() if self.sum is None else self.sum + x.mean()
+        return (x * self.other.seen + self.sum).sin()
+
+
+def test_a_buffer_may_be_that_of_two_modules_or_none():
+    plain, again = Remembers(), Remembers()
+    for block, run in ((plain, plain), (again, recomputed(nn.Sequential(again)))):
+        x = torch.ones(3, requires_grad=True)
+        block.gradients = [torch.autograd.grad(run(scale * x).sum(), x)[0] for scale in (1, 2)]
+    assert all(map(torch.equal, plain.gradients, again.gradients))
+    assert torch.equal(plain.sum, again.sum)
+    assert again.seen is again.other.seen
+    assert again.seen == 2
+
+
 @pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, IN_TIME])
 def test_a_stage_needs_less_memory(changes):
     def network(on):
