@@ -376,7 +376,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _recomputed_as_it_is(self) -> "Config":
-        for key, on in (("train.compile", self.train.compile), ("runtime.cuda_graphs", self.runtime.cuda_graphs)):
+        graphs = self.runtime.cuda_graphs and self.method.name != "bp"
+        for key, on in (("train.compile", self.train.compile), ("runtime.cuda_graphs", graphs)):
             if self.train.recompute and on:
                 raise ValueError(f"train.recompute: true, which goes without {key}; set one of them to false")
         return self

@@ -53,5 +53,6 @@ class _AsBefore:
 
 def _copies(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """A copy of each tensor; one of a tensor that comes more than once."""
-    made = {id(tensor): tensor.clone() for tensor in tensors if tensor is not None}
+    different = {id(tensor): tensor for tensor in tensors if tensor is not None}
+    made = {key: tensor.clone() for key, tensor in different.items()}
     return [made.get(id(tensor)) for tensor in tensors]

@@ -130,7 +130,7 @@ def test_a_joint_backward_saves_the_local_one_but_for_the_error_that_is_sent():
 def test_tables_for_all_stages_say_what_each_stage_says(name, joint):
     network, _ = network_of(partition__stages=2, method={"name": name, "link": {"length": "all", "joint": joint}})
     costs, method = profile(network, CPU), linked(length="all", joint=joint)
-    table = seconds_table(costs, "backlink")
+    table = seconds_table(costs, method.model_copy(update={"name": "backlink"}))
     for start in range(len(costs.blocks)):
         for end in range(start + 1, len(costs.blocks) + 1):
             assert table[start, end] == stage_cost(costs, start, end, method).batch_seconds("backlink", 1)
@@ -223,14 +223,15 @@ def test_estimates_for_the_search_are_near_the_exact_memory():
 
 @pytest.mark.parametrize("changes", [
     {}, {"method__link": {"length": 0}}, {"method__name": "greedy", "train__wire": "bf16"},
+    {"method__head": "blocks"}, {"method__head": "blocks", "train__recompute": True},
     {"method__link": {"delay": 2, "wire": "bf16"}, "train__microbatches": 4, "train__wire": "bf16"},
     {"method": {"local_weight": 0.0, "link": {"length": "all", "reach": "all", "take": "farthest"}}}])
 def test_the_search_misses_no_partition_that_fits(changes):
     network = small_resnet(**changes)
     estimates, exact = estimated_bytes(profile(network, CPU)), Rehearsal(network, CPU)
     blocks = len(network.block_names)
-    for start, end in ((0, 3), (2, 5), (4, blocks), (blocks - 1, blocks)):
-        assert 0.9 * estimates[start, end] <= exact.peak_bytes(start, end)
+    for start, end in ((0, 1), (0, 3), (2, 5), (4, blocks), (blocks - 1, blocks)):
+        assert 0.85 * estimates[start, end] <= exact.peak_bytes(start, end)
 
 
 def test_backpropagation_is_not_charged_for_heads():

@@ -14,7 +14,9 @@ from blpipe.config_file import parse_config
 from blpipe.engines.common import blame
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
+from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
+from blpipe.forecast.simulate import CONNECTIONS
 from blpipe.forecast.stages import stage_cost
 from blpipe.recompute import recomputed
 
@@ -35,7 +37,9 @@ def test_a_run_that_recomputes_is_the_run_that_does_not(name, tmp_path):
 
 def test_so_it_is_in_processes(tmp_path):
     trees = [saved_config(name, 0, train__recompute=True, **METHODS[name]) for name in ("in_time", "far")]
-    runs = train_in_processes(trees, 3, tmp_path)
+    bp = [saved_config(f"bp_{on}", 0, train__recompute=on, **METHODS["bp"]) for on in (False, True)]
+    *runs, plain, again = train_in_processes([*trees, *bp], 3, tmp_path)
+    assert_same_run(plain, again)
     for tree, run in zip(trees, runs, strict=True):
         assert_same_run(run, train_locally({**tree, "train": {**tree["train"], "recompute": False}}, tmp_path))
 
@@ -128,6 +132,18 @@ def test_what_runs_again_costs_its_forward_again():
     assert forward_again("backward")[0] == pytest.approx(sums[4] - sums[1])
 
 
+def test_plan_knows_of_each_method_what_runs_again():
+    def rows(delay):
+        link = {"length": "all", "delay": delay}
+        network, _ = network_of(partition__stages=3, train={"recompute": True, "batch_size": 16, "microbatches": 4},
+                                method={"link": link})
+        forecaster = Forecaster(profile(network, CPU), network.config, CONNECTIONS["cuda"])
+        return {row.method: row.seconds_per_step for row in forecaster.compare(3)}
+
+    assert rows(0) == rows(1)
+    assert rows(0)["backlink d=0"] > rows(0)["backlink d=1"]
+
+
 @pytest.mark.parametrize(("changes", "key"), [({"train__compile": True}, "train.compile"),
                                               ({"runtime__cuda_graphs": True}, "runtime.cuda_graphs")])
 def test_it_goes_without_what_cannot_run_again(changes, key):
@@ -135,11 +151,15 @@ def test_it_goes_without_what_cannot_run_again(changes, key):
         parse_config(small_config("both", train__recompute=True, **changes))
 
 
-@pytest.mark.parametrize(("error", "told"), [(torch.OutOfMemoryError("CUDA out of memory"), True),
-                                             (RuntimeError("shapes do not match"), False)])
-def test_a_stage_that_runs_out_of_memory_is_told_of_it(error, told):
-    plan = SimpleNamespace(block_names=lambda index: ["stem", "layer1_0"])
-    assert ("set train.recompute=true" in str(blame(plan, 1, "step 3", error))) is told
+@pytest.mark.parametrize(("changes", "ways"), [
+    ({"method": "greedy"}, "use train.recompute=true, more microbatches or more stages"),
+    ({"train__recompute": True}, "use method.link.keep=recompute, more microbatches or more stages"),
+    ({"method": "greedy", "runtime__cuda_graphs": True}, "use runtime.cuda_graphs=false, more microbatches or")])
+def test_a_stage_that_runs_out_of_memory_says_what_needs_less(changes, ways):
+    config = parse_config(small_config("large", **changes))
+    plan = SimpleNamespace(config=config, block_names=lambda index: ["stem", "layer1_0"])
+    assert ways in str(blame(plan, 1, "step 3", torch.OutOfMemoryError("CUDA out of memory")))
+    assert "use " not in str(blame(plan, 1, "step 3", RuntimeError("shapes do not match")))
 
 
 @pytest.mark.parametrize(("name", "change"), [("late", "train.recompute=true"), ("in_time", "train.recompute=true"),

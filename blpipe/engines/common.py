@@ -28,7 +28,6 @@ from blpipe.trace import Span, SpanLog
 Module = TypeVar("Module", bound=nn.Module)
 
 TRACED_STEPS = 50  # of a run; with `runtime.trace`
-_LESS_MEMORY = "set train.recompute=true, or use more microbatches or stages; `blpipe plan` shows what each stage needs"
 
 OnStep = Callable[[], object]  # called at each optimizer step of this process's first stage
 GoesOn = Callable[[int], bool]  # whether a step of the run is to be done
@@ -353,5 +352,13 @@ def blame(plan: Plan, index: int, where: str, error: Exception) -> Exception:
         return PeerLostError(f"{error} (at {where})")
     if isinstance(error, UserError | StageError):
         return error
-    remedy = _LESS_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
+    remedy = _for_less_memory(plan.config) if isinstance(error, torch.OutOfMemoryError) else ""
     return StageError(index + 1, plan.block_names(index), where, error, remedy)
+
+
+def _for_less_memory(config: Config) -> str:
+    train, link = config.train, config.method.link
+    ways = ["runtime.cuda_graphs=false"] if config.runtime.cuda_graphs else []
+    ways += [] if train.recompute or train.compile or config.runtime.cuda_graphs else ["train.recompute=true"]
+    ways += ["method.link.keep=recompute"] if config.method.linked and link.delay and link.keep == "graph" else []
+    return f"use {', '.join([*ways, 'more microbatches'])} or more stages; `blpipe plan` shows what each stage needs"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from math import prod
 
@@ -64,7 +64,7 @@ class Method:
     """A way to train a pipeline: the programs of its stages and what their operations take.
 
     Args:
-        kind: as `method.name`, for the stages' costs.
+        config: for the stages' costs, with the delay of its errors.
         program: (stage from 0, stages, steps) to operations.
         seconds: of each kind of operation in a stage.
         links: what goes back through stages with so many blocks.
@@ -72,7 +72,7 @@ class Method:
     """
 
     name: str
-    kind: str
+    config: MethodConfig
     program: Callable[[int, int, int], Iterator[Op]]
     seconds: Callable[[StageCost], dict[Enum, float]]
     links: Callable[[Sequence[int]], list[Links]]
@@ -111,7 +111,8 @@ def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
 
     reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
     name = f"{method.name} d={Fraction(delay, microbatches)}{reach}" if method.linked else method.name
-    return Method(name, method.name, program, seconds, links, delay)
+    link = method.link.model_copy(update={"delay": delay, "delay_unit": "microbatch"})
+    return Method(name, method.model_copy(update={"link": link}), program, seconds, links, delay)
 
 
 def _schedule(name: str, microbatches: int) -> Method:
@@ -122,7 +123,7 @@ def _schedule(name: str, microbatches: int) -> Method:
         return {Kind.FORWARD: cost.forward, Backward.FULL: cost.backward, Backward.INPUT: cost.input_backward,
                 Backward.WEIGHT: cost.weight_backward, Kind.STEP: cost.step}
 
-    return Method(name, "bp", program, seconds, lambda sizes: [Links() for _ in sizes])
+    return Method(name, MethodConfig(name="bp"), program, seconds, lambda sizes: [Links() for _ in sizes])
 
 
 class Forecaster:
@@ -170,14 +171,15 @@ class Forecaster:
             starts: the first blocks of the config's own stages, where it has as many.
         """
         rows: list[MethodForecast] = []
-        table_of = cache(partial(seconds_table, self.costs))
+        tables: dict[tuple[str, bool], Table] = {}
         for method in methods(self.config):
-            table = table_of(method.kind)
+            alike = method.config.name, method.delay > 0
+            table = tables[alike] = tables[alike] if alike in tables else seconds_table(self.costs, method.config)
             cuts = starts if starts and (not rows or self.config.partition.strategy != "balanced") else \
                 self._starts_for(table, stages)
             if cuts is None or not _are_allowed(table, cuts):
                 continue
-            steps = _DRAINED_STEPS if method.kind == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
+            steps = _DRAINED_STEPS if method.config.name == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
             rows.append(self._forecast(method, self.timeline(method, cuts, steps), cuts))
         return rows
 
@@ -190,7 +192,7 @@ class Forecaster:
         most_hops = max(int(cost.hops) for cost in costs)
         errors = errors_ahead(method.delay, self.config.train.microbatches, most_hops)
         ahead = ACTIVATIONS_AHEAD, max(1, errors)  # torch's schedules take one gradient at a time
-        there, back = self._wires(method.kind)
+        there, back = self._wires(method.config.name)
         return simulate([method.program(k, count, steps) for k in range(count)], seconds,
                         [self._forward_bytes(end, there) for end in ends[:-1]],
                         [self._sent_bytes(end, back) for end in ends[:-1]], self.connection, ahead)
@@ -205,7 +207,7 @@ class Forecaster:
     def _forecast(self, method: Method, timeline: Timeline, starts: list[int]) -> MethodForecast:
         train = self.config.train
         seconds = timeline.seconds_per_step()
-        slowest = max(float(cost.batch_seconds(method.kind, train.microbatches)) / self._speed(k)
+        slowest = max(float(cost.batch_seconds(method.config.name, train.microbatches)) / self._speed(k)
                       for k, cost in enumerate(self._stage_costs(method, starts)))
         return MethodForecast(method.name, len(starts), seconds, train.batch_size / seconds, slowest / seconds,
                               self.one_device().seconds_per_step / seconds)
@@ -213,7 +215,7 @@ class Forecaster:
     def _stage_costs(self, method: Method, starts: list[int]) -> list[StageCost]:
         bounds = list(pairwise([*starts, len(self.costs.blocks)]))
         links = method.links([end - start for start, end in bounds])
-        return [stage_cost(self.costs, start, end, self.config.method, links[k])
+        return [stage_cost(self.costs, start, end, method.config, links[k])
                 for k, (start, end) in enumerate(bounds)]
 
     def _starts_for(self, table: Table, stages: int) -> list[int] | None:

@@ -14,7 +14,7 @@ from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_hops, most_l
 from blpipe.plan import Links, Network, fitting
 from blpipe.text import human_bytes
 
-_OPTIMISM = 0.9  # on estimates of memory: no partition that fits is missed, and exact values follow
+_OPTIMISM = 0.85  # on estimates of memory: no partition that fits is missed, and exact values follow
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,12 @@ def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links:
         + (passed - both) * (inputs[end] - inputs[start]) + (only_trains + passed) * again
 
 
-def seconds_table(costs: Profile, kind: str) -> Table:
+def seconds_table(costs: Profile, method: MethodConfig) -> Table:
     """Seconds of one batch in a stage of the blocks i … j−1: [N + 1, N + 1], infinity where there can be none."""
     count = len(costs.blocks)
     start, end = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
-    config = costs.network.config
-    method = config.method.model_copy(update={"name": kind})
-    seconds = stage_cost(costs, start, end, method).batch_seconds(kind, config.train.microbatches)
+    microbatches = costs.network.config.train.microbatches
+    seconds = stage_cost(costs, start, end, method).batch_seconds(method.name, microbatches)
     floating = [True] + [spec.dtype.is_floating_point for spec in next(iter(costs.network.outputs.values()))]
     allowed = (start < end) & np.array(floating)[None, :]
     for i, j in _tied(costs.network):
@@ -152,7 +151,7 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
         ConfigError: no partition keeps `partition.memory_limit`, or none is possible at all.
     """
     stages, limit = partition.stage_count, partition.memory_limit
-    seconds = seconds_table(costs, method)
+    seconds = seconds_table(costs, costs.network.config.method.model_copy(update={"name": method}))
     speeds = partition.speeds or (1.0,) * stages
     if limit is None:
         starts = best_starts(seconds, speeds)

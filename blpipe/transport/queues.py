@@ -26,7 +26,7 @@ def lost_peer(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.AcceleratorError:
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         raise PeerLostError(f"{doing}: that process ended, or did not answer within "
