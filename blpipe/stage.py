@@ -100,7 +100,7 @@ class Stage:
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
         recompute: whether a block keeps its input alone, and runs again in its backward. Not those of a late link's
-            tail, whose parameters have changed by then: there `link.keep` decides.
+            tail, which runs on a snapshot: there `link.keep` decides.
         compile: whether torch.compile compiles blocks and head, for training.
         skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
             waits for the device in every step.

@@ -170,13 +170,14 @@ class Forecaster:
         Args:
             starts: the first blocks of the config's own stages, where it has as many.
         """
-        rows: list[MethodForecast] = []
+        rows = []
         tables: dict[tuple[str, bool], Table] = {}
-        for method in methods(self.config):
+        for number, method in enumerate(methods(self.config)):
             alike = method.config.name, method.delay > 0
-            table = tables[alike] = tables[alike] if alike in tables else seconds_table(self.costs, method.config)
-            cuts = starts if starts and (not rows or self.config.partition.strategy != "balanced") else \
-                self._starts_for(table, stages)
+            if alike not in tables:
+                tables[alike] = seconds_table(self.costs, method.config)
+            table, shares = tables[alike], number == 0 or self.config.partition.strategy != "balanced"
+            cuts = starts if starts and shares else self._starts_for(table, stages)
             if cuts is None or not _are_allowed(table, cuts):
                 continue
             steps = _DRAINED_STEPS if method.config.name == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2

@@ -1,6 +1,6 @@
 """The peak memory of a stage: its own program, run on tensors without values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from blpipe.balance import Table
 from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig, PartitionConfig
 from blpipe.engines.alone import rehearsed_steps, run_alone
 from blpipe.engines.common import build_stage, has_graphs
-from blpipe.forecast.costs import Cost, Profile
+from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, Pool, without_values
 from blpipe.graphs import Recorder
 from blpipe.optim import build_optimizer
@@ -122,9 +122,7 @@ def estimated_bytes(costs: Profile) -> Table:
 def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
     config, blocks = costs.network.config, costs.blocks
     link, train = config.method.link, config.train
-    params = np.cumsum([0] + [block.param_bytes for block in blocks])
-    saved, outputs = (np.cumsum([0] + [getattr(block, field) for block in blocks])
-                      for field in ("saved_bytes", "output_bytes"))
+    params, saved, outputs = (costs.sums[field] for field in ("param_bytes", "saved_bytes", "output_bytes"))
     # What passes each boundary; that before the first block counts as nothing, as does the model's output.
     passing = np.array([0] + [block.output_bytes for block in blocks[:-1]] + [0])
     heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
@@ -133,12 +131,12 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     if config.method.name == "bp":
         in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B
         if train.recompute:
-            return needs + (in_flight - 1) * (outputs[end] - outputs[start]) + _again(blocks)[start, end]
+            return needs + (in_flight - 1) * (outputs[end] - outputs[start]) + _again(costs)[start, end]
         return needs + in_flight * (saved[end] - saved[start])
     held = outputs if train.recompute else saved
     computing = held[end] - held[start] + heads[end] + 2 * passing[end]
     if train.recompute:
-        computing = np.maximum(computing, _again(blocks)[start, end])
+        computing = np.maximum(computing, _again(costs)[start, end])
     there, back = (0.5 if wire == "bf16" else 1.0 for wire in (train.wire, link.wire))
     needs = needs + computing + passing[start] + there * (ACTIVATIONS_AHEAD * passing[start] + IN_FLIGHT * passing[end])
     if config.method.linked:
@@ -156,14 +154,13 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     return needs
 
 
-def _again(blocks: Sequence[Cost]) -> Table:
+def _again(costs: Profile) -> Table:
     """The most that the blocks i … j−1 take while they run again, the last one first: [N + 1, N + 1]."""
-    outputs = np.array([block.output_bytes for block in blocks])
-    own = np.array([block.saved_bytes for block in blocks]) + outputs  # and a gradient
-    table = np.zeros((len(blocks) + 1, len(blocks) + 1))
-    for start in range(len(blocks)):
-        before = np.cumsum(outputs[start:]) - outputs[start:]
-        table[start, start + 1:] = np.maximum.accumulate(before + own[start:])
+    before = costs.sums["output_bytes"][:-1]
+    own = np.array([block.saved_bytes + block.output_bytes for block in costs.blocks])  # the latter for a gradient
+    table = np.zeros((len(own) + 1, len(own) + 1))
+    for start in range(len(own)):
+        table[start, start + 1:] = np.maximum.accumulate((before + own)[start:]) - before[start]
     return table
 
 
