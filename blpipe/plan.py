@@ -306,12 +306,7 @@ def notices(plan: Plan) -> list[str]:
         lines.append(f"partition: balanced by {plan.config.partition.costs} costs; "
                      f"cuts: [{', '.join(plan.config.partition.cuts or ())}]")
     link = plan.config.method.link
-    if not plan.config.method.linked:
-        return lines
-    if plan.config.train.recompute and link.delay and link.keep == "graph":
-        lines.append("train.recompute: blocks that a late link runs through keep everything; set "
-                     "method.link.keep=recompute for these")
-    if link.length == "all":
+    if not plan.config.method.linked or link.length == "all":
         return lines
     short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if len(stage) < link.length]
     if short:

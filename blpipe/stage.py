@@ -46,7 +46,7 @@ from blpipe.gradients import (
 from blpipe.graphs import Recorder, Runner
 from blpipe.losses import Tally
 from blpipe.plan import Links
-from blpipe.recompute import recomputed
+from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
 
 
@@ -99,8 +99,7 @@ class Stage:
         stream: this stage's random numbers.
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
-        recompute: whether a block keeps its input alone, and runs again in its backward. Not those of a late link's
-            tail, which runs on a snapshot: there `link.keep` decides.
+        recompute: whether a block keeps its input alone, and runs again in its backward.
         compile: whether torch.compile compiles blocks and head, for training.
         skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
             waits for the device in every step.
@@ -117,12 +116,14 @@ class Stage:
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
         self.links, self.link, self.wire = links, link, wire
         compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
-        called: Callable[[nn.Sequential], Any] = recomputed if recompute else lambda part: part
-        self._run_blocks, self._run_body = compiled(called(blocks)), compiled(called(self.body))
+        parts: list[nn.Sequential] = [blocks, self.body, self.tail]
+        parts = [Recomputed(part) for part in parts] if recompute else parts
+        self._run_blocks, self._run_body, self._run_tail = map(compiled, parts)
         self._run_head: Any = compiled(head) if head is not None else None
         self._first_names = first_names(self.tail)
-        self._run_tail_live = compiled(called(self.tail))
-        self._run_tail_with = compiled(lambda tensors, h: functional_call(self.tail, tensors, (h,), tie_weights=False))
+        self._run_tail_with = compiled(_with_tensors(parts[-1]))
+        # Its backward follows at once, and begins with the last block.
+        self._run_tail_again = _with_tensors(Recomputed(self.tail, last=False)) if recompute else self._run_tail_with
         self.optimizer, self.stream, self._clip_norm = optimizer, stream, clip_norm
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._recorder = recorder or Recorder()
@@ -155,7 +156,7 @@ class Stage:
             out = h
             if self.links.hops_in:
                 random_state = self.stream.read() if self.link.keep == "recompute" else None
-                run, out = runner.run("tail", partial(self._run_tail, h, runner))
+                run, out = runner.run("tail", partial(self._forward_of_tail, h, runner))
                 run.random_state = random_state
         self._flight = InFlight(x, h, out, run, runner)
         return narrowed(out.detach(), self.wire)
@@ -321,7 +322,7 @@ class Stage:
         x = widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
         return x, self.precision.run(self._run_body, x)
 
-    def _run_tail(self, h: Tensor, runner: Runner) -> tuple[TailRun, Tensor]:
+    def _forward_of_tail(self, h: Tensor, runner: Runner) -> tuple[TailRun, Tensor]:
         parameters = self._tail_live  # the link's backward comes before the step that changes them
         if self.link.delay > 0 and runner.repeats:
             parameters = trainable_copies_of(self._tail_live)
@@ -329,15 +330,16 @@ class Stage:
             parameters = self._snapshot = self._snapshot or trainable_copies_of(self._tail_live)
         cut = h.detach().requires_grad_(h.requires_grad)
         buffers = copies_of(dict(self.tail.named_buffers())) if self.link.keep == "recompute" else {}
-        out = self._tail_with(parameters, cut)
+        if parameters is self._tail_live:
+            out = self.precision.run(self._run_tail, cut)
+        else:
+            out = self._tail_with(parameters, cut, self._run_tail_with)
         return TailRun(runner, parameters, cut, out, buffers), out
 
-    def _tail_with(self, tensors: dict[str, Tensor], h: Tensor) -> Tensor:
+    def _tail_with(self, tensors: dict[str, Tensor], h: Tensor, run: Callable[..., Tensor]) -> Tensor:
         """The tail's output, with `tensors` in place of its own."""
-        if tensors is self._tail_live:
-            return self.precision.run(self._run_tail_live, h)
         every_name = {name: tensors[first] for name, first in self._first_names.items() if first in tensors}
-        return self.precision.run(partial(self._run_tail_with, every_name), h)
+        return self.precision.run(partial(run, every_name), h)
 
     def _head_backward(self, flight: InFlight, targets: Tensor, share: float, wanted: bool) -> Tensor | None:
         """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""
@@ -395,10 +397,15 @@ class Stage:
     def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
         """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
         buffers = copies_of(run.buffers)  # a forward may write to them
-        return self._tail_with({**run.parameters, **buffers}, h)
+        return self._tail_with({**run.parameters, **buffers}, h, self._run_tail_again)
 
     def _sent(self, error: Tensor | None, x: Tensor, runner: Runner) -> Tensor:
         """An error as it goes to the stage before, where it may wait longer than a runner keeps it."""
         error = torch.zeros_like(x) if error is None else error
         sent = narrowed(error, self.link.wire)
         return sent.clone() if sent is error and runner.repeats else sent
+
+
+def _with_tensors(blocks: nn.Sequential) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """What runs these blocks with other tensors, by name, in place of their own."""
+    return lambda tensors, x: functional_call(blocks, tensors, (x,), tie_weights=False)

@@ -404,13 +404,3 @@ def test_a_link_longer_than_a_stage_is_noticed():
                                     {"name": "bp", "link": {"length": 9}}])
 def test_nothing_is_noticed_otherwise(method):
     assert notices(plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]})) == []
-
-
-def test_that_a_late_tail_is_not_recomputed_is_said():
-    def said(**link):
-        train = {"batch_size": 8, "recompute": True}
-        return notices(plan(SIX, method={"link": link}, partition={"stages": 3}, train=train))
-
-    assert said(length="all") == ["train.recompute: blocks that a late link runs through keep everything; set "
-                                  "method.link.keep=recompute for these"]
-    assert said(length="all", keep="recompute") == said(delay=0) == []

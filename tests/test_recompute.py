@@ -18,13 +18,15 @@ from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import CONNECTIONS
 from blpipe.forecast.stages import stage_cost
-from blpipe.recompute import recomputed
+from blpipe.recompute import Recomputed
 
 SETTINGS = METHODS | {
     "on_time_recomputed": {"method__link": {"delay": 0, "length": 2, "keep": "recompute"}},
+    "far_recomputed": {"method__link": {"length": "all", "reach": 2, "keep": "recompute"}, "train__microbatches": 2},
     "in_bf16": {"method__link": {"delay": 0, "length": "all"}, "train__precision": "bf16",
                 "train__channels_last": True}}
-IN_TIME = {"method__link": {"delay": 0, "length": "all"}, "partition__stages": 2}
+THROUGH_ALL = [{"method__link": {"length": "all", **link}, "partition__stages": 2}
+               for link in ({"delay": 0}, {"delay": 1}, {"delay": 1, "joint": True}, {"delay": 1, "keep": "recompute"})]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -60,7 +62,7 @@ class Counts(nn.Module):
 
 def test_a_block_runs_again_in_every_backward_with_the_buffers_of_its_forward():
     block = Counts()
-    run, x = recomputed(nn.Sequential(block)), torch.ones(3, requires_grad=True)
+    run, x = Recomputed(nn.Sequential(block)), torch.ones(3, requires_grad=True)
     first, second = run(x), run(x)
     assert (first - second).tolist() == [-1.0] * 3
     for _ in range(2):
@@ -68,6 +70,13 @@ def test_a_block_runs_again_in_every_backward_with_the_buffers_of_its_forward():
     torch.autograd.grad(second.sum(), x)
     assert block.count == 2
     assert block.runs == 5
+
+
+def test_the_last_block_need_not_run_again():
+    blocks = nn.Sequential(Counts(), Counts())
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Recomputed(blocks, last=False)(x).sum(), x)
+    assert [block.runs for block in blocks] == [2, 1]
 
 
 class Remembers(nn.Module):
@@ -89,7 +98,7 @@ class Remembers(nn.Module):
 
 def test_a_buffer_may_be_that_of_two_modules_or_none():
     plain, again = Remembers(), Remembers()
-    for block, run in ((plain, plain), (again, recomputed(nn.Sequential(again)))):
+    for block, run in ((plain, plain), (again, Recomputed(nn.Sequential(again)))):
         x = torch.ones(3, requires_grad=True)
         block.gradients = [torch.autograd.grad(run(scale * x).sum(), x)[0] for scale in (1, 2)]
     assert all(map(torch.equal, plain.gradients, again.gradients))
@@ -98,7 +107,7 @@ def test_a_buffer_may_be_that_of_two_modules_or_none():
     assert again.seen == 2
 
 
-@pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, IN_TIME])
+@pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, *THROUGH_ALL])
 def test_a_stage_needs_less_memory(changes):
     def network(on):
         return network_of(model={"name": "resnet_cifar", "args": {"depth": 32}}, train__recompute=on,
@@ -121,14 +130,14 @@ def test_what_runs_again_costs_its_forward_again():
         (plain, sums), (again, _) = stage(False, **link), stage(True, **link)
         return float(getattr(again, field) - getattr(plain, field)), sums
 
-    for link in ({}, {"delay": 0, "length": 1}):
+    for link in ({}, {"delay": 0}, {"delay": 1}):
         seconds, sums = forward_again("local_backward", **link)
         assert seconds == pytest.approx(sums[4] - sums[1])
-    seconds, sums = forward_again("link_backward", delay=0, length=1)
-    assert seconds == pytest.approx(sums[4] - sums[3])
-    seconds, sums = forward_again("local_backward", delay=1, length=1)
-    assert seconds == pytest.approx(sums[3] - sums[1])
-    assert forward_again("link_backward", delay=1, length=1)[0] == 0
+    for delay in (0, 1):
+        assert forward_again("link_backward", delay=delay, length=2)[0] == pytest.approx(sums[4] - sums[2])
+    # The tail is run again as it is; of its blocks, all but the last run once more.
+    assert forward_again("link_backward", length=2, keep="recompute")[0] == pytest.approx(sums[3] - sums[2])
+    assert forward_again("link_backward", length=1, keep="recompute")[0] == 0
     assert forward_again("backward")[0] == pytest.approx(sums[4] - sums[1])
 
 

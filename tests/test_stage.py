@@ -14,9 +14,11 @@ from blpipe.seeds import RandomStream
 from blpipe.stage import Stage
 
 CPU = torch.device("cpu")
+KEPT = [("graph", False), ("recompute", False), ("graph", True), ("recompute", True)]
+"""`link.keep`, and whether blocks run again in their backward."""
 
 
-def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, compile=False,
+def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, recompute=False, compile=False,
                skip_nonfinite=False, tied="", clip_norm=None, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
@@ -32,7 +34,7 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, comp
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
     return Stage(blocks, head, cross_entropy(), links=Links((1,), (1,), tail, **links),
                  link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU),
-                 clip_norm=clip_norm, compile=compile, skip_nonfinite=skip_nonfinite)
+                 clip_norm=clip_norm, recompute=recompute, compile=compile, skip_nonfinite=skip_nonfinite)
 
 
 def microbatch(seed):
@@ -41,10 +43,10 @@ def microbatch(seed):
 
 
 @pytest.mark.parametrize("tied", ["", "tensors", "layers"])
-@pytest.mark.parametrize("keep", ["graph", "recompute"])
+@pytest.mark.parametrize(("keep", "recompute"), KEPT)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
-def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, optimizer, tied):
-    stage = make_stage(keep, delay=1, optimizer=optimizer, tied=tied)
+def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, recompute, optimizer, tied):
+    stage = make_stage(keep, delay=1, optimizer=optimizer, tied=tied, recompute=recompute)
     before = copy.deepcopy(stage.blocks)
     x, targets = microbatch(0)
     stage.forward(x)
@@ -101,10 +103,10 @@ def test_the_error_sent_upstream_is_that_of_the_local_loss_alone():
         torch.testing.assert_close(error, leaf.grad)
 
 
-@pytest.mark.parametrize("keep", ["graph", "recompute"])
+@pytest.mark.parametrize(("keep", "recompute"), KEPT)
 @pytest.mark.parametrize("delay", [0, 1])
-def test_batchnorm_counts_every_sample_once(keep, delay):
-    stage = make_stage(keep, delay)
+def test_batchnorm_counts_every_sample_once(keep, recompute, delay):
+    stage = make_stage(keep, delay, recompute=recompute)
     plain = copy.deepcopy(stage.blocks)
     for seed in range(3):
         x, targets = microbatch(seed)
@@ -122,15 +124,15 @@ def test_batchnorm_counts_every_sample_once(keep, delay):
 
 def test_dropout_is_drawn_again_the_same_when_the_tail_is_recomputed():
     gradients = []
-    for keep in ("graph", "recompute"):
-        stage = make_stage(keep, dropout=0.5)
+    for keep, recompute in KEPT:
+        stage = make_stage(keep, dropout=0.5, recompute=recompute)
         for seed in range(2):
             x, targets = microbatch(seed)
             stage.forward(x)
             stage.local_backward(targets, 1.0)
         stage.link_backward(torch.ones(8, 5))
         gradients.append([p.grad.clone() for p in stage.blocks.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for others in gradients[1:] for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_the_snapshot_is_made_once_a_step():
@@ -170,19 +172,19 @@ def make_frozen_copy(stage):
 def test_a_recomputed_tail_has_the_buffers_of_its_own_forward():
     """Spectral normalisation reads a buffer that every training forward moves on."""
     gradients = []
-    for keep in ("graph", "recompute"):
+    for keep, recompute in KEPT:
         torch.manual_seed(0)
-        blocks = nn.Sequential(nn.Linear(5, 5), torch.nn.utils.spectral_norm(nn.Linear(5, 5)))
-        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1,), (1,), 1),
+        blocks = nn.Sequential(nn.Linear(5, 5), *(torch.nn.utils.spectral_norm(nn.Linear(5, 5)) for _ in range(2)))
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1,), (1,), 2),
                       link=LinkConfig(delay=1, keep=keep), optimizer=torch.optim.SGD(blocks.parameters(), lr=0.1),
-                      stream=RandomStream(1, CPU))
+                      stream=RandomStream(1, CPU), recompute=recompute)
         for seed in range(2):
             x, targets = microbatch(seed)
             stage.forward(x)
             stage.local_backward(targets, 1.0)
         stage.link_backward(torch.ones(8, 5))
         gradients.append([p.grad for p in blocks.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for others in gradients[1:] for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_a_stage_that_ignores_its_input_sends_a_zero_error():
@@ -231,18 +233,19 @@ def test_fused_optimizers_see_every_gradient_in_its_parameters_layout(optimizer,
 def test_a_tail_that_is_recomputed_for_every_hop_is_the_same_each_time():
     """Spectral normalisation writes to the buffers that it reads."""
     gradients = []
-    for keep in ("graph", "recompute"):
+    for keep, recompute in KEPT:
         torch.manual_seed(0)
-        blocks = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(5, 5)))
-        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1, 2), (1, 2), 1),
-                      link=LinkConfig(delay=1, keep=keep, reach=2), optimizer=None, stream=RandomStream(1, CPU))
+        blocks = nn.Sequential(*(torch.nn.utils.spectral_norm(nn.Linear(5, 5)) for _ in range(2)))
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1, 2), (1, 2), 2),
+                      link=LinkConfig(delay=1, keep=keep, reach=2), optimizer=None, stream=RandomStream(1, CPU),
+                      recompute=recompute)
         x, targets = microbatch(0)
         stage.forward(x)
         stage.local_backward(targets, 1.0)
         passed = stage.link_backward(torch.ones(8, 5), hop=1)
         stage.link_backward(torch.ones(8, 5), hop=2)
         gradients.append([passed, *(p.grad for p in blocks.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for others in gradients[1:] for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_the_norm_of_all_gradients_together_is_clipped():

@@ -1,6 +1,6 @@
 """What is compared: methods, numbers of stages, and ways to cut the network."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import isqrt
 from typing import Any, Literal
@@ -131,17 +131,18 @@ MICROBATCHES = [Case("BackLink, length 1, d = 1/M", late(BACKLINK, "1/M")),
                 Case("joint, d = 1/M", late(JOINT, "1/M")), Case("last loss, d = 1/M", late(LAST_LOSS, "1/M"))]
 
 
-RECOMPUTED = [Case("greedy, blocks recomputed", GREEDY.method, recompute=True),
-              Case("BackLink, length 1, d = 0, blocks recomputed", late(BACKLINK, 0), recompute=True)]
-RECOMPUTED_LATE = Case("BackLink, length 1, d = 1/M, blocks recomputed",
-                       {"name": "backlink", "link": {"delay": 1, "delay_unit": "microbatch", "keep": "recompute"}},
-                       recompute=True)
-
-
 def backlink(length: int | str, delay: int, keep: str = "graph") -> Case:
     """BackLink with such a link."""
     name = f"BackLink, length {length}, d = {delay}" + (", recompute" if keep == "recompute" else "")
     return Case(name, {"name": "backlink", "link": {"length": length, "delay": delay, "keep": keep}})
+
+
+def recomputed(case: Case) -> Case:
+    """The same with `train.recompute`."""
+    return replace(case, name=f"{case.name}, blocks recomputed", recompute=True)
+
+
+RECOMPUTED = [recomputed(case) for case in (GREEDY, backlink(1, 0), backlink(1, 1), backlink("all", 1))]
 
 
 def links(lengths: tuple[int | str, ...], delays: tuple[int, ...]) -> list[Case]:
@@ -154,7 +155,7 @@ def tasks(part: Part, size: Size, linked: list[Case]) -> list[Task]:
     short, most = [GREEDY, *filter(_is_short, linked)], size.stages[-1:]
     longer = [case for case in linked if not _is_short(case)]
     if part == "microbatches":
-        every = [BP, CHECKPOINTED[0], *short, *MICROBATCHES, *RECOMPUTED, RECOMPUTED_LATE]
+        every = [BP, CHECKPOINTED[0], *short, *MICROBATCHES, *RECOMPUTED, *map(recomputed, MICROBATCHES)]
         return _rows(part, every, size.stages, "even")
     every = [*short, *WHOLE_BATCHES, *RECOMPUTED]
     rows = [*_rows(part, every, size.stages, "even"), *_rows(part, short, most, "least"),

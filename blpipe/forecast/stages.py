@@ -60,29 +60,18 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
     backward = total("backward") - np.where(first, block.backward - block.weight_backward, 0.0)
     for_input = total("input_backward") - np.where(first, block.input_backward, 0.0)
     again = total("forward") if costs.network.config.train.recompute else 0.0
-    kept = _kept_forward(costs, start, end, method, links)
     return StageCost(
         forward=np.where(first, costs.feed, 0.0) + total("forward"),
         backward=again + backward + np.where(last, costs.head_seconds[-1], 0.0),
         input_backward=again + for_input + np.where(last, costs.head_seconds[-1], 0.0),
         weight_backward=np.maximum(backward - for_input, 0.0),  # what is left, given the gradients on the way
         local_backward=np.where(last, again + backward,
-                                _local_seconds(again + backward - kept, again + for_input - kept, first, method, links))
+                                _local_seconds(again + backward, again + for_input, first, method, links))
         + costs.head_seconds[end],
         link_backward=_link_seconds(costs, start, end, method.link, links),
         hops=len(links.hops_in) if links else most_hops(costs, end, method.link),
         step=costs.step_call + total("step"),
         head_step=np.where(last, 0.0, costs.head_step[end]))
-
-
-def _kept_forward(costs: Profile, start: Any, end: Any, method: MethodConfig, links: Links | None) -> Any:
-    """Of the blocks that `train.recompute` does not run again: those of a late link's tail."""
-    link = method.link
-    if not costs.network.config.train.recompute or not method.linked or not link.delay:
-        return 0.0
-    hops = len(links.hops_in) if links else most_hops(costs, end, link)
-    forward = costs.sums["forward"]
-    return np.where(np.greater(hops, 0), forward[end] - forward[tail_start(link, start, end)], 0.0)
 
 
 def _local_seconds(backward: Any, for_input: Any, first: Any, method: MethodConfig, links: Links | None) -> Any:
@@ -112,8 +101,10 @@ def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links:
         costs.sums[field] for field in ("backward", "input_backward", "weight_backward", "forward"))
     # Where start ≥ end there is no stage, and the result is not used.
     after = np.minimum(tail + 1, len(costs.blocks))
-    runs_again = link.keep == "recompute" or (costs.network.config.train.recompute and not link.delay)
-    again = forward[end] - forward[tail] if runs_again else 0.0
+    keep, recompute = link.keep == "graph", costs.network.config.train.recompute
+    again = forward[end] - forward[tail] if recompute or not keep else 0.0
+    if recompute and not keep:  # the tail for its output, and all of its blocks but the last for their backward
+        again = again + forward[np.maximum(end - 1, tail)] - forward[tail]
     stops = backward[end] - backward[after] + weights[after] - weights[tail]
     return both * (backward[end] - backward[start]) + only_trains * stops \
         + (passed - both) * (inputs[end] - inputs[start]) + (only_trains + passed) * again
