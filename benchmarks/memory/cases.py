@@ -127,14 +127,19 @@ CHECKPOINTED = [Case("bp, checkpoint every block", BP.method, "one"),
 
 WHOLE_BATCHES = [Case("joint, d = 0", late(JOINT, 0)), Case("joint, d = 1", late(JOINT, 1)),
                  Case("last loss, d = 1", late(LAST_LOSS, 1))]
-MICROBATCHES = [Case("BackLink, length 1, d = 1/M", late(BACKLINK, "1/M")),
-                Case("joint, d = 1/M", late(JOINT, "1/M")), Case("last loss, d = 1/M", late(LAST_LOSS, "1/M"))]
 
 
 def backlink(length: int | str, delay: int, keep: str = "graph") -> Case:
     """BackLink with such a link."""
-    name = f"BackLink, length {length}, d = {delay}" + (", recompute" if keep == "recompute" else "")
-    return Case(name, {"name": "backlink", "link": {"length": length, "delay": delay, "keep": keep}})
+    case = Case(f"BackLink, length {length}, d = {delay}",
+                {"name": "backlink", "link": {"length": length, "delay": delay, "keep": "graph"}})
+    return case if keep == "graph" else inputs_kept(case)
+
+
+def inputs_kept(case: Case) -> Case:
+    """The same with `link.keep: recompute`."""
+    link = case.method["link"] | {"keep": "recompute"}
+    return replace(case, name=f"{case.name}, recompute", method=case.method | {"link": link})
 
 
 def recomputed(case: Case) -> Case:
@@ -142,6 +147,9 @@ def recomputed(case: Case) -> Case:
     return replace(case, name=f"{case.name}, blocks recomputed", recompute=True)
 
 
+_LAST_LOSS = Case("last loss, d = 1/M", late(LAST_LOSS, "1/M"))
+MICROBATCHES = [Case("BackLink, length 1, d = 1/M", late(BACKLINK, "1/M")), Case("joint, d = 1/M", late(JOINT, "1/M")),
+                _LAST_LOSS, inputs_kept(_LAST_LOSS)]
 RECOMPUTED = [recomputed(case) for case in (GREEDY, backlink(1, 0), backlink(1, 1), backlink("all", 1))]
 
 
