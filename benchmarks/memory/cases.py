@@ -36,8 +36,9 @@ class Case:
     recompute: bool = False
 
     def segments(self, blocks: int, stages: int) -> int | None:
-        """How many segments a network of so many blocks has; None without checkpointing."""
-        return {"none": None, "one": blocks, "two": blocks // 2, "√N": isqrt(blocks), "stages": stages}[self.checkpoint]
+        """How many segments so many blocks have, which go into so many stages; None without checkpointing."""
+        return {"none": None, "one": blocks, "two": max(blocks // 2, 1), "√N": isqrt(blocks),
+                "stages": stages}[self.checkpoint]
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def tasks(part: Part, size: Size, linked: list[Case]) -> list[Task]:
     short, most = [GREEDY, *filter(_is_short, linked)], size.stages[-1:]
     longer = [case for case in linked if not _is_short(case)]
     if part == "microbatches":
-        every = [BP, CHECKPOINTED[0], *short, *MICROBATCHES, *RECOMPUTED, *map(recomputed, MICROBATCHES)]
+        every = [BP, *CHECKPOINTED, *short, *MICROBATCHES, *RECOMPUTED, *map(recomputed, MICROBATCHES)]
         return _rows(part, every, size.stages, "even")
     every = [*short, *WHOLE_BATCHES, *RECOMPUTED]
     rows = [*_rows(part, every, size.stages, "even"), *_rows(part, short, most, "least"),

@@ -71,10 +71,14 @@ def checkpointed(blocks: nn.Sequential, segments: int) -> nn.Sequential:
 
 def local_engine(plan: Plan, case: Case, stages: int, device: torch.device) -> LocalEngine:
     """The engine of one process, on random images."""
-    segments = case.segments(len(plan.model), stages)
-    if segments is not None:
-        plan = replace(plan, stages=[checkpointed(stage, segments) for stage in plan.stages])
-    return LocalEngine(plan, Batches(plan.data, device), device)  # type: ignore[arg-type]
+    return LocalEngine(_with_checkpointing(plan, case, stages), Batches(plan.data, device), device)  # type: ignore[arg-type]
+
+
+def _with_checkpointing(plan: Plan, case: Case, stages: int) -> Plan:
+    """The plan with each of its stages in the case's segments, which are those of so many stages of the even cut."""
+    counts = [case.segments(len(stage), stages) for stage in plan.stages]
+    return replace(plan, stages=[stage if count is None else checkpointed(stage, count)
+                                 for stage, count in zip(plan.stages, counts, strict=True)])
 
 
 def measure(task: Task, size: Size, device: torch.device) -> dict[str, Any]:
@@ -135,9 +139,7 @@ def peak_bytes(held: nn.Module, device: torch.device, train: Callable[[], None])
 
 def _train(case: Case, plan: Plan, index: int, device: torch.device) -> None:
     if case.method["name"] == "bp":
-        if case.checkpoint == "one":
-            plan = replace(plan, stages=[checkpointed(stage, len(stage)) for stage in plan.stages])
-        one_f_one_b.train_alone(plan, index, device)
+        one_f_one_b.train_alone(_with_checkpointing(plan, case, 1), index, device)
     else:
         train_alone(plan, index, device)
 
