@@ -151,10 +151,11 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
     {"method__name": "bp"},
     {"method__link": {"delay": 1, "length": 2}, "train__microbatches": 2, "runtime__cuda_graphs": True},
     {"method__link": {"delay": 0, "length": 2}, "train__recompute": True},
+    {"method__link": {"length": "all"}, "train__recompute": True},
     {"method__loss": "supcon"},
     {"method__loss": "pred_sim"},
     {"optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
-], ids=["late", "recompute", "joint", "bp", "graphs", "recomputed blocks", "supcon", "pred_sim", "adamw"])
+], ids=["late", "recompute", "joint", "bp", "graphs", "recomputed on time", "recomputed late", "supcon", "pred_sim", "adamw"])
 def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
     engine = opened(on_gpu(train__precision=precision, **changes))
     train_epoch(engine, 0)  # libraries start
