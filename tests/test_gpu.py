@@ -155,7 +155,7 @@ def test_one_step_on_the_gpu_is_the_cpus_to_rounding():
     {"method__loss": "supcon"},
     {"method__loss": "pred_sim"},
     {"optimizer": {"name": "adamw", "lr": 0.01, "args": {"fused": True}}},
-], ids=["late", "recompute", "joint", "bp", "graphs", "recomputed on time", "recomputed late", "supcon", "pred_sim", "adamw"])
+], ids=["late", "recompute", "joint", "bp", "graphs", "blocks on time", "blocks late", "supcon", "pred_sim", "adamw"])
 def test_nothing_in_the_training_loop_waits_for_the_gpu(precision, changes, monkeypatch):
     engine = opened(on_gpu(train__precision=precision, **changes))
     train_epoch(engine, 0)  # libraries start
