@@ -4,6 +4,7 @@ from typing import Any
 
 BACKLINK: dict[str, Any] = {"name": "backlink", "link": {}}
 JOINT: dict[str, Any] = {"name": "backlink", "link": {"length": "all", "joint": True}}
+JOINT_TAIL: dict[str, Any] = {"name": "backlink", "link": {"joint": True}}
 LAST_LOSS: dict[str, Any] = {"name": "backlink", "local_weight": 0.0,
                              "link": {"length": "all", "reach": "all", "take": "farthest"}}
 

@@ -161,7 +161,7 @@ class LinkConfig(Section):
     delay_unit: what the delay counts. weight: λ, one number or one for each stage but the last. schedule: a
     factor on it over training.
     reach: how many stages back an error travels; take: whether each of them trains a stage, or the farthest
-    alone. joint: one backward takes the local gradient through the blocks together with the error, when that is
+    alone. joint: one backward takes the local gradient through the tail together with the error, when that is
     there. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
     keep: the tail's graph until its errors are there, or its input alone, to run it again.
     """

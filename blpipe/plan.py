@@ -41,7 +41,7 @@ class Links:
         tail: how many of the last blocks the errors run through; 0 where none comes, all where one is passed on.
         weight: λ.
         local_weight: α.
-        joint: whether the local gradient goes through the blocks together with the error.
+        joint: whether the tail takes its local gradient together with the error.
     """
 
     hops_in: tuple[int, ...] = ()
@@ -351,9 +351,6 @@ def _check_links(plan: Plan) -> None:
             raise ConfigError(f"method.link.reach: {method.link.reach}: stage {k + 1} passes errors on through all of "
                               f"its {len(stage)} blocks, and method.link.length is {method.link.length}; set "
                               "method.link.length=all")
-        if links.joint and not whole:
-            raise ConfigError(f"method.link.joint: stage {k + 1} has {len(stage)} blocks, and method.link.length is "
-                              f"{method.link.length}; set method.link.length=all, or leave method.link.joint out")
         trained_by_link = bool(links.hops_in) and links.weight != 0.0
         if method.name != "bp" and links.local_weight == 0.0 and not (trained_by_link and whole):
             remedy = "set method.link.length=all" if trained_by_link else "give it a method.link.weight"

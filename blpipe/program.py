@@ -8,7 +8,7 @@ the same numbers. For microbatch n, counted through all batches:
     receive n → forward → send → local backward → send error → receive error of n−d → link backward
 
 and after the last microbatch of a batch its optimizer step. A joint link backward is the local one through the
-blocks too. With d ≥ 1 nothing waits for the next stage: it has had the time of a microbatch or more for the
+tail too. With d ≥ 1 nothing waits for the next stage: it has had the time of a microbatch or more for the
 error. An error that reaches further is passed on as soon as its link backward is done, and is due one delay
 later there: hop j of a microbatch is due j · d after it. After the last step of an epoch no link is left over:
 the pending ones go into that step (the flush), and the pipeline is drained. d = 0 is d = 1 with a flush in

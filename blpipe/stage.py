@@ -7,8 +7,8 @@ backward link brings: the next stage's own local error at their boundary. The li
 last blocks only, its tail, and never becomes part of the error that this stage sends for its own loss.
 BackLink is α = 1 and j = 1; λ = 0 is greedy local training.
 
-A joint backward takes α · ∂L_k/∂x_k + λ · e_k^1 through the blocks at once, when the error is there: the same
-gradient, as both are linear. Where the error is late, so is the local gradient.
+A joint backward takes α · ∂L_k/∂x_k + λ · e_k^1 through the tail at once, when the error is there: the same
+gradient, as both are linear. Where the error is late, so is the tail's local gradient.
 
 With a reach r above 1, a stage also passes on what it receives: e_{k-1}^{j+1} = (∂x_k/∂x_{k-1})ᵀ e_k^j is
 the error of the stage j stages on, one stage further back, and j runs from 1 to r. It is never scaled, and
@@ -168,7 +168,7 @@ class Stage:
     def local_backward(self, targets: Tensor, share: float) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
 
-        With a joint backward they take it in `link_backward`; here they only give the error to send.
+        With a joint backward the tail takes it in `link_backward`; here it only passes the error on.
 
         Args:
             targets: int64 [microbatch, …].
@@ -378,7 +378,7 @@ class Stage:
         return error
 
     def _joined(self, run: TailRun, error: Tensor, weight: float | Tensor) -> Tensor:
-        """α · ∂L_k/∂x_k + λ · e_k, which one backward takes through the blocks."""
+        """α · ∂L_k/∂x_k + λ · e_k, which one backward takes through the tail."""
         assert run.local_error is not None
         error = error.to(run.local_error.dtype)
         local, linked = *weighted([run.local_error], self.links.local_weight), *weighted([error], weight)

@@ -60,6 +60,7 @@ JOBS = {
         far("late", 4, 1, 1.0, schedule="cosine", wire="bf16"),
         far("joint_in_time", 0, 4, 0.5, joint=True, weight=[1.0, 0.0, 0.5]),
         far("joint_late", 1, 2, 1.0, joint=True, keep="recompute", wire="bf16"),
+        small_config("joint_tails", partition__stages=4, train__microbatches=2, method__link={"joint": True}),
         far("a_microbatch_late", 1, 4, 0.0, reach="all", delay_unit="microbatch"),
         small_config("recompute", partition__stages=4, method__link={"keep": "recompute", "length": "all"},
                      train__wire="bf16"),

@@ -125,11 +125,21 @@ def test_a_joint_backward_saves_the_local_one_but_for_the_error_that_is_sent():
         assert stage_cost(costs, start, end, greedy).local_backward == pytest.approx(before.local_backward)
 
 
-@pytest.mark.parametrize("joint", [False, True])
+def test_a_joint_backward_through_a_tail_saves_the_local_gradients_of_its_parameters():
+    network, _ = network_of(partition__stages=4)
+    costs = profile(network, CPU)
+    saved = costs.blocks[2].backward - costs.blocks[2].input_backward
+    for start in (0, 1):
+        twice, once = (stage_cost(costs, start, 3, linked(length=1, joint=joint)) for joint in (False, True))
+        assert once.link_backward == twice.link_backward
+        assert once.local_backward == pytest.approx(twice.local_backward - saved)
+
+
+@pytest.mark.parametrize(("length", "joint"), [("all", False), ("all", True), (1, True)])
 @pytest.mark.parametrize("name", ["backlink", "greedy"])
-def test_tables_for_all_stages_say_what_each_stage_says(name, joint):
-    network, _ = network_of(partition__stages=2, method={"name": name, "link": {"length": "all", "joint": joint}})
-    costs, method = profile(network, CPU), linked(length="all", joint=joint)
+def test_tables_for_all_stages_say_what_each_stage_says(name, length, joint):
+    network, _ = network_of(partition__stages=2, method={"name": name, "link": {"length": length, "joint": joint}})
+    costs, method = profile(network, CPU), linked(length=length, joint=joint)
     table = seconds_table(costs, method.model_copy(update={"name": "backlink"}))
     for start in range(len(costs.blocks)):
         for end in range(start + 1, len(costs.blocks) + 1):

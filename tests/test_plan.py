@@ -366,8 +366,6 @@ def test_the_last_stage_always_learns_from_its_own_loss_in_full():
                              r"method\.link\.length is 1; set method\.link\.length=all$"),
     ({"local_weight": 0.0}, r"^method\.local_weight: 0, and no link through all blocks of stage 2 \(layer2 … layer3\): "
                             r"they would not learn; set method\.link\.length=all, or a local weight above 0$"),
-    ({"link": {"joint": True}}, r"^method\.link\.joint: stage 2 has 2 blocks, and method\.link\.length is 1; set "
-                                r"method\.link\.length=all, or leave method\.link\.joint out$"),
     ({"local_weight": 0.0, "link": {"length": "all", "weight": [1.0, 0.0]}},
      r"^method\.local_weight: 0, and no link .*of stage 2 .*; give it a method\.link\.weight, or"),
 ])

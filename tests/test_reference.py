@@ -83,6 +83,9 @@ LINKS = [
     (0.4, 1, {"reach": 0}),
     (0.4, 2, {"joint": True, "delay": 0, "weight": [0.5, 0.0, 2.0]}),
     (1.0, 1, {"joint": True, "delay": 2, "keep": "recompute"}),
+    (0.4, 2, {"joint": True, "length": 1, "delay": 0}),
+    (0.4, 2, {"joint": True, "length": 1, "delay": 1, "weight": [0.5, 0.0, 2.0]}),
+    (0.4, 4, {"length": 1, "delay": 3, "delay_unit": "microbatch"}),
     (0.4, 4, {"joint": True, "delay": 1, "delay_unit": "microbatch",
               "schedule": {"name": "multistep", "milestones": [1], "gamma": 0.3}}),
 ]
@@ -95,6 +98,7 @@ def test_every_link_equals_a_hand_written_reference(link, microbatches, alpha, t
                         train__microbatches=microbatches, method__link={"length": "all", **link})
     config, data, plan = prepared(tree)
     given, last = config.method.link, len(plan.stages) - 1
+    tails = [names_in_tail(stage, given.length) for stage in plan.stages]
     heads, optimizers = heads_and_optimizers(plan)
     for epoch in range(config.train.epochs):
         parts = [(t, len(y) / len(targets), out, y)
@@ -102,7 +106,7 @@ def test_every_link_equals_a_hand_written_reference(link, microbatches, alpha, t
                  for out, y in zip(x.split(16 // microbatches), targets.split(16 // microbatches), strict=True)]
         factor = 0.3 if epoch == 1 and given.schedule.name == "multistep" else 1.0
         late = given.delay * (1 if given.delay_unit == "microbatch" else microbatches)
-        due = []  # (step, stage, weight, gradients)
+        due = []  # (step, stage, weight, gradients by name)
         for n, (t, share, out, y) in enumerate(parts):
             copies = [{n: p.detach().clone().requires_grad_() for n, p in s.named_parameters()} for s in plan.stages]
             losses = []
@@ -110,12 +114,13 @@ def test_every_link_equals_a_hand_written_reference(link, microbatches, alpha, t
                 out = functional_call(stage, copy, (out,))
                 losses.append(share * F.cross_entropy(head(out), y))
             for k, head in enumerate(heads):
-                own = torch.autograd.grad(losses[k], copies[k].values(), retain_graph=True)
-                joint = given.joint and k < last and given.stage_weight(k)
-                due.append((step_at(parts, n + late) if joint else t, k, alpha if k < last else 1.0, own))
+                own = gradients_of(losses[k], copies[k])
+                joint = tails[k] if given.joint and k < last and given.stage_weight(k) else set()
+                for step, names in ((t, own.keys() - joint), (step_at(parts, n + late), joint)):
+                    due.append((step, k, alpha if k < last else 1.0, {name: own[name] for name in names}))
                 farthest = min(last if given.reach == "all" else given.reach, last - k)
                 for j in range(1 if given.take == "every" else max(1, farthest), farthest + 1):
-                    gradients = torch.autograd.grad(losses[k + j], copies[k].values(), retain_graph=True)
+                    gradients = gradients_of(losses[k + j], {name: copies[k][name] for name in tails[k]})
                     weight = given.stage_weight(k) * factor * (norm(own) / norm(gradients) if given.normalize else 1.0)
                     due.append((step_at(parts, n + j * late), k, weight, gradients))
                 for p in head.parameters():
@@ -124,12 +129,23 @@ def test_every_link_equals_a_hand_written_reference(link, microbatches, alpha, t
             if n + 1 < len(parts) and parts[n + 1][0] == t:
                 continue
             for _, k, weight, gradients in (part for part in due if part[0] == t and part[2]):
-                for p, g in zip(plan.stages[k].parameters(), gradients, strict=True):
+                for name, g in gradients.items():
+                    p = plan.stages[k].get_parameter(name)
                     p.grad = weight * g if p.grad is None else p.grad + weight * g
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
     assert_close(model_of(train_locally(tree, tmp_path)), plan.model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def names_in_tail(stage, length):
+    """Of the parameters of a stage's last blocks."""
+    blocks = [*stage._modules][0 if length == "all" else -length:]
+    return {name for name, _ in stage.named_parameters() if name.split(".")[0] in blocks}
+
+
+def gradients_of(loss, parameters):
+    return dict(zip(parameters, torch.autograd.grad(loss, parameters.values(), retain_graph=True), strict=True))
 
 
 def step_at(parts, n):
@@ -138,7 +154,7 @@ def step_at(parts, n):
 
 
 def norm(gradients):
-    return sum(float(g.square().sum()) for g in gradients) ** 0.5
+    return sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
 
 
 def test_links_that_reach_all_of_the_way_are_backpropagation(tmp_path):

@@ -66,14 +66,15 @@ def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep,
 
 
 @pytest.mark.parametrize("keep", ["graph", "recompute"])
-@pytest.mark.parametrize("factor", [1.0, 0.0])
-def test_a_joint_backward_gives_the_sum_of_both_gradients_and_sends_the_local_error_at_once(keep, factor):
-    twice, once = make_stage(keep, tail=3, local_weight=0.3), make_stage(keep, tail=3, local_weight=0.3, joint=True)
+@pytest.mark.parametrize(("tail", "factor"), [(3, 1.0), (3, 0.0), (1, 1.0)])
+def test_a_joint_backward_gives_the_sum_of_both_gradients_and_sends_the_local_error_at_once(keep, tail, factor):
+    twice, once = (make_stage(keep, tail=tail, local_weight=0.3, joint=joint) for joint in (False, True))
     (x, targets), error, sent = microbatch(0), torch.randn(8, 5), []
     for stage in (twice, once):
         stage.forward(x)
         sent.append(stage.local_backward(targets, 1.0))
-        assert (stage is once) == all(p.grad is None for p in stage.blocks.parameters())
+        assert (stage is once) == all(p.grad is None for p in stage.tail.parameters())
+        assert all(p.grad is not None for p in stage.body.parameters())
         assert stage.link_backward(error, factor=factor) is None
     torch.testing.assert_close(*sent)
     for a, b in zip(twice.blocks.parameters(), once.blocks.parameters(), strict=True):

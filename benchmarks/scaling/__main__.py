@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.command import device_for, guarded, one_thread
 from benchmarks.environment import environment, folder_name
-from benchmarks.methods import JOINT, LAST_LOSS, late
+from benchmarks.methods import JOINT, JOINT_TAIL, LAST_LOSS, late
 from benchmarks.scaling.picture import draw
 from benchmarks.scaling.report import as_markdown
 from benchmarks.throughput.measure import measure_case
@@ -103,14 +103,16 @@ def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts
     with one_thread():
         whole = make_report(_config(settings, name, device), counts)
         parts = make_report(_config(settings, name, device, settings.microbatches), counts)
-        joint = make_report(_config(settings, name, device, method=JOINT), counts)
+        tail, joint = (make_report(_config(settings, name, device, method=method), counts)
+                       for method in (JOINT_TAIL, JOINT))
         last_loss = late(LAST_LOSS, "1/M")
         last = make_report(_config(settings, name, device, settings.microbatches, method=last_loss), counts)
     names = {"backlink d=0": "BackLink d=0", f"backlink d=1/{settings.microbatches}": "BackLink d=1/M",
              "GPipe": "GPipe", "1F1B": "1F1B", "zero-bubble": "zero-bubble"}
     found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second}}
-    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (joint, {"backlink d=1": "joint d=1"}),
-                          (parts, names), (last, {last.methods[0].method: "last loss d=1/M"})):
+    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (tail, {"backlink d=1": "joint tail d=1"}),
+                          (joint, {"backlink d=1": "joint d=1"}), (parts, names),
+                          (last, {last.methods[0].method: "last loss d=1/M"})):
         for row in report.sweep:
             if row.method in known:
                 found.setdefault(str(row.stages), {})[known[row.method]] = row.samples_per_second

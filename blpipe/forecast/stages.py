@@ -66,7 +66,7 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
         input_backward=again + for_input + np.where(last, costs.head_seconds[-1], 0.0),
         weight_backward=np.maximum(backward - for_input, 0.0),  # what is left, given the gradients on the way
         local_backward=np.where(last, again + backward,
-                                _local_seconds(again + backward, again + for_input, first, method, links))
+                                _local_seconds(costs, start, end, again + backward, again + for_input, method, links))
         + costs.head_seconds[end],
         link_backward=_link_seconds(costs, start, end, method.link, links),
         hops=len(links.hops_in) if links else most_hops(costs, end, method.link),
@@ -74,13 +74,22 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
         head_step=np.where(last, 0.0, costs.head_step[end]))
 
 
-def _local_seconds(backward: Any, for_input: Any, first: Any, method: MethodConfig, links: Links | None) -> Any:
-    """Of the local loss through the blocks of a stage before the last, which may only pass the error on, or neither."""
+def _local_seconds(costs: Profile, start: Any, end: Any, backward: Any, for_input: Any, method: MethodConfig,
+                   links: Links | None) -> Any:
+    """Of the local loss through the blocks of a stage before the last, given what all of them take.
+
+    It may only be passed on, or not even that; with a joint backward, so it is in the tail.
+    """
     joint = links.joint if links else method.link.joint and method.linked
     if method.local_weight and not joint:
         return backward
-    passed_on = 1 in links.hops_out if links else ~first & (not one_for_all(method.link))
-    return np.where(passed_on, for_input, 0.0)
+    passed_on = 1 in links.hops_out if links else np.greater(start, 0) & (not one_for_all(method.link))
+    through_tail = np.where(passed_on, for_input, 0.0)
+    if not method.local_weight:
+        return through_tail
+    tail = tail_start(method.link, start, end)
+    saved = costs.sums["backward"] - costs.sums["input_backward"]
+    return np.where(np.less(start, tail), backward - (saved[end] - saved[tail]), through_tail)
 
 
 def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links: Links | None) -> Any:
