@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,12 +22,13 @@ from benchmarks.throughput.measure import measure_case
 from benchmarks.throughput.report import samples_per_second
 from benchmarks.throughput.settings import METHODS, ThroughputConfig, case_tree, load_settings
 from blpipe.cli import whole_numbers
-from blpipe.config import Config
+from blpipe.config import Config, MethodConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.device import set_up
 from blpipe.engines.common import train_epoch
 from blpipe.errors import ConfigError
+from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.report import make_report
 from blpipe.plan import make_plan
 from blpipe.trainer import open_local
@@ -101,22 +103,29 @@ def _config(settings: ThroughputConfig, name: str, device: torch.device, microba
 def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts: list[int]) -> dict[str, Any]:
     """samples/s by K and method; BackLink d=1 and one device with whole batches, all else with microbatches."""
     with one_thread():
-        whole = make_report(_config(settings, name, device), counts)
-        parts = make_report(_config(settings, name, device, settings.microbatches), counts)
-        tail, joint = (make_report(_config(settings, name, device, method=method), counts)
-                       for method in (JOINT_TAIL, JOINT))
-        last_loss = late(LAST_LOSS, "1/M")
-        last = make_report(_config(settings, name, device, settings.microbatches, method=last_loss), counts)
+        whole, parts = (make_report(_config(settings, name, device, count), counts)
+                        for count in (1, settings.microbatches))
     names = {"backlink d=0": "BackLink d=0", f"backlink d=1/{settings.microbatches}": "BackLink d=1/M",
              "GPipe": "GPipe", "1F1B": "1F1B", "zero-bubble": "zero-bubble"}
-    found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second}}
-    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (tail, {"backlink d=1": "joint tail d=1"}),
-                          (joint, {"backlink d=1": "joint d=1"}), (parts, names),
-                          (last, {last.methods[0].method: "last loss d=1/M"})):
+    found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second},
+                             **{str(count): {} for count in counts}}
+    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (parts, names)):
         for row in report.sweep:
             if row.method in known:
-                found.setdefault(str(row.stages), {})[known[row.method]] = row.samples_per_second
+                found[str(row.stages)][known[row.method]] = row.samples_per_second
+    for title, report, method in (("joint tail d=1", whole, JOINT_TAIL), ("joint d=1", whole, JOINT),
+                                  ("last loss d=1/M", parts, late(LAST_LOSS, "1/M"))):
+        forecaster = _of_method(report.forecaster, method)
+        for count in counts:
+            found[str(count)][title] = forecaster.compare(count)[0].samples_per_second
     return found
+
+
+def _of_method(forecaster: Forecaster, method: dict[str, Any]) -> Forecaster:
+    """By the same costs."""
+    config = forecaster.config.model_copy(update={"method": MethodConfig.model_validate(method)})
+    costs = replace(forecaster.costs, network=replace(forecaster.costs.network, config=config))
+    return Forecaster(costs, config, forecaster.connection)
 
 
 def _one_device(settings: ThroughputConfig, name: str, device: torch.device) -> float:

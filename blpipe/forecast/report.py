@@ -26,15 +26,14 @@ class Report:
     """Everything that `plan` found.
 
     Args:
+        forecaster: which has the costs, and answers for other numbers of stages.
         methods: every method in the plan's number of stages, and backpropagation on one device.
         sweep: the same for every number of stages asked for.
         timeline: the simulation of the config's own method.
     """
 
     plan: Plan
-    device: torch.device
-    measured: bool
-    connection: Connection
+    forecaster: Forecaster
     stages: list[StageForecast]
     methods: list[MethodForecast]
     sweep: list[MethodForecast]
@@ -64,8 +63,7 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     if max(sweep, default=1) > blocks:
         raise ConfigError(f"--stages: {max(sweep)} stages need as many blocks, and the model has {blocks}; "
                           f"give numbers up to {blocks}, or a deeper model")
-    measured = config.partition.costs == "measured"
-    costs = profile(network, device, data if measured else None)
+    costs = profile(network, device, data if config.partition.costs == "measured" else None)
     config = settle(config, network, costs)
     plan = make_plan(config, data.spec, network)
     forecaster = Forecaster(costs, config, connection)
@@ -73,7 +71,7 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     compared = forecaster.compare(len(plan.stages), plan.starts)
     swept = [row for count in sweep for row in (
         [one] if count == 1 else compared if count == len(plan.stages) else forecaster.compare(count))]
-    return Report(plan, device, measured, connection, forecaster.stages(plan), [*compared, one], swept,
+    return Report(plan, forecaster, forecaster.stages(plan), [*compared, one], swept,
                   forecaster.timeline(methods(config)[0], plan.starts, steps=4))
 
 
@@ -100,13 +98,13 @@ def save_trace(report: Report, path: Path) -> None:
 def as_json(report: Report) -> dict[str, Any]:
     """The report for programs; seconds, bytes and counts as plain numbers."""
     config = report.plan.config
-    return {"name": config.name, "method": config.method.name, "device": str(report.device),
-            "costs": "measured" if report.measured else "analytic",
+    return {"name": config.name, "method": config.method.name, "device": str(report.forecaster.costs.device),
+            "costs": "measured" if report.forecaster.costs.measured else "analytic",
             "batch_size": config.train.batch_size, "microbatches": config.train.microbatches,
             "cuts": [stage.blocks[0] for stage in report.stages[1:]],
             "stages": [asdict(stage) for stage in report.stages],
             "methods": [asdict(method) for method in report.methods],
-            "sweep": [asdict(method) for method in report.sweep], "wire": asdict(report.connection)}
+            "sweep": [asdict(method) for method in report.sweep], "wire": asdict(report.forecaster.connection)}
 
 
 def as_text(report: Report) -> str:
@@ -123,11 +121,11 @@ def as_text(report: Report) -> str:
 
 
 def _basis(report: Report) -> str:
-    flops, traffic = NOMINAL[report.device.type]
-    how = f"by costs measured on this {report.device.type}" if report.measured else \
+    costs, connection = report.forecaster.costs, report.forecaster.connection
+    flops, traffic = NOMINAL[costs.device.type]
+    how = f"by costs measured on this {costs.device.type}" if costs.measured else \
         f"by estimates at {human_count(flops)}FLOP/s and {human_count(traffic)}B/s"
-    return (f"{how}, messages at {human_count(report.connection.bandwidth)}B/s after "
-            f"{human_seconds(report.connection.latency)}")
+    return (f"{how}, messages at {human_count(connection.bandwidth)}B/s after {human_seconds(connection.latency)}")
 
 
 def _stage_table(stages: Sequence[StageForecast]) -> str:
