@@ -1,10 +1,14 @@
 """Gradients, and sets of tensors by name: what a stage's arithmetic is made of."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
 
 
 def first_names(module: nn.Module) -> dict[str, str]:
@@ -18,6 +22,22 @@ def first_names(module: nn.Module) -> dict[str, str]:
              for each in chain(layer.named_parameters(prefix, recurse=False, remove_duplicate=False),
                                layer.named_buffers(prefix, recurse=False, remove_duplicate=False)))
     return {name: first.setdefault(tensor, name) for name, tensor in named}
+
+
+def with_tensors(module: nn.Module) -> Callable[[dict[str, Tensor], Any], Any]:
+    """Calls `module` with tensors, by every name, in place of its own."""
+    return lambda tensors, given: functional_call(module, tensors, (given,), tie_weights=False)
+
+
+class Within(nn.Sequential):
+    """Calls a function while its blocks have the tensors that `with_tensors` puts there."""
+
+    def __init__(self, blocks: nn.Sequential):
+        super().__init__(OrderedDict(blocks._modules))
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """function()."""
+        return function()
 
 
 @torch.no_grad()
@@ -34,16 +54,22 @@ def trainable_copies_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: own.requires_grad_() for name, own in copies_of(tensors).items()}
 
 
-def gradients_of(out: Tensor, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,
-               keep: bool = False) -> tuple[Sequence[Tensor | None], Tensor | None]:
+def edge_of(out: Tensor) -> GradientEdge | None:
+    """Where the graph of `out` begins, without its values; None where it has no graph."""
+    return get_gradient_edge(out) if out.requires_grad else None
+
+
+def gradients_of(out: GradientEdge | None, parameters: Sequence[Tensor], x: Tensor | None, error: Tensor | None,
+                 keep: bool = False) -> tuple[Sequence[Tensor | None], Tensor | None]:
     """The gradients of `parameters` and of `x`, the latter None if it wants none.
 
     Args:
+        out: see `edge_of`.
         error: the gradient of `out`; None where that is a loss.
         keep: whether the graph is kept.
     """
     inputs = [*parameters, *([x] if x is not None and x.requires_grad else [])]
-    if not inputs or not out.requires_grad:
+    if not inputs or out is None:
         return [None] * len(parameters), None
     found = torch.autograd.grad(out, inputs, error, retain_graph=keep, allow_unused=True)
     return found[:len(parameters)], found[-1] if len(found) > len(parameters) else None

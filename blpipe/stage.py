@@ -28,20 +28,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.autograd.graph import GradientEdge
 
 from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
 from blpipe.device import Precision, narrowed, widened
 from blpipe.gradients import (
     GradientSums,
+    Within,
     copies_of,
+    edge_of,
     first_names,
     gradients_of,
     norm_of,
     ratio,
     trainable_copies_of,
     weighted,
+    with_tensors,
 )
 from blpipe.graphs import Recorder, Runner
 from blpipe.losses import Tally
@@ -57,9 +60,11 @@ class TailRun:
     runner: Runner                 # runs what is computed on this microbatch
     parameters: dict[str, Tensor]  # the live ones, or the snapshot that it ran with
     h: Tensor                      # its input, a leaf: the body's graph ends before it
-    out: Tensor | None             # its output with its graph; None once that is given up for recomputing
+    graph: GradientEdge | None     # of its output
+    dtype: torch.dtype             # of its output
     buffers: dict[str, Tensor]     # for recomputing: the tail's buffers as they were
     random_state: list[Tensor] | None = None  # for recomputing: where the random stream stood
+    again: bool = False            # whether the graph was given up, and the tail must run again
     local_norm: Tensor | None = None  # for normalising: the norm of its local gradient
     local_error: Tensor | None = None  # for a joint backward: ∂L_k/∂x_k
 
@@ -116,14 +121,14 @@ class Stage:
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
         self.links, self.link, self.wire = links, link, wire
         compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
-        parts: list[nn.Sequential] = [blocks, self.body, self.tail]
-        parts = [Recomputed(part) for part in parts] if recompute else parts
-        self._run_blocks, self._run_body, self._run_tail = map(compiled, parts)
+        called: Callable[[nn.Sequential], nn.Sequential] = Recomputed if recompute else lambda part: part
+        self._run_blocks, self._run_body = compiled(called(blocks)), compiled(called(self.body))
         self._run_head: Any = compiled(head) if head is not None else None
+        self._run_tail, self._run_tail_with = compiled(called(self.tail)), compiled(with_tensors(called(self.tail)))
+        # When the tail runs again, its backward follows at once, and begins with the last block.
+        self._run_tail_again = with_tensors(Recomputed(self.tail, last=False)) if recompute else self._run_tail_with
+        self._within_tail = with_tensors(Within(self.tail))
         self._first_names = first_names(self.tail)
-        self._run_tail_with = compiled(_with_tensors(parts[-1]))
-        # Its backward follows at once, and begins with the last block.
-        self._run_tail_again = _with_tensors(Recomputed(self.tail, last=False)) if recompute else self._run_tail_with
         self.optimizer, self.stream, self._clip_norm = optimizer, stream, clip_norm
         self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._recorder = recorder or Recorder()
@@ -186,7 +191,7 @@ class Stage:
             error = self._local_backward_of_tail(flight.tail_run, error, bool(trained) or sends)
             self._awaiting[self.links.hops_in[0]].append(flight.tail_run)
         if error is not None:
-            backward = partial(gradients_of, flight.h, trained, flight.x if sends else None, error)
+            backward = partial(gradients_of, edge_of(flight.h), trained, flight.x if sends else None, error)
             gradients, error = flight.runner.run("local backward of the body", backward)
             self._sums.add(trained, weighted(gradients, self.links.local_weight), flight.runner.repeats)
         if flight.tail_run is None:
@@ -214,10 +219,9 @@ class Stage:
             return None
         if self.links.joint:
             error, weight = self._joined(run, error, weight), 1.0
-        again = run.out is None
         parameters = list(run.parameters.values()) if trains or recorded else []
-        with self.stream.rewound_to(run.random_state) if again and run.random_state else nullcontext():
-            backward = partial(self._backward_of_tail, run, parameters, passes, not again and later)
+        with self.stream.rewound_to(run.random_state) if run.again and run.random_state else nullcontext():
+            backward = partial(self._backward_of_tail, run, parameters, passes, later and not run.again)
             gradients, error_before = run.runner.run(f"link backward {hop}", backward, error)
         if run.local_norm is not None and trains:
             weight = weight * ratio(run.local_norm, norm_of(gradients))
@@ -330,16 +334,13 @@ class Stage:
             parameters = self._snapshot = self._snapshot or trainable_copies_of(self._tail_live)
         cut = h.detach().requires_grad_(h.requires_grad)
         buffers = copies_of(dict(self.tail.named_buffers())) if self.link.keep == "recompute" else {}
-        if parameters is self._tail_live:
-            out = self.precision.run(self._run_tail, cut)
-        else:
-            out = self._tail_with(parameters, cut, self._run_tail_with)
-        return TailRun(runner, parameters, cut, out, buffers), out
+        run = self._run_tail if parameters is self._tail_live else self._having(parameters, self._run_tail_with)
+        out = self.precision.run(run, cut)
+        return TailRun(runner, parameters, cut, edge_of(out), out.dtype, buffers), out
 
-    def _tail_with(self, tensors: dict[str, Tensor], h: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        """The tail's output, with `tensors` in place of its own."""
-        every_name = {name: tensors[first] for name, first in self._first_names.items() if first in tensors}
-        return self.precision.run(partial(run, every_name), h)
+    def _having(self, tensors: dict[str, Tensor], run: Callable[..., Any]) -> Callable[[Any], Any]:
+        """`run`, which is `with_tensors`, with these in place of the tail's own."""
+        return partial(run, {name: tensors[first] for name, first in self._first_names.items() if first in tensors})
 
     def _head_backward(self, flight: InFlight, targets: Tensor, share: float, wanted: bool) -> Tensor | None:
         """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""
@@ -356,7 +357,7 @@ class Stage:
         cut = out.detach().requires_grad_(wanted and out.requires_grad)
         logits = self.precision.run(self._run_head, cut)
         loss = self.loss(logits, targets, cut)
-        gradients, error = gradients_of(loss * share, self._head_live, cut, None)
+        gradients, error = gradients_of(edge_of(loss * share), self._head_live, cut, None)
         if wanted and error is None:  # a head may ignore its input
             error = torch.zeros_like(cut)
         return loss.detach(), logits.detach(), gradients, error
@@ -370,7 +371,7 @@ class Stage:
         backward = partial(self._backward_of_tail, run, parameters, goes_on, keep, error)
         gradients, error = run.runner.run("local backward of the tail", backward)
         if not keep:
-            run.out = None
+            run.graph, run.again = None, True
         if self.link.normalize:
             run.local_norm = norm_of(gradients)
         if alpha:
@@ -389,23 +390,18 @@ class Stage:
     def _backward_of_tail(self, run: TailRun, parameters: Sequence[Tensor], goes_on: bool, keep: bool,
                           error: Tensor | None) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """The gradients of these parameters, and of the tail's input if it goes on from there."""
-        x = run.h if run.out is not None else run.h.detach().requires_grad_(goes_on)
-        out = run.out if run.out is not None else self._recompute(run, x)
-        error = error.to(out.dtype) if error is not None else None
-        return gradients_of(out, parameters, x if goes_on else None, error, keep)
-
-    def _recompute(self, run: TailRun, h: Tensor) -> Tensor:
-        """The tail's output again, bit for bit: same weights, buffers and random numbers; the live ones stay."""
-        buffers = copies_of(run.buffers)  # a forward may write to them
-        return self._tail_with({**run.parameters, **buffers}, h, self._run_tail_again)
+        tensors, x, graph = run.parameters, run.h, run.graph
+        if run.again:  # bit for bit: the same weights, buffers and random numbers; the live ones stay
+            tensors = {**run.parameters, **copies_of(run.buffers)}  # a forward may write to buffers
+            x = run.h.detach().requires_grad_(goes_on)
+            graph = edge_of(self.precision.run(self._having(tensors, self._run_tail_again), x))
+        error = error.to(run.dtype) if error is not None else None
+        backward = partial(gradients_of, graph, parameters, x if goes_on else None, error, keep)
+        # A block may run again in its backward: with the weights of its forward, not those that are live by now.
+        return backward() if tensors is self._tail_live else self._having(tensors, self._within_tail)(backward)
 
     def _sent(self, error: Tensor | None, x: Tensor, runner: Runner) -> Tensor:
         """An error as it goes to the stage before, where it may wait longer than a runner keeps it."""
         error = torch.zeros_like(x) if error is None else error
         sent = narrowed(error, self.link.wire)
         return sent.clone() if sent is error and runner.repeats else sent
-
-
-def _with_tensors(blocks: nn.Sequential) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """What runs these blocks with other tensors, by name, in place of their own."""
-    return lambda tensors, x: functional_call(blocks, tensors, (x,), tie_weights=False)

@@ -27,6 +27,8 @@ SETTINGS = METHODS | {
                 "train__channels_last": True}}
 THROUGH_ALL = [{"method__link": {"length": "all", **link}, "partition__stages": 2}
                for link in ({"delay": 0}, {"delay": 1}, {"delay": 1, "joint": True}, {"delay": 1, "keep": "recompute"})]
+LATE = [{"method__link": {"length": 1, **link}, "partition__stages": 4, "train__microbatches": 8}
+        for link in ({"delay": 1}, {"delay": 1, "joint": True})]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -107,7 +109,7 @@ def test_a_buffer_may_be_that_of_two_modules_or_none():
     assert again.seen == 2
 
 
-@pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, *THROUGH_ALL])
+@pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, *THROUGH_ALL, *LATE])
 def test_a_stage_needs_less_memory(changes):
     def network(on):
         return network_of(model={"name": "resnet_cifar", "args": {"depth": 32}}, train__recompute=on,

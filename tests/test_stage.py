@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from blpipe.config import LinkConfig
 from blpipe.device import use_compiler
@@ -18,15 +19,28 @@ KEPT = [("graph", False), ("recompute", False), ("graph", True), ("recompute", T
 """`link.keep`, and whether blocks run again in their backward."""
 
 
+class Checkpointed(nn.Module):
+    """A block that runs itself again in its backward."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
 def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, recompute=False, compile=False,
-               skip_nonfinite=False, tied="", clip_norm=None, **links):
+               skip_nonfinite=False, kind="", clip_norm=None, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
-    if tied == "tensors":
+    if kind == "tied tensors":
         blocks[2][0].weight, blocks[2][1].running_mean = blocks[1][0].weight, blocks[1][1].running_mean
-    if tied == "layers":
+    if kind == "tied layers":
         blocks[2] = blocks[1]
+    if kind == "checkpointed":
+        blocks = nn.Sequential(*map(Checkpointed, blocks))
     head = nn.Linear(5, 3)
     parameters = [*blocks.parameters(), *head.parameters()]
     made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
@@ -42,11 +56,11 @@ def microbatch(seed):
     return torch.randn(8, 5, generator=generator), torch.randint(3, (8,), generator=generator)
 
 
-@pytest.mark.parametrize("tied", ["", "tensors", "layers"])
+@pytest.mark.parametrize("kind", ["", "tied tensors", "tied layers", "checkpointed"])
 @pytest.mark.parametrize(("keep", "recompute"), KEPT)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
-def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, recompute, optimizer, tied):
-    stage = make_stage(keep, delay=1, optimizer=optimizer, tied=tied, recompute=recompute)
+def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep, recompute, optimizer, kind):
+    stage = make_stage(keep, delay=1, optimizer=optimizer, kind=kind, recompute=recompute)
     before = copy.deepcopy(stage.blocks)
     x, targets = microbatch(0)
     stage.forward(x)

@@ -141,7 +141,11 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     needs = needs + computing + passing[start] + there * (ACTIVATIONS_AHEAD * passing[start] + IN_FLIGHT * passing[end])
     if config.method.linked:
         tail = tail_start(link, start, end)
-        kept = held[end] - held[tail] if link.keep == "graph" else passing[tail]
+        kept = passing[tail]
+        if link.keep == "graph":
+            kept = kept + held[end] - held[tail] - (passing[end] if train.recompute else 0)
+        if link.joint:
+            kept = kept + passing[end]  # the local error
         hops = most_hops(costs, end, link)
         farthest = _stages_after(costs, end) if one_for_all(link) else hops
         delay = link.delay_in_microbatches(train.microbatches)
