@@ -173,7 +173,7 @@ class Stage:
     def local_backward(self, targets: Tensor, share: float) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
 
-        With a joint backward the tail takes it in `link_backward`; here it only passes the error on.
+        With a joint backward the tail takes it in `link_backward`; here the error only passes through the tail.
 
         Args:
             targets: int64 [microbatch, …].

@@ -43,6 +43,7 @@ METHODS = {
                           "train__microbatches": 4},
     "joint": {"method__link": {"delay": 1, "length": "all", "joint": True}, "train__microbatches": 2,
               "optimizer": {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9, "fused": True}}},
+    "joint_tail": {"method__link": {"delay": 1, "length": 1, "joint": True}, "train__microbatches": 2},
     "far": {"method": {"local_weight": 0.5, "link": {**DEEP, "delay": 1, "normalize": True, "weight": 0.7}},
             "train__microbatches": 2,
             "optimizer": {"name": "adamw", "lr": 0.01, "clip_norm": 0.5, "args": {"fused": True}}},

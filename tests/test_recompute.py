@@ -143,16 +143,50 @@ def test_what_runs_again_costs_its_forward_again():
     assert forward_again("backward")[0] == pytest.approx(sums[4] - sums[1])
 
 
-def test_plan_knows_of_each_method_what_runs_again():
-    def rows(delay):
-        link = {"length": "all", "delay": delay}
-        network, _ = network_of(partition__stages=3, train={"recompute": True, "batch_size": 16, "microbatches": 4},
-                                method={"link": link})
+def test_a_joint_backward_runs_each_block_again_where_it_goes_back_through_it():
+    def stage(on, length):
+        network, _ = network_of(partition__stages=4, train__recompute=on)
+        method = MethodConfig(link=LinkConfig(length=length, joint=True))
+        return stage_cost(profile(network, CPU), 0, 3, method), profile(network, CPU).sums["forward"]
+
+    for length, of_the_local_loss, of_the_link in ((1, (0, 3), (2, 3)), ("all", (0, 0), (0, 3))):
+        (plain, sums), (again, _) = stage(False, length), stage(True, length)
+        for field, (start, end) in (("local_backward", of_the_local_loss), ("link_backward", of_the_link)):
+            assert getattr(again, field) - getattr(plain, field) == pytest.approx(sums[end] - sums[start])
+
+
+def test_plan_charges_every_method_for_what_runs_again():
+    def seconds(on):
+        network, _ = network_of(partition__stages=3, train={"recompute": on, "batch_size": 16, "microbatches": 4})
         forecaster = Forecaster(profile(network, CPU), network.config, CONNECTIONS["cuda"])
         return {row.method: row.seconds_per_step for row in forecaster.compare(3)}
 
-    assert rows(0) == rows(1)
-    assert rows(0)["backlink d=0"] > rows(0)["backlink d=1"]
+    plain, again = seconds(False), seconds(True)
+    assert all(again[method] > 1.1 * plain[method] for method in plain)
+
+
+class Fails(nn.Module):
+    """Has a buffer, and does not run twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        if self.count > 1:
+            raise RuntimeError("not again")
+        return x.sin()
+
+
+def test_a_block_that_fails_when_it_runs_again_leaves_its_buffers_as_they_were():
+    block, x = Fails(), torch.ones(3, requires_grad=True)
+    out = Recomputed(nn.Sequential(block))(x)
+    block.count = live = block.count + 5
+    block.register_forward_pre_hook(lambda module, given: setattr(module, "count", module.count + 1))
+    with pytest.raises(RuntimeError, match="not again"):
+        torch.autograd.grad(out.sum(), x)
+    assert block.count is live
 
 
 @pytest.mark.parametrize(("changes", "key"), [({"train__compile": True}, "train.compile"),

@@ -148,9 +148,9 @@ def recomputed(case: Case) -> Case:
     return replace(case, name=f"{case.name}, blocks recomputed", recompute=True)
 
 
-_LAST_LOSS = Case("last loss, d = 1/M", late(LAST_LOSS, "1/M"))
 MICROBATCHES = [Case("BackLink, length 1, d = 1/M", late(BACKLINK, "1/M")), Case("joint, d = 1/M", late(JOINT, "1/M")),
-                _LAST_LOSS, inputs_kept(_LAST_LOSS)]
+                Case("last loss, d = 1/M", late(LAST_LOSS, "1/M"))]
+INPUTS_KEPT = [inputs_kept(case) for case in MICROBATCHES]
 RECOMPUTED = [recomputed(case) for case in (GREEDY, backlink(1, 0), backlink(1, 1), backlink("all", 1))]
 
 
@@ -164,7 +164,8 @@ def tasks(part: Part, size: Size, linked: list[Case]) -> list[Task]:
     short, most = [GREEDY, *filter(_is_short, linked)], size.stages[-1:]
     longer = [case for case in linked if not _is_short(case)]
     if part == "microbatches":
-        every = [BP, *CHECKPOINTED, *short, *MICROBATCHES, *RECOMPUTED, *map(recomputed, MICROBATCHES)]
+        every = [BP, *CHECKPOINTED, *short, *MICROBATCHES, *INPUTS_KEPT, *RECOMPUTED,
+                 *map(recomputed, (*MICROBATCHES, *INPUTS_KEPT))]
         return _rows(part, every, size.stages, "even")
     every = [*short, *WHOLE_BATCHES, *RECOMPUTED]
     rows = [*_rows(part, every, size.stages, "even"), *_rows(part, short, most, "least"),

@@ -28,7 +28,7 @@ from blpipe.data import open_data
 from blpipe.device import set_up
 from blpipe.engines.common import train_epoch
 from blpipe.errors import ConfigError
-from blpipe.forecast.forecast import Forecaster
+from blpipe.forecast.forecast import Forecaster, methods
 from blpipe.forecast.report import make_report
 from blpipe.plan import make_plan
 from blpipe.trainer import open_local
@@ -101,7 +101,7 @@ def _config(settings: ThroughputConfig, name: str, device: torch.device, microba
 
 
 def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts: list[int]) -> dict[str, Any]:
-    """samples/s by K and method; BackLink d=1 and one device with whole batches, all else with microbatches."""
+    """samples/s by K and method; those a batch late and one device with whole batches, all else with microbatches."""
     with one_thread():
         whole, parts = (make_report(_config(settings, name, device, count), counts)
                         for count in (1, settings.microbatches))
@@ -115,14 +115,15 @@ def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts
                 found[str(row.stages)][known[row.method]] = row.samples_per_second
     for title, report, method in (("joint tail d=1", whole, JOINT_TAIL), ("joint d=1", whole, JOINT),
                                   ("last loss d=1/M", parts, late(LAST_LOSS, "1/M"))):
-        forecaster = _of_method(report.forecaster, method)
+        forecaster = _by_the_same_costs(report.forecaster, method)
+        own = methods(forecaster.config)[0].name
         for count in counts:
-            found[str(count)][title] = forecaster.compare(count)[0].samples_per_second
+            found[str(count)][title], = (row.samples_per_second for row in forecaster.compare(count)
+                                         if row.method == own)
     return found
 
 
-def _of_method(forecaster: Forecaster, method: dict[str, Any]) -> Forecaster:
-    """By the same costs."""
+def _by_the_same_costs(forecaster: Forecaster, method: dict[str, Any]) -> Forecaster:
     config = forecaster.config.model_copy(update={"method": MethodConfig.model_validate(method)})
     costs = replace(forecaster.costs, network=replace(forecaster.costs.network, config=config))
     return Forecaster(costs, config, forecaster.connection)

@@ -64,7 +64,7 @@ class Method:
     """A way to train a pipeline: the programs of its stages and what their operations take.
 
     Args:
-        config: for the stages' costs, with the delay of its errors.
+        config: for the stages' costs.
         program: (stage from 0, stages, steps) to operations.
         seconds: of each kind of operation in a stage.
         links: what goes back through stages with so many blocks.
@@ -111,8 +111,7 @@ def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
 
     reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
     name = f"{method.name} d={Fraction(delay, microbatches)}{reach}" if method.linked else method.name
-    link = method.link.model_copy(update={"delay": delay, "delay_unit": "microbatch"})
-    return Method(name, method.model_copy(update={"link": link}), program, seconds, links, delay)
+    return Method(name, method, program, seconds, links, delay)
 
 
 def _schedule(name: str, microbatches: int) -> Method:
@@ -171,16 +170,16 @@ class Forecaster:
             starts: the first blocks of the config's own stages, where it has as many.
         """
         rows = []
-        tables: dict[tuple[str, bool], Table] = {}
+        tables: dict[str, Table] = {}
         for number, method in enumerate(methods(self.config)):
-            alike = method.config.name, method.delay > 0
-            if alike not in tables:
-                tables[alike] = seconds_table(self.costs, method.config)
-            table, shares = tables[alike], number == 0 or self.config.partition.strategy != "balanced"
+            kind = method.config.name
+            if kind not in tables:
+                tables[kind] = seconds_table(self.costs, method.config)
+            table, shares = tables[kind], number == 0 or self.config.partition.strategy != "balanced"
             cuts = starts if starts and shares else self._starts_for(table, stages)
             if cuts is None or not _are_allowed(table, cuts):
                 continue
-            steps = _DRAINED_STEPS if method.config.name == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
+            steps = _DRAINED_STEPS if kind == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
             rows.append(self._forecast(method, self.timeline(method, cuts, steps), cuts))
         return rows
 

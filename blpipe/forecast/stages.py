@@ -76,20 +76,24 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
 
 def _local_seconds(costs: Profile, start: Any, end: Any, backward: Any, for_input: Any, method: MethodConfig,
                    links: Links | None) -> Any:
-    """Of the local loss through the blocks of a stage before the last, given what all of them take.
+    """Of the local loss through the blocks of a stage before the last.
 
-    It may only be passed on, or not even that; with a joint backward, so it is in the tail.
+    Blocks that it does not train (all at α = 0, the tail of a joint backward) only pass the error on, where a body or
+    the stage before wants it.
+
+    Args:
+        backward, for_input: seconds through all blocks, with the gradients of their parameters and without.
     """
     joint = links.joint if links else method.link.joint and method.linked
     if method.local_weight and not joint:
         return backward
     passed_on = 1 in links.hops_out if links else np.greater(start, 0) & (not one_for_all(method.link))
-    through_tail = np.where(passed_on, for_input, 0.0)
+    only_sent = np.where(passed_on, for_input, 0.0)
     if not method.local_weight:
-        return through_tail
+        return only_sent
     tail = tail_start(method.link, start, end)
-    saved = costs.sums["backward"] - costs.sums["input_backward"]
-    return np.where(np.less(start, tail), backward - (saved[end] - saved[tail]), through_tail)
+    for_parameters = costs.sums["backward"] - costs.sums["input_backward"]
+    return np.where(np.less(start, tail), backward - (for_parameters[end] - for_parameters[tail]), only_sent)
 
 
 def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links: Links | None) -> Any:
