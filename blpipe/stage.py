@@ -124,7 +124,8 @@ class Stage:
         called: Callable[[nn.Sequential], nn.Sequential] = Recomputed if recompute else lambda part: part
         self._run_blocks, self._run_body = compiled(called(blocks)), compiled(called(self.body))
         self._run_head: Any = compiled(head) if head is not None else None
-        self._run_tail, self._run_tail_with = compiled(called(self.tail)), compiled(with_tensors(called(self.tail)))
+        tail = called(self.tail)
+        self._run_tail, self._run_tail_with = compiled(tail), compiled(with_tensors(tail))
         # When the tail runs again, its backward follows at once, and begins with the last block.
         self._run_tail_again = with_tensors(Recomputed(self.tail, last=False)) if recompute else self._run_tail_with
         self._within_tail = with_tensors(Within(self.tail))

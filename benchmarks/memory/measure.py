@@ -75,7 +75,11 @@ def local_engine(plan: Plan, case: Case, stages: int, device: torch.device) -> L
 
 
 def _with_checkpointing(plan: Plan, case: Case, stages: int) -> Plan:
-    """The plan with each of its stages in the case's segments, which are those of so many stages of the even cut."""
+    """The plan with each of its stages in the case's segments.
+
+    Args:
+        stages: of the even cut that a stage of the plan stands for, 1 in a pipeline; "stages" has a segment for each.
+    """
     counts = [case.segments(len(stage), stages) for stage in plan.stages]
     return replace(plan, stages=[stage if count is None else checkpointed(stage, count)
                                  for stage, count in zip(plan.stages, counts, strict=True)])
