@@ -267,13 +267,15 @@ class OptimizerConfig(ByName):
 class TrainConfig(Section):
     """Epochs and batches, and how they are computed.
 
-    recompute: whether a block keeps its input alone, and runs again in its backward. compile: whether blocks and heads
-    are compiled. wire: the precision of activations under way. on_nonfinite: what becomes of a step in which a stage's
-    loss is NaN or infinite.
+    replicas: how many copies of the pipeline share every batch. microbatches: of a replica's share. recompute: whether
+    a block keeps its input alone, and runs again in its backward. compile: whether blocks and heads are compiled. wire:
+    the precision of activations under way. on_nonfinite: what becomes of a step in which a stage's loss is NaN or
+    infinite.
     """
 
     epochs: Positive = 10
     batch_size: Positive = 64
+    replicas: Positive = 1
     microbatches: Positive = 1
     drop_last: bool = False
     eval_batch_size: Positive | None = None
@@ -287,16 +289,18 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":
-        if self.batch_size % self.microbatches:
-            fitting = next(m for m in range(min(self.microbatches, 4096), 0, -1) if self.batch_size % m == 0)
-            raise ValueError(f"microbatches {self.microbatches} does not divide batch_size {self.batch_size}; "
-                             f"one that does: {fitting}")
+        for key, value, size, whole in (("replicas", self.replicas, self.batch_size, "batch_size"),
+                                        ("microbatches", self.microbatches, self.batch_size // self.replicas,
+                                         "batch_size" if self.replicas == 1 else "a replica's share of")):
+            if size % value:
+                fitting = next(m for m in range(min(value, 4096), 0, -1) if size % m == 0)
+                raise ValueError(f"{key} {value} does not divide {whole} {size}; one that does: {fitting}")
         return self
 
     @property
     def microbatch_size(self) -> int:
         """Samples in a microbatch of a full batch."""
-        return self.batch_size // self.microbatches
+        return self.batch_size // self.replicas // self.microbatches
 
 
 class CheckpointConfig(Section):
@@ -346,6 +350,11 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def processes(self) -> int:
+        """Of the pipeline engine: one for each stage of each replica."""
+        return self.partition.stage_count * self.train.replicas
 
     @model_validator(mode="after")
     def _one_for_each_stage(self) -> "Config":

@@ -233,6 +233,11 @@ class Tally:
         tally._samples, tally._targets, *tally.skipped = map(int, state[2:])
         return tally
 
+    @classmethod
+    def of_all(cls, states: Sequence[Sequence[float]]) -> "Tally":
+        """The sums of all replicas of a stage, from the `state` of each; they have skipped the same steps."""
+        return cls.of([*map(sum, zip(*(state[:4] for state in states), strict=True)), *states[0][4:]])
+
     @property
     def loss(self) -> float | None:
         """Mean loss over the samples counted; None if there were none."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from blpipe.config import Config, MethodConfig
 from blpipe.config_types import WirePrecision
-from blpipe.data import DataSpec
+from blpipe.data import DataSpec, Share
 from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, build_head, channels_first
 from blpipe.losses import build_loss
@@ -25,10 +25,19 @@ from blpipe.text import blocks_text, dtype_name
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its number in the run, from 0, and the sizes of its microbatches."""
+    """One optimizer step of a replica: its number in the run, from 0, and the sizes of its microbatches.
+
+    elsewhere: how many samples of the batch other replicas have.
+    """
 
     index: int
     sizes: tuple[int, ...]
+    elsewhere: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Of the batch, in all replicas."""
+        return sum(self.sizes) + self.elsewhere
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plain model, its stages, and what crosses each boundary.
+    """The plain model, its stages, and what crosses each boundary, in one replica of the pipeline.
 
     Args:
         outputs: by microbatch size, the output of every stage in order.
         boundaries: what the head of each stage is built for; the last one is the model's own output.
         links: what goes back through each stage.
+        replica: which one, from 0.
     """
 
     config: Config
@@ -98,6 +108,12 @@ class Plan:
     outputs: dict[int, list[TensorSpec]]
     boundaries: list[Boundary]
     links: list[Links]
+    replica: int = 0
+
+    @property
+    def share(self) -> Share:
+        """What this replica takes of every batch."""
+        return Share(self.replica, self.config.train.replicas)
 
     @property
     def classes(self) -> int:
@@ -126,21 +142,22 @@ class Plan:
     @cached_property
     def step_sizes(self) -> list[tuple[int, ...]]:
         """The microbatch sizes of every step of an epoch."""
-        return step_sizes(self.data.train_samples, self.config)
+        return step_sizes(self.data.train_samples, self.config, self.replica)
 
     @property
     def samples_per_epoch(self) -> int:
-        """Training samples that an epoch goes through."""
-        return sum(map(sum, self.step_sizes))
+        """Training samples that an epoch goes through, in all replicas."""
+        return sum(batch_sizes(self.data.train_samples, self.config))
 
     def train_steps(self, epoch: int) -> list[Step]:
         """The steps of one epoch, from 0."""
-        first = epoch * len(self.step_sizes)
-        return [Step(first + i, sizes) for i, sizes in enumerate(self.step_sizes)]
+        first, batches = epoch * len(self.step_sizes), batch_sizes(self.data.train_samples, self.config)
+        return [Step(first + i, sizes, batch - sum(sizes))
+                for i, (sizes, batch) in enumerate(zip(self.step_sizes, batches, strict=True))]
 
     def evaluation_sizes(self) -> list[int]:
         """Batch sizes of one evaluation."""
-        return evaluation_sizes(self.data.test_samples, self.config)
+        return evaluation_sizes(self.data.test_samples, self.config)[self.replica::self.config.train.replicas]
 
     def build_head(self, index: int) -> nn.Module:
         """The head of the stage with this index, from 0."""
@@ -192,9 +209,14 @@ def make_network(config: Config, data: DataSpec) -> Network:
     if config.train.batch_size > data.train_samples:
         raise ConfigError(f"train.batch_size: {config.train.batch_size} is more than the {data.train_samples} training "
                           f"samples; use at most {data.train_samples}")
+    last_batch, replicas = batch_sizes(data.train_samples, config)[-1], config.train.replicas
+    if last_batch < replicas:
+        raise ConfigError(f"train.replicas: {replicas}, but the last batch of an epoch has {last_batch} samples, one "
+                          "for each at least; set train.drop_last=true, or another train.batch_size")
     model = build_model(config.model, data, config.seed)
     check_stage_count(config.partition, [name for name, _ in named_blocks(model)])
-    training = {size for step in step_sizes(data.train_samples, config) for size in step}
+    training = {size for replica in range(replicas) for step in {*step_sizes(data.train_samples, config, replica)}
+                for size in step}
     with layer_calls(model) as calls:
         traced = {size: trace_shapes(model, data, size, training=True, calls=calls) for size in training}
     for size in {*evaluation_sizes(data.test_samples, config)}:
@@ -218,11 +240,12 @@ def _told(spec: TensorSpec) -> str:
     return f"{list(spec.shape)} of {dtype_name(spec.dtype)}"
 
 
-def make_plan(config: Config, data: DataSpec, network: Network | None = None) -> Plan:
+def make_plan(config: Config, data: DataSpec, network: Network | None = None, replica: int = 0) -> Plan:
     """Cut the model into stages and check that all parts fit; no process group, no training.
 
     Args:
         network: the one of this config and data, where it is there already.
+        replica: of the pipeline, from 0.
 
     Raises:
         ConfigError: anything in `config` that does not fit together or does not fit the data.
@@ -234,7 +257,7 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None) ->
         config, data, network.model, stages,
         outputs={size: [specs[end] for end in ends] for size, specs in network.outputs.items()},
         boundaries=[network.boundaries[end] for end in ends],
-        links=stage_links(config.method, [len(stage) for stage in stages]))
+        links=stage_links(config.method, [len(stage) for stage in stages]), replica=replica)
     _check_boundaries(plan)
     _check_links(plan)
     for k, stage in enumerate(stages):
@@ -246,15 +269,17 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None) ->
     return plan
 
 
-def step_sizes(samples: int, config: Config) -> list[tuple[int, ...]]:
-    """The microbatch sizes of every step of an epoch; the last batch, if kept, may be smaller."""
-    train = config.train
-    micro = train.microbatch_size
-    full, rest = divmod(samples, train.batch_size)
-    steps = [(micro,) * train.microbatches] * full
-    if rest and not train.drop_last:
-        steps.append((micro,) * (rest // micro) + ((rest % micro,) if rest % micro else ()))
-    return steps
+def batch_sizes(samples: int, config: Config) -> list[int]:
+    """The samples of every step of an epoch; the last batch, if kept, may be smaller."""
+    full, rest = divmod(samples, config.train.batch_size)
+    return [config.train.batch_size] * full + ([rest] if rest and not config.train.drop_last else [])
+
+
+def step_sizes(samples: int, config: Config, replica: int = 0) -> list[tuple[int, ...]]:
+    """The sizes of a replica's microbatches in every step of an epoch."""
+    micro, share = config.train.microbatch_size, Share(replica, config.train.replicas)
+    own = (len(range(batch)[share.of(batch)]) for batch in batch_sizes(samples, config))
+    return [(micro,) * (count // micro) + ((count % micro,) if count % micro else ()) for count in own]
 
 
 def evaluation_sizes(samples: int, config: Config) -> list[int]:

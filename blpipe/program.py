@@ -7,7 +7,8 @@ the same numbers. For microbatch n, counted through all batches:
 
     receive n → forward → send → local backward → send error → receive error of n−d → link backward
 
-and after the last microbatch of a batch its optimizer step. A joint link backward is the local one through the
+and after the last microbatch of a batch its optimizer step. Where the pipeline has replicas, each with a share of
+the batch, those of a stage add their gradients up before it. A joint link backward is the local one through the
 tail too. With d ≥ 1 nothing waits for the next stage: it has had the time of a microbatch or more for the
 error. An error that reaches further is passed on as soon as its link backward is done, and is due one delay
 later there: hop j of a microbatch is due j · d after it. After the last step of an epoch no link is left over:
@@ -45,6 +46,7 @@ class Kind(Enum):
     LINK_BACKWARD = "link backward"
     HOLD_LINK = "hold link"  # a link backward whose gradient waits for its step
     ADD_HELD = "add held link"
+    SHARE = "share gradients"  # with the other replicas of the stage
     STEP = "step"
     EVALUATE = "evaluate"
 
@@ -63,11 +65,12 @@ class Op(NamedTuple):
 
 @dataclass(frozen=True)
 class Role:
-    """What a stage exchanges with its neighbours."""
+    """What a stage exchanges with its neighbours, and whether it shares gradients with replicas of itself."""
 
     sends: bool    # activations, to the next stage
     hops_out: tuple[int, ...]  # errors of each microbatch for the stage before: 1 is its own, others it passes on
     hops_in: tuple[int, ...]   # errors of each microbatch from the next stage
+    shares: bool = False
 
 
 class _Link(NamedTuple):
@@ -111,6 +114,8 @@ def train_program(steps: Sequence[Step], role: Role, delay: int, start: int = 0,
         flush = _pop_due(awaiting, inf) if delay == 0 or step is steps[-1] else []
         if not done:
             yield from _links(flush, role, start)
+            if role.shares:
+                yield Op(Kind.SHARE, step.index)
             yield Op(Kind.STEP, step.index)
     yield from _links([link for link in _pop_due(awaiting, inf) if link.step >= start], role, start, hold=True)
 
@@ -196,6 +201,10 @@ class Outbox(Protocol):
         """Send a message; may wait for room."""
 
 
+class Sum(Inbox, Outbox, Protocol):
+    """Adds up what the replicas of a stage put, tensor by tensor; each gets the sums."""
+
+
 class Factors(NamedTuple):
     """What the schedules say of one step: factors on the learning rate, and on the links of its microbatches."""
 
@@ -211,6 +220,7 @@ class Ports:
     outbox: Outbox | None = None
     errors_in: Inbox | None = None
     errors_out: Outbox | None = None
+    replicas: Sum | None = None
 
 
 def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[Step],
@@ -219,7 +229,7 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
 
     `on_op` is called before each op. Activations travel with the targets: (x, targets).
     """
-    batch_sizes = {step.index: sum(step.sizes) for step in steps}
+    batch_sizes = {step.index: step.samples for step in steps}
     for op in program:
         on_op(op)
         match op.kind:
@@ -253,5 +263,11 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 del link_error
             case Kind.ADD_HELD:
                 stage.add_held((op.step, op.microbatch), op.hop)
+            case Kind.SHARE:
+                assert ports.replicas is not None
+                ports.replicas.put(*stage.to_share())
+                while not ports.replicas.has_message():
+                    yield
+                stage.update.take_shared(ports.replicas.get())
             case Kind.STEP:
                 stage.step(op.step, factors(op.step).lr)

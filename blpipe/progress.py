@@ -16,7 +16,7 @@ _FORMAT = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{r
 
 
 class Progress:
-    """Counts this process's steps. Rank 0 shows all stages; the others tell it of theirs, through the store.
+    """Counts this process's steps. Rank 0 shows all stages of the first replica; these tell it, through the store.
 
     Args:
         first_step: steps of the run that are done already.
@@ -46,13 +46,13 @@ class Progress:
         if not self._shown or monotonic() - self._looked < _SECONDS:
             return
         self._looked = monotonic()
-        own = {k: {"steps": self._steps, **asdict(progress)}
-               for k, progress in zip(self._engine.stages, self._engine.progress(), strict=True)}
+        own = {k: {"steps": self._steps, **asdict(progress)} for k, progress in self._engine.progress().items()}
         if self._bars:
             others = self._meeting.notes() if self._meeting is not None else {}
             self._show(others | own)
         elif self._meeting is not None:
-            self._meeting.note(own[self._meeting.rank])
+            for note in own.values():
+                self._meeting.note(note)
 
     def _show(self, stages: dict[int, dict[str, Any]]) -> None:
         for k, stage in sorted(stages.items()):

@@ -13,7 +13,7 @@ from blpipe.plan import Plan
 
 _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
 _CHANGEABLE = ("partition", "optimizer.lr", "schedule", "data.root", "data.download", "data.workers", "data.place",
-               "data.bad_samples", "train.epochs", "train.eval_batch_size", "train.eval_every_epochs",
+               "data.bad_samples", "train.epochs", "train.replicas", "train.eval_batch_size", "train.eval_every_epochs",
                "train.on_nonfinite", "train.recompute", "method.link.keep")
 _OF_EVALUATION = ("data", "train.eval_batch_size", "train.precision", "train.channels_last")
 

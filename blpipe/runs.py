@@ -98,7 +98,7 @@ def _for_evaluation(config: Config, train_samples: int) -> Config:
     """The config with batches for training that any data have."""
     train = config.train
     return config.model_copy(update={"train": train.model_copy(update={
-        "batch_size": min(train.batch_size, train_samples), "microbatches": 1, "drop_last": True,
+        "batch_size": min(train.batch_size, train_samples), "replicas": 1, "microbatches": 1, "drop_last": True,
         "eval_batch_size": train.eval_batch_size or train.batch_size})})
 
 
@@ -137,7 +137,7 @@ class _Run:
     """A run that is about to begin.
 
     Args:
-        data: in the first process alone.
+        data: in the processes of the first stage alone.
         shown: whether progress is.
         meeting: with the other processes; None where there is one.
     """
@@ -207,8 +207,11 @@ def _follow(config: Config, meeting: Meeting) -> _Run:
     if "failed" in told:
         raise UserError("rank 0 could not begin")
     config = config.model_copy(update={"partition": PartitionConfig(**told["partition"])})
-    plan, found = make_plan(config, DataSpec.from_json(told["data"])), told["checkpoint"]
-    return _Run(plan, None, Path(told["run"]), Beginning(found and Path(found)), told["shown"], meeting)
+    replica, stage = divmod(meeting.rank, config.partition.stage_count)
+    spec, found = DataSpec.from_json(told["data"]), told["checkpoint"]
+    data = None if stage else open_data(config.data, config.seed)
+    plan = make_plan(config, spec, replica=replica)
+    return _Run(plan, data, Path(told["run"]), Beginning(found and Path(found)), told["shown"], meeting)
 
 
 def _has_terminal(config: Config) -> bool:
@@ -250,7 +253,8 @@ def _horizon(run: _Run, start: int, stop: Event) -> Horizon:
     if run.meeting is None:
         return Horizon(start, stop.is_set)
     ahead = steps_ahead([links.hops_in for links in plan.links], plan.delay, plan.config.train.microbatches)
-    return Horizon(start, stop.is_set, run.meeting, ahead)
+    replicated = plan.config.train.replicas > 1  # another replica's first stage may be in the next step already
+    return Horizon(start, stop.is_set, run.meeting, ahead + replicated)
 
 
 def _finish(log: RunLog, folder: Path) -> None:
@@ -260,16 +264,16 @@ def _finish(log: RunLog, folder: Path) -> None:
 
 
 def _tell_of(epoch: Epoch, run: _Run, log: RunLog | None) -> None:
-    if log is not None and run.data is not None:  # in the first process
+    if log is not None:  # in the first process
         plan = run.plan
         _tell(log.add(epoch))
         tqdm.write(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
-        for line in run.data.notes():
-            tqdm.write(f"note: {line}")
         for number, report in enumerate(epoch.reports or [], start=1):
             if report.skipped_steps:
                 tqdm.write(f"note: stage {number} ({plan.stage_names[number - 1]}) skipped step "
                            f"{', '.join(map(str, report.skipped_steps))}: loss or gradients NaN or infinite")
+    for line in run.data.notes() if run.data is not None else []:
+        tqdm.write(f"note: {line}")
 
 
 def _write_trace(run: Path, engine: Engine, plan: Plan) -> None:

@@ -21,7 +21,6 @@ abstract could be read: the formula for α = 1, r = 1 is our reading of it; α a
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +33,6 @@ from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
 from blpipe.device import Precision, narrowed, widened
 from blpipe.gradients import (
-    GradientSums,
     Within,
     copies_of,
     edge_of,
@@ -51,6 +49,7 @@ from blpipe.losses import Tally
 from blpipe.plan import Links
 from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
+from blpipe.update import Update
 
 
 @dataclass
@@ -109,13 +108,14 @@ class Stage:
         skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
             waits for the device in every step.
         recorder: of what is computed on each microbatch; None to run everything as it is.
+        leads: whether it is the one that other replicas of this stage take their buffers from.
     """
 
     def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
                  link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
                  clip_norm: float | None = None, precision: Precision | None = None, wire: WirePrecision = "full",
                  recompute: bool = False, compile: bool = False, skip_nonfinite: bool = False,
-                 recorder: Recorder | None = None):
+                 recorder: Recorder | None = None, leads: bool = True):
         self.blocks, self.head, self.loss = blocks, head, loss
         self.precision = precision or Precision()
         self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
@@ -130,23 +130,26 @@ class Stage:
         self._run_tail_again = with_tensors(Recomputed(self.tail, last=False)) if recompute else self._run_tail_with
         self._within_tail = with_tensors(Within(self.tail))
         self._first_names = first_names(self.tail)
-        self.optimizer, self.stream, self._clip_norm = optimizer, stream, clip_norm
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        self.stream = stream
         self._recorder = recorder or Recorder()
         judges = [loss, *([] if head is None else [head])]
         self._head_live = [*dict.fromkeys(p for part in judges for p in part.parameters() if p.requires_grad)]
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
         self._tail_live: dict[str, Tensor] = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
-        self._sums = GradientSums()
+        self.update = Update(self.parts, optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, leads=leads)
+        self._sums = self.update.sums
         self._snapshot: dict[str, Tensor] | None = None
         self._flight: InFlight | None = None
         self._awaiting: dict[int, deque[TailRun]] = {hop: deque() for hop in links.hops_in}
         self.held: dict[Held, dict[str, Tensor]] = {}
         self.tally = Tally()
-        self._built = self._buffers()
-        self._skip_nonfinite = skip_nonfinite
-        self._before: tuple[list[Tensor], Tally] | None = None  # the buffers and the tally before a step
-        self._remember()
+        self._built = self.update.buffers()
+        self.update.begin(self.tally)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Over the parameters of all parts; None if they have none."""
+        return self.update.optimizer
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -238,17 +241,14 @@ class Stage:
         gradients = self.held.pop((*held_as, hop), {})
         self._sums.add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live])
 
+    def to_share(self) -> list[Tensor]:
+        """See `Update.to_share`."""
+        return self.update.to_share(self.tally)
+
     def step(self, index: int, lr_factor: float) -> None:
         """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
-        if self._before is not None and not self._is_finite():
-            self._undo(index, *self._before)
-        elif self.optimizer is not None:
-            self._update(lr_factor)
-        for parameter in self._trained():
-            parameter.grad = None
-        self._sums.clear()
+        self.update.step(index, lr_factor, self.tally)
         self._snapshot = None
-        self._remember()
 
     def _oldest(self, hop: int) -> tuple[TailRun, bool]:
         """The oldest run of the tail that awaits this hop's error, and whether it awaits another one after it."""
@@ -264,42 +264,6 @@ class Stage:
         """Keep the gradients of the tail until their step; none where the link trains nothing."""
         self.held[key] = {name: gradient.clone() if runner.repeats else gradient
                           for name, gradient in zip(self._tail_live, gradients, strict=False) if gradient is not None}
-
-    def _update(self, lr_factor: float) -> None:
-        assert self.optimizer is not None
-        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * lr_factor
-        if self._clip_norm is not None:
-            self._clip(self._clip_norm)
-        self.optimizer.step()
-
-    def _clip(self, largest: float) -> None:
-        """Scale the gradients down to this norm, all together; not in place, as autograd may share what it gave."""
-        trained = [parameter for parameter in self._trained() if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in trained]
-        share = (largest / norm_of(gradients)).clamp(max=1.0)
-        for parameter, gradient in zip(trained, weighted(gradients, share), strict=True):
-            parameter.grad = gradient
-
-    def _is_finite(self) -> bool:
-        """Whether the losses and gradients of this step are."""
-        return self.tally.is_finite() and bool(norm_of(parameter.grad for parameter in self._trained()).isfinite())
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
-
-    def _remember(self) -> None:
-        if self._skip_nonfinite:
-            self._before = [buffer.clone() for buffer in self._buffers()], copy(self.tally)
-
-    def _undo(self, index: int, buffers: list[Tensor], tally: Tally) -> None:
-        for buffer, before in zip(self._buffers(), buffers, strict=True):
-            buffer.data.copy_(before)  # of .data, as the graphs of late links would take it for a change of theirs
-        self.tally.take_back(tally)
-        self.tally.skipped.append(index)
-
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for part in self.parts for buffer in part.buffers()]
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -318,11 +282,12 @@ class Stage:
         if self.head is not None:
             self.head.train(mode)
         self.tally = tally or Tally()
-        self._remember()
+        self.update.begin(self.tally)
 
     def _run_body_from(self, runner: Runner, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stage's input as a leaf, and the output of the body."""
-        if runner.repeats and any(now is not before for now, before in zip(self._buffers(), self._built, strict=True)):
+        buffers = self.update.buffers() if runner.repeats else self._built
+        if any(now is not before for now, before in zip(buffers, self._built, strict=True)):
             raise ValueError("a module replaces a buffer; have it change its values in place")
         x = widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
         return x, self.precision.run(self._run_body, x)

@@ -41,25 +41,36 @@ def choose_engine(config: Config) -> str:
     Raises:
         ConfigError: an engine, a device or a number of processes that does not fit the launch or the stages.
     """
-    launched, stages, wanted = launch.world_size(), config.partition.stage_count, config.runtime.engine
-    command = f"torchrun --standalone --nproc-per-node={stages} -m blpipe train …"
+    launched, wanted, needed = launch.world_size(), config.runtime.engine, config.processes
+    stages, replicas = config.partition.stage_count, config.train.replicas
+    command = f"torchrun --standalone --nproc-per-node={needed} -m blpipe train …"
     if launched is not None and launched > 1 and wanted == "local":
         raise ConfigError(f"runtime.engine: local, but torchrun started {launched} processes; "
                           "run `python -m blpipe train …`")
     if launched is None and wanted == "pipeline":
         raise ConfigError(f"runtime.engine: pipeline needs a process a stage; run `{command}`")
-    if launched is not None and launched != stages and wanted != "local":
-        cut = config.partition.cuts is not None
-        change = f"'partition={{stages: {launched}}}'" if cut else f"partition.stages={launched}"
-        raise ConfigError(f"partition.stages: {stages} stages need {stages} processes, torchrun started {launched}; "
-                          f"run `{command}`, set {change}, or leave torchrun out")
+    if launched is not None and launched != needed and wanted != "local":
+        each = f" in {replicas} replicas" if replicas > 1 else ""
+        raise ConfigError(f"partition.stages: {stages} stages{each} need {needed} processes, torchrun started "
+                          f"{launched}; run `{command}`, set {_fitting(config, launched)}, or leave torchrun out")
     device, own_gpu = choose_device(config.runtime.device)
-    if launched is None or stages == 1 or wanted == "local":
+    if launched is None or needed == 1 or wanted == "local":
         return "local"
     if config.method.name == "bp" and device.type == "cuda" and not own_gpu:
         raise ConfigError("method.name: bp in the pipeline needs a GPU for each stage, and there are fewer here; "
                           "use runtime.device=cpu, or leave torchrun out")
     return "pipeline"
+
+
+def _fitting(config: Config, processes: int) -> str:
+    """What of a config would need so many processes."""
+    stages, replicas = config.partition.stage_count, config.train.replicas
+    if processes % stages == 0:
+        return f"train.replicas={processes // stages}"
+    more = "" if processes % replicas == 0 else " and train.replicas=1"
+    stages = processes if more else processes // replicas
+    cut = config.partition.cuts is not None
+    return (f"'partition={{stages: {stages}}}'" if cut else f"partition.stages={stages}") + more
 
 
 def open_local(plan: Plan, data: Data) -> Engine:
@@ -70,17 +81,18 @@ def open_local(plan: Plan, data: Data) -> Engine:
 
 
 def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
-    """This process's stage, connected to its neighbours; `data` on rank 0 alone.
+    """This process's stage, connected to its neighbours; `data` on the processes of the first stage alone.
 
     Raises:
         UserError: neighbours that do not fit together.
     """
     device, own_gpu = choose_device(plan.config.runtime.device)
     if device.type == "cuda" and not own_gpu and meeting.rank == 0:
-        print("note: there are more stages than GPUs here; stages share them, and send through host memory")
+        print("note: there are more processes than GPUs here; they share them, and send through host memory")
     _use(device)
+    agreed = {**contract(plan), "data": (plan.data if data is None else data.spec).to_json()}
     data = None if data is None else data.to(device)
-    return PipelineEngine(plan, data, World(meeting, device, own_gpu, contract(plan)))
+    return PipelineEngine(plan, data, World(meeting, device, own_gpu, agreed, len(plan.stages)))
 
 
 def _use(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from blpipe.config import DataConfig
 from blpipe.data import SETS, Data, DataSpec, open_data
-from blpipe.data.prepare import augment
+from blpipe.data.prepare import augment, moves
 from blpipe.errors import ConfigError, UserError
 from blpipe.seeds import derive_seed, generator
 
@@ -177,15 +177,16 @@ def test_augment_is_pad_crop_and_flip_of_each_image(dtype, batch, channels, heig
         top, left = crop + int(offset[0, i]), crop + int(offset[1, i])
         image = padded[:, top:top + height, left:left + width]
         wanted.append(image.flip(-1) if flipped[i] else image)
-    assert torch.equal(augment(x, crop, flip, generator(seed, "reference")), torch.stack(wanted).to(dtype))
+    moved = augment(x, moves(batch, crop, flip, generator(seed, "reference")))
+    assert torch.equal(moved, torch.stack(wanted).to(dtype))
 
 
 def test_augmentation_draws_each_offset_and_flip_alike():
     x = torch.arange(25).view(1, 1, 5, 5).expand(4000, 1, 5, 5)
-    centres = Counter(augment(x, 1, False, generator(0))[:, 0, 2, 2].tolist())
+    centres = Counter(augment(x, moves(len(x), 1, False, generator(0)))[:, 0, 2, 2].tolist())
     assert set(centres) == {6, 7, 8, 11, 12, 13, 16, 17, 18}
     assert min(centres.values()) > 350
-    flipped = augment(x, 0, True, generator(0))[:, 0, 0, 0] == 4
+    flipped = augment(x, moves(len(x), 0, True, generator(0)))[:, 0, 0, 0] == 4
     assert 1850 < int(flipped.sum()) < 2150
 
 
@@ -194,7 +195,7 @@ def test_only_training_batches_are_augmented_by_the_streams_of_their_step():
     assert equal(plain.test_batches(7), augmented.test_batches(7))
     pairs = zip(plain.train_batches(5, 1, 16, False), augmented.train_batches(5, 1, 16, False), strict=True)
     for step, ((x, y), (u, v)) in enumerate(pairs):
-        assert torch.equal(augment(x, 2, True, generator(5, "augment", 1, step)), u)
+        assert torch.equal(augment(x, moves(len(x), 2, True, generator(5, "augment", 1, step))), u)
         assert torch.equal(y, v)
         assert not torch.equal(x, u)
 
@@ -667,7 +668,8 @@ def test_a_target_in_every_shape_gives_the_same(monkeypatch, kind):
     assert torch.equal(y, Y)
     (x, y), = data.train_batches(2, 3, 6, False)
     order = torch.randperm(6, generator=generator(2, "order", 3))
-    torch.testing.assert_close(x, augment(X[order], 1, True, generator(2, "augment", 3, 0)) / 127.5 - 1)
+    moved = augment(X[order], moves(len(order), 1, True, generator(2, "augment", 3, 0)))
+    torch.testing.assert_close(x, moved / 127.5 - 1)
     assert torch.equal(y, Y[order])
 
 

@@ -168,7 +168,7 @@ def test_a_neighbour_of_another_config_or_version_is_refused_on_both_sides(tmp_p
         assert not ranks[0].alive() + ranks[1].alive()
     line, = said_by_blpipe("".join(outputs))
     key = request.node.callspec.id
-    assert line.removesuffix("; start every rank with the same config and versions") in [
+    assert line.removesuffix("; start every rank with the same config, data and versions") in [
         f"blpipe: rank 0 and rank 1 differ in {key}: {mine} and {theirs}",
         f"blpipe: rank 1 and rank 0 differ in {key}: {theirs} and {mine}"]
     assert {path.name for path in tmp_path.glob("runs/**/*") if path.is_file()} <= {"config.yaml"}

@@ -62,19 +62,24 @@ IN_BF16 = small_config("wire", partition__stages=3, method__link={"delay": 2, "w
                        train__wire="bf16", model=NO_DROPOUT, runtime__device="cuda")
 
 
+REPLICAS = small_config("replicas", partition__stages=2, train__replicas=2, train__microbatches=2, model=NO_DROPOUT,
+                        runtime__device="cuda")
+
+
 @pytest.mark.parametrize("environment", [{}, {"NCCL_ON_ONE_GPU": "1"}], ids=["through host memory", "nccl"])
-def test_the_pipeline_equals_the_local_engine_bit_for_bit(environment, tmp_path, monkeypatch):
-    """With deterministic algorithms. Three ranks share a GPU; NCCL then goes over sockets."""
-    if not environment and torch.cuda.device_count() >= 3:
-        pytest.skip("three GPUs or more: stages do not share one")
+@pytest.mark.parametrize(("ranks", "trees"), [(3, [ON_GPU, FAR, JOINT, IN_BF16]), (4, [REPLICAS])],
+                         ids=["stages", "replicas"])
+def test_the_pipeline_equals_the_local_engine_bit_for_bit(ranks, trees, environment, tmp_path, monkeypatch):
+    """With deterministic algorithms. The ranks share a GPU; NCCL then goes over sockets."""
+    if not environment and torch.cuda.device_count() >= ranks:
+        pytest.skip(f"{ranks} GPUs or more: stages do not share one")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    trees = [ON_GPU, FAR, JOINT, IN_BF16]
-    trees += [{**tree, "name": f"graphs_{tree['name']}", "runtime": {**tree["runtime"], "cuda_graphs": True}}
-              for tree in trees]
-    runs = train_in_processes(trees, 3, tmp_path, DETERMINISTIC="1", **environment)
+    recorded = [{**tree, "name": f"graphs_{tree['name']}", "runtime": {**tree["runtime"], "cuda_graphs": True}}
+                for tree in trees]
+    runs = train_in_processes([*trees, *recorded], ranks, tmp_path, DETERMINISTIC="1", **environment)
     torch.use_deterministic_algorithms(True)
     try:
-        for tree, run in zip(trees, runs, strict=True):
+        for tree, run in zip([*trees, *recorded], runs, strict=True):
             assert_same_run(run, train_locally(tree, tmp_path))
     finally:
         torch.use_deterministic_algorithms(False)

@@ -112,7 +112,7 @@ def test_weights_that_are_nan_are_not_saved(part):
 
 def test_a_stage_that_trains_nothing_skips_too():
     stage = make_stage(skip_nonfinite=True)
-    stage.optimizer = None
+    stage.update.optimizer = None
     stage.train(True)
     x, targets = microbatch(0)
     stage.forward(x * torch.nan)

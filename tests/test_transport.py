@@ -78,7 +78,7 @@ def test_one_with_another_contract_is_refused_by_all():
     raised = shake([one, one, other])
     assert raised.keys() == {0, 1, 2}
     assert raised[1] == ("rank 1 and rank 2 differ in config.train.epochs: 2 and 3; "
-                         "start every rank with the same config and versions")
+                         "start every rank with the same config, data and versions")
 
 
 @pytest.fixture

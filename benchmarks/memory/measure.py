@@ -21,7 +21,7 @@ from benchmarks.memory import one_f_one_b
 from benchmarks.memory.cases import BP, GOAL, GREEDY, Case, Size, Task
 from blpipe.balance import best_starts
 from blpipe.config import Config
-from blpipe.data import DataSpec
+from blpipe.data.spec import EVERYTHING, DataSpec, Share
 from blpipe.engines.alone import rehearsed_steps
 from blpipe.engines.common import train_epoch
 from blpipe.engines.local import LocalEngine
@@ -44,8 +44,9 @@ class Batches:
         self._spec, self._device = spec, device
 
     def train_batches(self, seed: int, epoch: int, batch_size: int, drop_last: bool,
-                      start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """As of `blpipe.data.Data`."""
+                      start_step: int = 0, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
+        """As of `blpipe.data.Data`, for one replica."""
+        assert share == EVERYTHING
         for _ in range(start_step, self._spec.train_samples // batch_size):
             yield (torch.randn(batch_size, *self._spec.shape, device=self._device),
                    torch.randint(self._spec.classes, (batch_size,), device=self._device))

@@ -3,8 +3,11 @@
 A checkpoint is keyed by names, not by stages or processes: `model/<the plain model's name>`,
 `head/<block before it>/<parameter>`, `loss/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`,
 `random/<stage>/<device>`, `held/<step>.<microbatch>.<hop>/<parameter>` (gradients of links that are due later),
-`tally/<stage>` and `seconds/<stage>` (sums of the epoch under way). Reading one never runs code from it: it holds
-tensors, and an index that is unpickled for DCP's own classes alone.
+`tally/<stage>` and `seconds/<stage>` (sums of the epoch under way). These four are each replica's own: `.<replica>`
+follows the stage, or the hop, in all replicas but the first. The rest is alike in all of them.
+
+Reading a checkpoint never runs code from it: it holds tensors, and an index that is unpickled for DCP's own classes
+alone.
 """
 
 import pickle
@@ -20,13 +23,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from blpipe.checkpoint.folders import damaged, manifest
+from blpipe.checkpoint.folders import config_of, damaged, manifest
 from blpipe.engines.common import Engine, SoFar
 from blpipe.errors import UserError, one_line
 from blpipe.losses import Tally
 from blpipe.models.build import plain_names
 from blpipe.plan import Plan
-from blpipe.stage import Stage
+from blpipe.stage import Held, Stage
 
 
 def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
@@ -41,25 +44,35 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     Raises:
         UserError: a damaged checkpoint, or one of another model.
     """
-    saved = manifest(checkpoint)
-    same = saved.stages == [plan.block_names(k) for k in range(len(plan.stages))]
-    for index, stage in engine.stages.items():
-        load_weights(checkpoint, plan, {index: stage}, strict=same)
+    saved, replicas = manifest(checkpoint), config_of(checkpoint).train.replicas
+    alike = saved.stages == [plan.block_names(k) for k in range(len(plan.stages))]
+    same = alike and replicas == plan.config.train.replicas
+    seated = {(r, k): stage for r, stages in engine.replicas.items() for k, stage in stages.items()}
+    for (replica, index), stage in seated.items():
+        load_weights(checkpoint, plan, {index: stage}, strict=alike)
         _load_optimizer(plan, index, stage, read(checkpoint, _starting_with(
             tuple(f"optimizer/{name}/" for _, name in _optimized(plan, index, stage)))))
         if same:
-            state = read(checkpoint, _starting_with((f"random/{index}/",)))
+            seat = _seat(index, replica)
+            state = read(checkpoint, _starting_with((f"random/{seat}/",)))
             # A random stream of a device that the run did not have starts anew.
-            stage.stream.state = [state.get(f"random/{index}/{i}", new) for i, new in enumerate(stage.stream.state)]
-            _load_held(checkpoint, stage)
+            stage.stream.state = [state.get(f"random/{seat}/{i}", new) for i, new in enumerate(stage.stream.state)]
+            _load_held(checkpoint, stage, replica)
     sums = read(checkpoint, _starting_with(("tally/", "seconds/")))
     if not same:
         taken = max(float(seconds[-1]) for key, seconds in sums.items() if key.startswith("seconds/"))
-        engine.go_on_from({index: SoFar(Tally(), train_seconds=taken) for index in engine.stages})
-        return _notes_on_other_stages(saved.stages, plan)
-    engine.go_on_from({index: SoFar(Tally.of(sums[f"tally/{index}"].tolist()), *sums[f"seconds/{index}"].tolist())
-                       for index in engine.stages})
+        engine.go_on_from(dict.fromkeys(seated, SoFar(Tally(), train_seconds=taken)))
+        return [*([] if alike else _notes_on_other_stages(saved.stages, plan)),
+                "random streams begin anew, and errors under way and gradients due later are left out"]
+    engine.go_on_from({(replica, index): SoFar(Tally.of(sums[f"tally/{_seat(index, replica)}"].tolist()),
+                                               *sums[f"seconds/{_seat(index, replica)}"].tolist())
+                       for replica, index in seated})
     return []
+
+
+def _seat(index: int, replica: int) -> str:
+    """The name of a stage of a replica in keys."""
+    return f"{index}.{replica}" if replica else f"{index}"
 
 
 def _notes_on_other_stages(before: list[list[str]], plan: Plan) -> list[str]:
@@ -68,8 +81,7 @@ def _notes_on_other_stages(before: list[list[str]], plan: Plan) -> list[str]:
     kept, new = [name for name in now if name in ends], [name for name in now if name not in ends]
     heads = [f"those after {', '.join(names)} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
     return [f"the checkpoint is of {len(before)} stages, and this run has {len(plan.stages)}; "
-            f"heads: {'; '.join(heads) or 'none'}",
-            "random streams begin anew, and errors under way and gradients due later are left out"]
+            f"heads: {'; '.join(heads) or 'none'}"]
 
 
 def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage], strict: bool = True) -> None:
@@ -169,12 +181,27 @@ def without_warning() -> Iterator[None]:
 def state_of(plan: Plan, engine: Engine) -> dict[str, Tensor]:
     """All that a checkpoint holds of the stages of `engine`; waits for the device."""
     state: dict[str, Tensor] = {}
-    for index, stage in engine.stages.items():
-        state |= _state_of_stage(plan, index, stage)
-    for index, sums in engine.so_far().items():
-        state[f"tally/{index}"] = torch.tensor(sums.tally.state(), dtype=torch.float64)
-        state[f"seconds/{index}"] = torch.tensor(sums.seconds, dtype=torch.float64)
+    for replica, stages in engine.replicas.items():
+        for index, stage in stages.items():
+            state |= _state_of_replica(index, replica, stage)
+            if replica == 0:
+                state |= _state_of_stage(plan, index, stage)
+    for (replica, index), sums in engine.so_far().items():
+        state[f"tally/{_seat(index, replica)}"] = torch.tensor(sums.tally.state(), dtype=torch.float64)
+        state[f"seconds/{_seat(index, replica)}"] = torch.tensor(sums.seconds, dtype=torch.float64)
     return state
+
+
+def _state_of_replica(index: int, replica: int, stage: Stage) -> dict[str, Tensor]:
+    """What each replica has of its own."""
+    plain = plain_names(stage.blocks)
+    state = {f"held/{_link(link, replica)}/{plain[name]}": gradient
+             for link, gradients in stage.held.items() for name, gradient in gradients.items()}
+    return state | {f"random/{_seat(index, replica)}/{i}": tensor for i, tensor in enumerate(stage.stream.state)}
+
+
+def _link(held: Held, replica: int) -> str:
+    return ".".join(map(str, [*held, *([replica] if replica else [])]))
 
 
 def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
@@ -187,18 +214,18 @@ def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
         state |= {f"optimizer/{names[parameter]}/{key}": value
                   for parameter, values in stage.optimizer.state.items()
                   for key, value in values.items() if isinstance(value, Tensor)}
-    state |= {f"held/{'.'.join(map(str, link))}/{plain[name]}": gradient
-              for link, gradients in stage.held.items() for name, gradient in gradients.items()}
-    return state | {f"random/{index}/{i}": tensor for i, tensor in enumerate(stage.stream.state)}
+    return state
 
 
-def _load_held(checkpoint: Path, stage: Stage) -> None:
+def _load_held(checkpoint: Path, stage: Stage, replica: int) -> None:
     plain_name = plain_names(stage.blocks)
     own = {plain_name[name]: name for name, _ in stage.tail.named_parameters()}  # a layer in two blocks: its first name
     stage.held = {}
     for key, gradient in read(checkpoint, lambda key: key.startswith("held/") and key.split("/", 2)[2] in own).items():
         _, link, plain = key.split("/", 2)
-        step, micro, hop = map(int, link.split("."))
+        step, micro, hop, *of_replica = map(int, link.split("."))
+        if of_replica != ([replica] if replica else []):
+            continue
         device = stage.blocks.get_parameter(own[plain]).device
         stage.held.setdefault((step, micro, hop), {})[own[plain]] = gradient.to(device)
 

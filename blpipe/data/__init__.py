@@ -13,7 +13,7 @@ from blpipe.config import DataConfig
 from blpipe.data import prepare, sets
 from blpipe.data.folder import imagefolder
 from blpipe.data.source import Source, check_alike, check_labels, check_test_labels, keep_first
-from blpipe.data.spec import DataSpec
+from blpipe.data.spec import EVERYTHING, DataSpec, Share
 from blpipe.data.splits import DatasetSplit, Request, fixed_randomness
 from blpipe.data.target import from_target
 from blpipe.errors import ConfigError, UserError
@@ -21,7 +21,7 @@ from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, generator
 from blpipe.text import human_bytes
 
-__all__ = ["SETS", "Data", "DataSpec", "open_data"]
+__all__ = ["SETS", "Data", "DataSpec", "Share", "open_data"]
 
 SETS: Mapping[str, Callable[..., Any]] = {
     "arrays": sets.arrays, "cifar10": sets.cifar10, "cifar100": sets.cifar100, "digits": sets.digits,
@@ -69,8 +69,11 @@ class Data:
         return self._source.train.device
 
     def train_batches(self, seed: int, epoch: int, batch_size: int, drop_last: bool,
-                      start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from `start_step` on, in random order and augmented.
+                      start_step: int = 0, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from `start_step` on, in random order and augmented; of each, this share.
+
+        Which samples a batch has, and how it is augmented, does not depend on the replicas that share it; what a
+        Dataset draws for itself does.
 
         Yields:
             x float32 [B, …], normalised, or int64 [B, …] as it is; y int64 [B, …]; where the data are. The last
@@ -82,21 +85,25 @@ class Data:
         order_N = torch.randperm(len(self._source.train), generator=generator(seed, "order", epoch))
         steps = len(order_N) // batch_size if drop_last else -(-len(order_N) // batch_size)
 
+        batches = order_N.split(batch_size)
+
         def requests() -> Iterator[Request]:
             for step in range(start_step, steps):
-                yield (seed, "sample", epoch, step), order_N[step * batch_size:(step + 1) * batch_size]
+                labels: tuple[int | str, ...] = ("sample", epoch, step, *share.labels)
+                yield (seed, *labels), batches[step][share.of(len(batches[step]))]
 
         for step, (x, y) in enumerate(self._source.train.batches(requests()), start_step):
             if self._augment.crop or self._augment.flip:
-                x = prepare.augment(x, self._augment.crop, self._augment.flip,
-                                    generator(seed, "augment", epoch, step))
+                moves = prepare.moves(len(batches[step]), self._augment.crop, self._augment.flip,
+                                      generator(seed, "augment", epoch, step))
+                x = prepare.augment(x, moves[:, share.of(len(batches[step]))])
             yield prepare.normalise(x, self._mean, self._std), y
 
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every test sample once, in order, as `train_batches` gives them but not augmented."""
+    def test_batches(self, batch_size: int, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every test sample once, in order, as `train_batches` gives them but not augmented; of many, whole batches."""
         count = len(self._source.test)
         requests = (((0, "sample", start), torch.arange(start, min(start + batch_size, count)))
-                    for start in range(0, count, batch_size))
+                    for start in range(0, count, batch_size)[share.replica::share.replicas])
         for x, y in self._source.test.batches(requests):
             yield prepare.normalise(x, self._mean, self._std), y
 

@@ -32,26 +32,35 @@ def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, key
                    f"{shape[0]} channels; give one value for each")
 
 
-def augment(x_BCHW: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image reflect-padded by `crop` and cropped back at a place of its own, flipped with p = 0.5.
+def moves(count: int, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """What `augment` does with each of so many images, int64 [3, B]: rows and columns to move by, and whether to flip.
+
+    Args:
+        crop: by how many pixels to pad; 0 for none.
+        flip: whether to flip left-right at all, with p = 0.5.
+        generator: of the CPU; draws, in this order, the offsets [2, B] and the flips [B].
+    """
+    moves_3B = torch.zeros(3, count, dtype=torch.int64)
+    if crop:
+        moves_3B[:2] = torch.randint(-crop, crop + 1, (2, count), generator=generator)
+    if flip:
+        moves_3B[2] = torch.rand(count, generator=generator) < 0.5
+    return moves_3B
+
+
+def augment(x_BCHW: Tensor, moves_3B: Tensor) -> Tensor:
+    """Each image reflect-padded, and cropped back at a place of its own, or flipped too.
 
     Args:
         x_BCHW: images [B, C, H, W] of any type, on any device, where the images returned are too.
-        crop: by how many pixels to pad, smaller than H and W; 0 for none.
-        flip: whether to flip left-right at all.
-        generator: of the CPU; draws, in this order, the offsets [2, B] (rows, columns) and the flips [B].
+        moves_3B: see `moves`; by fewer pixels than H and W.
     """
     B, C, H, W = x_BCHW.shape
     device = x_BCHW.device
-    rows_BH = torch.arange(H, device=device).expand(B, H)
-    columns_BW = torch.arange(W, device=device).expand(B, W)
-    if crop:
-        offset_2B = transfer(torch.randint(-crop, crop + 1, (2, B), generator=generator), device)
-        rows_BH = _reflect(rows_BH + offset_2B[0, :, None], H)
-        columns_BW = _reflect(columns_BW + offset_2B[1, :, None], W)
-    if flip:
-        flipped_B = transfer(torch.rand(B, generator=generator) < 0.5, device)
-        columns_BW = torch.where(flipped_B[:, None], columns_BW.flip(1), columns_BW)
+    moves_3B1 = transfer(moves_3B, device)[:, :, None]
+    rows_BH = _reflect(torch.arange(H, device=device) + moves_3B1[0], H)
+    columns_BW = _reflect(torch.arange(W, device=device) + moves_3B1[1], W)
+    columns_BW = torch.where(moves_3B1[2] == 1, columns_BW.flip(1), columns_BW)
     # Padding, cropping and flipping only move pixels, so one gather does them all.
     pixels = (rows_BH[:, :, None] * W + columns_BW[:, None, :]).view(B, 1, H * W)
     return x_BCHW.flatten(2).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)

@@ -2,7 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Share(NamedTuple):
+    """What one of the pipeline's replicas takes of every batch."""
+
+    replica: int = 0
+    replicas: int = 1
+
+    def of(self, samples: int) -> slice:
+        """Of so many samples: as many as every other replica, or one more in the first ones."""
+        each, more = divmod(samples, self.replicas)
+        start = self.replica * each + min(self.replica, more)
+        return slice(start, start + each + (self.replica < more))
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """What makes its random numbers others than the first replica's."""
+        return (self.replica,) if self.replica else ()
+
+
+EVERYTHING = Share()
 
 
 @dataclass(frozen=True)

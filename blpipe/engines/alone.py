@@ -18,6 +18,7 @@ from blpipe.plan import Plan, Step
 from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
 from blpipe.stage import Stage
 from blpipe.transport.messages import IN_FLIGHT, Layout, layout_of, message_bytes, views
+from blpipe.transport.sums import Packed
 
 
 def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], device: torch.device,
@@ -32,7 +33,7 @@ def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], devic
     ahead = errors_ahead(plan.delay, plan.config.train.microbatches, len(plan.links[index].hops_in))
     inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, before)
     errors_in = _Inbox((plan.error(size, index),), ahead, device, after)
-    ports = Ports(inbox, _Outbox(after), errors_in, _Outbox(before))
+    ports = Ports(inbox, _Outbox(after), errors_in, _Outbox(before), _Sum())
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
                      lambda step: Factors(link=link_factor), lambda op: None):
         pass
@@ -134,6 +135,24 @@ class _Outbox:
         self._sent.append(_zeros(layout_of(tensors), tensors[0].device, self._channels_last))
         for buffer, tensor in zip(self._sent[-1], tensors, strict=True):
             buffer.copy_(tensor)
+
+
+class _Sum:
+    """Gives back what was put, packed and unpacked as in `SumQueue`."""
+
+    def put(self, *tensors: Tensor) -> None:
+        """Pack them."""
+        self._packed = Packed.of(tensors)
+
+    def has_message(self) -> bool:
+        """Always."""
+        return True
+
+    def get(self) -> tuple[Tensor, ...]:
+        """Unpack them."""
+        packed = self._packed
+        del self._packed
+        return packed.tensors()
 
 
 def _zeros(layout: Layout, device: torch.device, channels_last: bool) -> tuple[Tensor, ...]:

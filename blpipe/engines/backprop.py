@@ -43,12 +43,13 @@ class Backprop:
 
     def __init__(self, plan: Plan, stage: Stage, world: World):
         self.plan, self.stage, self.world = plan, stage, world
-        self.first, self.last = world.rank == 0, world.rank == world.size - 1
+        self.first, self.last = world.stage == 0, world.stage == world.stages - 1
         self._schedules: dict[tuple[int, int], Schedule] = {}
         self._share = 1.0
         # torch carries activations only; the targets go straight from the first stage to the last.
-        self._targets_out: SendQueue | None = world.control_sender(world.size - 1) if self.first else None
-        self._targets_in: ReceiveQueue | None = world.control_receiver(0) if self.last else None
+        several = world.stages > 1
+        self._targets_out: SendQueue | None = world.control_sender(world.stages - 1) if several and self.first else None
+        self._targets_in: ReceiveQueue | None = world.control_receiver(0) if several and self.last else None
 
     def train_step(self, step: Step, feed: Feed | None) -> None:
         """Accumulate the gradients of one batch; `feed` is the first stage's."""
@@ -56,12 +57,13 @@ class Backprop:
             if (size, count) not in self._schedules:
                 self._schedules[size, count] = self._new_schedule(size, count)
             schedule = self._schedules[size, count]
-            self._share = size / sum(step.sizes)
+            self._share = size / step.samples
             with self.stage.stream, self._lost_peer():
-                if feed is not None and self._targets_out is not None:
-                    xs, targets = zip(*(feed.get() for _ in range(count)), strict=True)
-                    self._targets_out.put(torch.cat(targets))
-                    schedule.step(torch.cat(xs), return_outputs=False)
+                if feed is not None:
+                    xs, targets = (torch.cat(each) for each in zip(*(feed.get() for _ in range(count)), strict=True))
+                    if self._targets_out is not None:
+                        self._targets_out.put(targets)
+                    schedule.step(xs, target=targets if self.last else None, return_outputs=False)
                 elif self._targets_in is not None:
                     self._targets_in.expect([(self.plan.targets(size * count),)], ahead=1)
                     schedule.step(target=self._targets_in.get()[0], return_outputs=False)
@@ -80,17 +82,17 @@ class Backprop:
             yield
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                me = f"stage {self.world.rank + 1} (rank {self.world.rank})"
+                me = f"stage {self.world.stage + 1} (rank {self.world.rank})"
                 raise PeerLostError(f"{me} in torch's schedule: another process ended, or did not answer within "
                                     "runtime.timeout_seconds") from error
             raise
 
     def _new_schedule(self, size: int, count: int) -> Schedule:
-        rank, outputs = self.world.rank, self.plan.outputs[size]
-        part = PipelineStage(_Part(self.stage), rank, self.world.size, self.world.device,
-                             input_args=self._example(self.plan.input(size) if self.first else outputs[rank - 1]),
-                             output_args=self._example(outputs[rank]))
-        kind = Schedule1F1B if count >= self.world.size else ScheduleGPipe
+        k, outputs = self.world.stage, self.plan.outputs[size]
+        part = PipelineStage(_Part(self.stage), k, self.world.stages, self.world.device,
+                             input_args=self._example(self.plan.input(size) if self.first else outputs[k - 1]),
+                             output_args=self._example(outputs[k]), group=self.world.pipeline)
+        kind = Schedule1F1B if count >= self.world.stages else ScheduleGPipe
         return kind(part, count, loss_fn=self._loss, scale_grads=False)
 
     def _example(self, spec: TensorSpec) -> Tensor:

@@ -35,7 +35,8 @@ GoesOn = Callable[[int], bool]  # whether a step of the run is to be done
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage did in one epoch. None: not measured, or no such thing (a `bp` stage's own loss).
+    """What one stage did in one epoch, in all replicas: losses and accuracies of all samples, means of seconds and
+    utilisations, the most of memory. None: not measured, or no such thing (a `bp` stage's own loss).
 
     busy_seconds and wait_seconds are of training alone: computing, and blocked on a neighbour. The GPU's
     utilisation (0…1) and memory in use are its driver's readings at the end of the epoch, all programs' together.
@@ -53,6 +54,20 @@ class StageReport:
     gpu_utilization: float | None
     gpu_memory_bytes: int | None
     skipped_steps: list[int]
+
+
+@dataclass(frozen=True)
+class ReplicaReport:
+    """Of a stage in one replica, as `StageReport`; `train` and `val` are the states of tallies."""
+
+    train: list[float]
+    val: list[float]
+    busy_seconds: float | None
+    wait_seconds: float | None
+    train_seconds: float
+    peak_memory_bytes: int
+    gpu_utilization: float | None
+    gpu_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,9 @@ class Engine(Protocol):
 
     name: str
     plan: Plan
-    stages: dict[int, Stage]  # those of this process, by index
-    group: Any                # of all processes, for checkpoints alone; None where there is one
+    replicas: dict[int, dict[int, Stage]]  # the stages of this process, by index, of each of its replicas
+    stages: dict[int, Stage]               # those of the first of these, which all others are like after a step
+    group: Any                             # of all processes, for checkpoints alone; None where there is one
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
         """Train the steps of one epoch, from 0, beginning with step `start` of the run, for as long as `goes_on` says.
@@ -96,23 +112,25 @@ class Engine(Protocol):
             The step to go on with.
         """
 
-    def so_far(self) -> dict[int, SoFar]:
-        """What each of this process's stages has added up in the epoch under way; waits for the device."""
+    def so_far(self) -> dict[tuple[int, int], SoFar]:
+        """What each of this process's stages, by replica and index, has added up in the epoch; waits for the device."""
 
-    def go_on_from(self, sums: dict[int, SoFar]) -> None:
+    def go_on_from(self, sums: dict[tuple[int, int], SoFar]) -> None:
         """Be in the middle of an epoch, with these sums."""
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
 
-    def progress(self) -> list[StageProgress]:
-        """Of this process's stages, at any time; waits for the device."""
+    def progress(self) -> dict[int, StageProgress]:
+        """Of this process's stages of the first replica, by index, at any time; waits for the device."""
 
     def reports(self) -> list[StageReport] | None:
         """One report a stage on the leading process; None on the others."""
 
     def spans(self) -> list[Span] | None:
-        """The operations of the run's first steps, of all stages, on the leading process; None on the others."""
+        """The operations of the run's first steps, of all stages of the first replica, on the leading process; None on
+        the others.
+        """
 
     def close(self) -> None:
         """Part from the other processes."""
@@ -227,7 +245,7 @@ def train_microbatches(data: Data, plan: Plan, epoch: int, start: int,
     """The microbatches of one epoch from step `start` of the run on, in order, on `device`."""
     train, steps = plan.config.train, plan.train_steps(epoch)
     first = start - steps[0].index
-    batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last, first)
+    batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last, first, plan.share)
     for step, (x, targets) in zip(steps[first:], batches, strict=True):
         x, targets = transfer(x, device), transfer(targets, device)
         yield from zip(x.split(step.sizes), targets.split(step.sizes), strict=True)
@@ -255,7 +273,7 @@ class TrainFeed:
 def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one evaluation, in order, on `device`."""
     config = plan.config.train
-    for x, targets in data.test_batches(config.eval_batch_size or config.batch_size):
+    for x, targets in data.test_batches(config.eval_batch_size or config.batch_size, plan.share):
         yield transfer(x, device), transfer(targets, device)
 
 
@@ -288,11 +306,11 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
                  optimizer=build_optimizer(config.optimizer, blocks.parameters(), judges),
                  clip_norm=config.optimizer.clip_norm,
-                 stream=RandomStream(derive_seed(config.seed, "stage", index), device),
+                 stream=RandomStream(derive_seed(config.seed, "stage", index, *plan.share.labels), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
                  recompute=config.train.recompute, compile=config.train.compile,
                  skip_nonfinite=config.train.on_nonfinite == "skip",
-                 recorder=recorder)
+                 recorder=recorder, leads=plan.replica == 0)
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
@@ -304,7 +322,8 @@ def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
 
 def role(plan: Plan, index: int) -> Role:
     """What the stage with this index, from 0, exchanges with its neighbours."""
-    return Role(index < len(plan.stages) - 1, plan.links[index].hops_out, plan.links[index].hops_in)
+    return Role(index < len(plan.stages) - 1, plan.links[index].hops_out, plan.links[index].hops_in,
+                shares=plan.config.train.replicas > 1)
 
 
 def factors(plan: Plan, step: int) -> Factors:
@@ -321,12 +340,25 @@ def seconds_since(started: float, device: torch.device) -> float:
     return perf_counter() - started
 
 
-def report(train: Tally, val: Tally, busy: float | None, wait: float | None, train_seconds: float,
-           device: torch.device) -> StageReport:
-    """A stage's report, with the readings of its device."""
-    utilization, memory = gpu_readings(device)
-    return StageReport(train.loss, train.accuracy, val.loss, val.accuracy, busy, wait, train_seconds,
-                       peak_memory_bytes(device), utilization, memory, train.skipped)
+def replica_report(train: Tally, val: Tally, busy: float | None, wait: float | None, train_seconds: float,
+                   device: torch.device) -> ReplicaReport:
+    """Of one stage of one replica, with the readings of its device."""
+    return ReplicaReport(train.state(), val.state(), busy, wait, train_seconds, peak_memory_bytes(device),
+                         *gpu_readings(device))
+
+
+def report(replicas: Sequence[ReplicaReport]) -> StageReport:
+    """A stage's report, from those of all of its replicas."""
+    train, val = Tally.of_all([each.train for each in replicas]), Tally.of_all([each.val for each in replicas])
+
+    def mean(key: str) -> float | None:
+        values = [getattr(each, key) for each in replicas]
+        return None if None in values else sum(values) / len(values)
+
+    readings = [each.gpu_memory_bytes for each in replicas if each.gpu_memory_bytes is not None]
+    return StageReport(train.loss, train.accuracy, val.loss, val.accuracy, mean("busy_seconds"), mean("wait_seconds"),
+                       max(each.train_seconds for each in replicas), max(each.peak_memory_bytes for each in replicas),
+                       mean("gpu_utilization"), max(readings, default=None), train.skipped)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,9 +3,14 @@
 A microbatch enters once the one before has passed all stages, and a stage goes through forward and local
 backward before another one runs: one body graph is alive at a time. An error is taken back as soon as it is
 there: with a delay of 0 and one microbatch, two tails at most wait for theirs.
+
+Replicas of the pipeline are in this process too, each with stages of its own: they compute what they do apart, and
+save nothing here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -28,6 +33,7 @@ from blpipe.engines.common import (
     factors,
     gpu_readings,
     recording_stream,
+    replica_report,
     report,
     role,
     seconds_since,
@@ -37,8 +43,9 @@ from blpipe.graphs import recorder_on
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
 from blpipe.program import Op, Ports, evaluation_program, execute, train_program
+from blpipe.stage import Stage
 from blpipe.trace import Span, SpanLog
-from blpipe.transport.memory import MemoryQueue
+from blpipe.transport.memory import MemoryQueue, MemorySum
 
 _ENDED = object()
 
@@ -58,6 +65,9 @@ class _Entry:
         return self._feed.get()
 
 
+_Seat = tuple[int, int]  # a replica and the index of one of its stages
+
+
 class LocalEngine:
     """See `Engine`."""
 
@@ -66,20 +76,26 @@ class LocalEngine:
 
     def __init__(self, plan: Plan, data: Data, device: torch.device):
         self.plan, self.data, self.device = plan, data, device
-        stream = recording_stream(plan, device)
-        self.stages = {k: build_stage(plan, k, device, recorder_on(stream)) for k in range(len(plan.stages))}
+        self._plans = [replace(plan, replica=r) for r in range(plan.config.train.replicas)]
+        stream, indices = recording_stream(plan, device), range(len(plan.stages))
+        own = [plan, *(replace(each, stages=deepcopy(plan.stages)) for each in self._plans[1:])]
+        self.replicas = {r: {k: build_stage(each, k, device, recorder_on(stream)) for k in indices}
+                         for r, each in enumerate(own)}
+        self.stages = self.replicas[0]
+        self._seated: dict[_Seat, Stage] = {(r, k): stage for r, stages in self.replicas.items()
+                                            for k, stage in stages.items()}
         self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
-        self._busy = [0.0] * len(self.stages)  # seconds of training, in the last epoch begun
+        self._busy = dict.fromkeys(self._seated, 0.0)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
-        self._feed = TrainFeed(data, plan, device)
+        self._feeds = [TrainFeed(data, each, device) for each in self._plans]
         self._losses = LossWatch(plan, at_once=device.type == "cpu")
 
     def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
         """See `Engine`."""
-        steps = self.plan.train_steps(epoch)
-        if start == steps[0].index:
-            self.go_on_from({k: SoFar(Tally()) for k in self.stages})
+        first = self.plan.train_steps(epoch)[0].index
+        if start == first:
+            self.go_on_from({seat: SoFar(Tally()) for seat in self._seated})
         next_step, started = start, perf_counter()
 
         def count() -> None:
@@ -87,128 +103,155 @@ class LocalEngine:
             next_step += 1
             on_step()
 
-        feed = self._feed.begin(epoch, start)
+        feeds = [feed.begin(epoch, start) for feed in self._feeds]
+        steps = [plan.train_steps(epoch) for plan in self._plans]
         if self.plan.config.method.name == "bp":
-            self._backpropagate(steps[start - steps[0].index:], feed, goes_on, count)
+            self._backpropagate([each[start - first:] for each in steps], feeds, goes_on, count)
         else:
-            programs = [train_program(steps, role(self.plan, k), self.plan.delay, start, goes_on) for k in self.stages]
-            self._run(programs, feed, steps, count, self._busy)
-        self._feed.leave(epoch, next_step)
+            self._run(lambda r, k: train_program(steps[r], role(self.plan, k), self.plan.delay, start, goes_on),
+                      feeds, steps, count, self._busy)
+        for feed in self._feeds:
+            feed.leave(epoch, next_step)
         self._train_seconds += seconds_since(started, self.device)
         self._losses.look()
         return next_step
 
-    def so_far(self) -> dict[int, SoFar]:
+    def so_far(self) -> dict[_Seat, SoFar]:
         """See `Engine`."""
-        return {k: SoFar(self._tallies[True][k], self._busy[k], 0.0, self._train_seconds) for k in self.stages}
+        return {seat: SoFar(self._tallies[True][seat], self._busy[seat], 0.0, self._train_seconds)
+                for seat in self._seated}
 
-    def go_on_from(self, sums: dict[int, SoFar]) -> None:
+    def go_on_from(self, sums: dict[_Seat, SoFar]) -> None:
         """See `Engine`."""
-        for k, stage in self.stages.items():
-            stage.train(True, sums[k].tally)
-        self._tallies = {True: self._tallies_now(), False: [Tally() for _ in self.stages]}
-        self._busy = [sums[k].busy_seconds for k in self.stages]
-        self._train_seconds = sums[0].train_seconds
+        for seat, stage in self._seated.items():
+            stage.train(True, sums[seat].tally)
+        self._tallies = {True: self._tallies_now(), False: {seat: Tally() for seat in self._seated}}
+        self._busy = {seat: sums[seat].busy_seconds for seat in self._seated}
+        self._train_seconds = sums[0, 0].train_seconds
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
         self._set_mode(training=False)
-        batches = len(self.plan.evaluation_sizes())
-        feed = Feed(test_microbatches(self.data, self.plan, self.device))
-        self._run([evaluation_program(batches, role(self.plan, k)) for k in self.stages], feed, [], lambda: None,
-                  [0.0] * len(self.stages))
+        feeds = [Feed(test_microbatches(self.data, plan, self.device)) for plan in self._plans]
+        self._run(lambda r, k: evaluation_program(len(self._plans[r].evaluation_sizes()), role(self.plan, k)),
+                  feeds, [[] for _ in self._plans], lambda: None, dict.fromkeys(self._seated, 0.0))
 
-    def progress(self) -> list[StageProgress]:
+    def progress(self) -> dict[int, StageProgress]:
         """See `Engine`."""
         readings = gpu_readings(self.device)
-        return [StageProgress(tally.loss, busy, wait, *readings)
-                for tally, (busy, wait) in zip(self._tallies[True], self._seconds(), strict=True)]
+        return {k: StageProgress(self._tallies[True][0, k].loss, *self._seconds((0, k)), *readings)
+                for k in self.stages}
 
     def reports(self) -> list[StageReport]:
         """One report a stage; no stage waits for another process."""
-        return [report(train, val, busy, wait, self._train_seconds, self.device) for train, val, (busy, wait)
-                in zip(self._tallies[True], self._tallies[False], self._seconds(), strict=True)]
+        return [report([replica_report(self._tallies[True][r, k], self._tallies[False][r, k],
+                                       *self._seconds((r, k)), self._train_seconds, self.device)
+                        for r in self.replicas]) for k in self.stages]
 
-    def _seconds(self) -> list[tuple[float | None, float | None]]:
-        """Each stage's busy and waiting seconds."""
-        if self.plan.config.method.name == "bp":  # autograd runs all stages' backwards as one
-            return [(None, None)] * len(self.stages)
-        return [(busy, 0.0) for busy in self._busy]
+    def _seconds(self, seat: _Seat) -> tuple[float | None, float | None]:
+        """A stage's busy and waiting seconds."""
+        bp = self.plan.config.method.name == "bp"  # autograd runs all stages' backwards as one
+        return (None, None) if bp else (self._busy[seat], 0.0)
 
     def spans(self) -> list[Span]:
-        """The traced operations of all stages."""
+        """The traced operations of all stages of the first replica."""
         return self._log.spans if self._log is not None else []
 
     def close(self) -> None:
         """Nothing to part from."""
 
-    def _tallies_now(self) -> list[Tally]:
-        return [stage.tally for stage in self.stages.values()]
+    def _tallies_now(self) -> dict[_Seat, Tally]:
+        return {seat: stage.tally for seat, stage in self._seated.items()}
 
     def _set_mode(self, training: bool) -> None:
-        for stage in self.stages.values():
+        for stage in self._seated.values():
             stage.train(training)
         self._tallies[training] = self._tallies_now()
 
-    def _run(self, programs: Sequence[Iterator[Op]], feed: Feed, steps: Sequence[Step],
-             on_step: OnStep, busy: list[float]) -> None:
+    def _run(self, program: Callable[[int, int], Iterator[Op]], feeds: Sequence[Feed],
+             steps: Sequence[Sequence[Step]], on_step: OnStep, busy: dict[_Seat, float]) -> None:
         """Advance every stage's program as far as it goes, in turn, until all are through.
 
         What a stage sent back is handled before the next stage runs: that ends the graph of an earlier stage's tail.
 
         Args:
+            program: of a replica and a stage's index.
+            feeds, steps: of each replica.
             busy: where the seconds that each stage takes are added.
         """
-        edges = range(len(self.stages) - 1)
-        forward, errors = ([MemoryQueue(self.plan.channels_last(k)) for k in edges] for _ in range(2))
-        watches = [OpWatch(k, stage, steps, self._losses, self._log, on_step if k == 0 else lambda: None)
-                   for k, stage in self.stages.items()]
-        running = {}
-        for k, program in enumerate(programs):
-            ports = Ports(_Entry(feed, forward) if k == 0 else forward[k - 1], forward[k] if k < len(edges) else None,
-                          errors[k] if k < len(edges) else None, errors[k - 1] if k > 0 else None)
-            running[k] = execute(program, self.stages[k], ports, steps, lambda s: factors(self.plan, s), watches[k])
+        watches = {(r, k): OpWatch(k, stage, steps[r], self._losses, None if r else self._log,
+                                   on_step if (r, k) == (0, 0) else lambda: None)
+                   for (r, k), stage in self._seated.items()}
+        ports = self._ports(feeds)
+        running = {(r, k): execute(program(r, k), stage, ports[r, k], steps[r], lambda s: factors(self.plan, s),
+                                   watches[r, k]) for (r, k), stage in self._seated.items()}
 
-        def advance(k: int) -> bool:
+        def advance(seat: _Seat) -> bool:
             """Whether the stage got any further."""
-            if k not in running:
+            if seat not in running:
                 return False
-            before, started = watches[k].op, perf_counter()
+            before, started = watches[seat].op, perf_counter()
             try:
-                if next(running[k], _ENDED) is _ENDED:
-                    del running[k]
+                if next(running[seat], _ENDED) is _ENDED:
+                    del running[seat]
             except Exception as error:
-                raise blame(self.plan, k, watches[k].where, error) from error
-            busy[k] += perf_counter() - started
-            watches[k].pause()
-            return watches[k].op != before
+                raise blame(self.plan, seat[1], watches[seat].where, error) from error
+            busy[seat] += perf_counter() - started
+            watches[seat].pause()
+            return watches[seat].op != before
 
         while running:
-            before = [watch.op for watch in watches]
-            for k in range(len(programs)):
-                while k >= 0 and advance(k):
+            before = [watch.op for watch in watches.values()]
+            for r, k in self._seated:
+                while k >= 0 and advance((r, k)):
                     k -= 1
-            assert not running or [watch.op for watch in watches] != before, "the stages' programs wait for each other"
+            assert not running or [watch.op for watch in watches.values()] != before, \
+                "the stages' programs wait for each other"
 
-    def _backpropagate(self, steps: Sequence[Step], feed: Feed, goes_on: GoesOn, on_step: OnStep) -> None:
+    def _ports(self, feeds: Sequence[Feed]) -> dict[_Seat, Ports]:
+        """The queues between the stages of each replica, and what the replicas of each stage add up."""
+        edges, ports = range(len(self.stages) - 1), {}
+        sums = [MemorySum.ends(len(self.replicas)) for _ in self.stages]
+        for r, feed in enumerate(feeds):
+            forward, errors = ([MemoryQueue(self.plan.channels_last(k)) for k in edges] for _ in range(2))
+            for k in self.stages:
+                ports[r, k] = Ports(_Entry(feed, forward) if k == 0 else forward[k - 1],
+                                    forward[k] if k in edges else None, errors[k] if k in edges else None,
+                                    errors[k - 1] if k > 0 else None, sums[k][r])
+        return ports
+
+    def _backpropagate(self, steps: Sequence[Sequence[Step]], feeds: Sequence[Feed], goes_on: GoesOn,
+                       on_step: OnStep) -> None:
         """Plain end-to-end backpropagation of the last stage's loss."""
-        stages = list(self.stages.values())
-        for step in steps:
-            if not goes_on(step.index):
+        for step in zip(*steps, strict=True):
+            index, stage = step[0].index, self.stages[0]
+            if not goes_on(index):
                 return
-            stage = stages[0]
             try:
-                for size in step.sizes:
-                    x, targets = feed.get()
-                    for stage in stages:
-                        with stage.stream:
-                            x = stage.forward_with_graph(x)
-                    loss = stage.loss(x, targets, x)
-                    stage.tally.add(loss, x, targets)
-                    (loss * (size / sum(step.sizes))).backward()
-                self._losses.note(len(stages) - 1, stage, step.index)
-                for stage in stages:
-                    stage.step(step.index, factors(self.plan, step.index).lr)
+                for own, feed, stages in zip(step, feeds, self.replicas.values(), strict=True):
+                    for size in own.sizes:
+                        x, targets = feed.get()
+                        for stage in stages.values():
+                            with stage.stream:
+                                x = stage.forward_with_graph(x)
+                        loss = stage.loss(x, targets, x)
+                        stage.tally.add(loss, x, targets)
+                        (loss * (size / own.samples)).backward()
+                    self._losses.note(len(stages) - 1, stage, index)
+                self._add_up()
+                for stage in self._seated.values():
+                    stage.step(index, factors(self.plan, index).lr)
             except Exception as error:
-                raise blame(self.plan, stages.index(stage), f"step {step.index}", error) from error
+                k = next(k for (_, k), each in self._seated.items() if each is stage)
+                raise blame(self.plan, k, f"step {index}", error) from error
             on_step()
+
+    def _add_up(self) -> None:
+        """What the replicas of each stage have, before they step; in `bp`, which has no programs."""
+        if len(self.replicas) == 1:
+            return
+        sums = [MemorySum.ends(len(self.replicas)) for _ in self.stages]
+        for (r, k), stage in self._seated.items():
+            sums[k][r].put(*stage.to_share())
+        for (r, k), stage in self._seated.items():
+            stage.update.take_shared(sums[k][r].get())

@@ -24,6 +24,7 @@ from blpipe.engines.common import (
     factors,
     gpu_readings,
     recording_stream,
+    replica_report,
     report,
     role,
     seconds_since,
@@ -48,10 +49,10 @@ from blpipe.transport.world import World
 
 
 class PipelineEngine:
-    """See `Engine`. This process runs the stage whose index is its rank.
+    """See `Engine`. This process runs one stage of one replica, as `world` says.
 
     Args:
-        data: on the first stage's process; None on the others, which read none.
+        data: on the processes of the first stage; None on the others, which read none.
     """
 
     name = "pipeline"
@@ -59,16 +60,18 @@ class PipelineEngine:
     def __init__(self, plan: Plan, data: Data | None, world: World):
         self.plan, self.data, self.world = plan, data, world
         self.group = world.saving
-        self.index = k = world.rank
+        self.index = k = world.stage
         self.stage = build_stage(plan, k, world.device, recorder_on(recording_stream(plan, world.device)))
         self.stages = {k: self.stage}
+        self.replicas = {world.replica: self.stages}
         self.role = role(plan, k)
-        first, last = k == 0, k == world.size - 1
+        first, last = k == 0, k == world.stages - 1
         self._activations_in = None if first else world.receiver(k - 1, plan.channels_last(k - 1))
         self._activations_out = None if last else world.sender(k + 1, plan.channels_last(k))
         self._errors_in = None if last else world.receiver(k + 1, plan.channels_last(k))
         self._errors_out = None if first else world.sender(k - 1, plan.channels_last(k - 1))
-        queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out]
+        self._sum = world.replicas_sum()
+        queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out, self._sum]
         self.queues = [queue for queue in queues if queue is not None]
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
         self._train_tally = self._val_tally = self.stage.tally
@@ -88,7 +91,7 @@ class PipelineEngine:
         """See `Engine`."""
         steps = self.plan.train_steps(epoch)
         if start == steps[0].index:
-            self.go_on_from({self.index: SoFar(Tally())})
+            self.go_on_from({(self.plan.replica, self.index): SoFar(Tally())})
         next_step = start
 
         def count() -> None:
@@ -116,14 +119,15 @@ class PipelineEngine:
         self._losses.look()
         return next_step
 
-    def so_far(self) -> dict[int, SoFar]:
+    def so_far(self) -> dict[tuple[int, int], SoFar]:
         """See `Engine`."""
         busy = self._train_seconds - self._wait_seconds - self._untold_seconds
-        return {self.index: SoFar(self._train_tally, busy, self._wait_seconds, self._train_seconds)}
+        sums = SoFar(self._train_tally, busy, self._wait_seconds, self._train_seconds)
+        return {(self.plan.replica, self.index): sums}
 
-    def go_on_from(self, sums: dict[int, SoFar]) -> None:
+    def go_on_from(self, sums: dict[tuple[int, int], SoFar]) -> None:
         """See `Engine`."""
-        mine = sums[self.index]
+        mine = sums[self.plan.replica, self.index]
         self.stage.train(True, mine.tally)
         self._train_tally = mine.tally
         self._val_tally = Tally()
@@ -141,25 +145,29 @@ class PipelineEngine:
             feed = Feed(test_microbatches(self.data, self.plan, self.world.device))
         self._run(evaluation_program(len(sizes), self.role), feed, [], lambda: None)
 
-    def progress(self) -> list[StageProgress]:
+    def progress(self) -> dict[int, StageProgress]:
         """See `Engine`."""
         seconds = self._seconds(self._train_seconds + perf_counter() - self._started,
                                 self._wait_seconds + self._waited() - self._waited_before)
-        return [StageProgress(self._train_tally.loss, *seconds, *gpu_readings(self.world.device))]
+        if self.world.replica:
+            return {}
+        return {self.index: StageProgress(self._train_tally.loss, *seconds, *gpu_readings(self.world.device))}
 
     def reports(self) -> list[StageReport] | None:
         """One report a stage, on rank 0."""
-        return self.world.gather(report(
+        gathered = self.world.gather(replica_report(
             self._train_tally, self._val_tally, *self._seconds(self._train_seconds, self._wait_seconds),
             self._train_seconds, self.world.device))
+        return None if gathered is None else [report(gathered[k::self.world.stages])
+                                              for k in range(self.world.stages)]
 
     def _seconds(self, total: float, waited: float) -> tuple[float | None, float | None]:
         """Busy and waiting; torch's schedules do not tell one from the other."""
         return (total - waited - self._untold_seconds, waited) if self._backprop is None else (None, None)
 
     def spans(self) -> list[Span] | None:
-        """The traced operations of all stages, on rank 0."""
-        gathered = self.world.gather(self._log.spans if self._log is not None else [])
+        """The traced operations of all stages of the first replica, on rank 0."""
+        gathered = self.world.gather(self._log.spans if self._log is not None and not self.world.replica else [])
         return None if gathered is None else [span for spans in gathered for span in spans]
 
     def close(self) -> None:
@@ -171,7 +179,7 @@ class PipelineEngine:
              on_step: OnStep) -> None:
         inbox: Inbox | None = feed or self._activations_in
         assert inbox is not None
-        ports = Ports(inbox, self._activations_out, self._errors_in, self._errors_out)
+        ports = Ports(inbox, self._activations_out, self._errors_in, self._errors_out, self._sum)
         watch = OpWatch(self.index, self.stage, steps, self._losses, self._log, on_step)
         try:
             for _ in execute(program, self.stage, ports, steps, lambda s: factors(self.plan, s), watch):
@@ -191,6 +199,9 @@ class PipelineEngine:
                 where = f"step {step.index}"
                 backprop.train_step(step, feed)
                 self._losses.note(self.index, self.stage, step.index)
+                if self._sum is not None:
+                    self._sum.put(*self.stage.to_share())
+                    self.stage.update.take_shared(self._sum.get())
                 self.stage.step(step.index, factors(self.plan, step.index).lr)
                 on_step()
             backprop.drain()

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.flop_counter import FlopCounterMode
 
 from blpipe.config import LossConfig, OptimizerConfig, TrainConfig
-from blpipe.data import Data
+from blpipe.data import Data, Share
 from blpipe.device import Precision, use_channels_last
 from blpipe.errors import ConfigError
 from blpipe.forecast.ledger import Ledger, without_values
@@ -204,7 +204,8 @@ def _heads(network: Network) -> Iterator[_HeadAndLoss | None]:
 def _first_microbatch(network: Network, data: Data, size: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
     """The first microbatch, and the seconds that one takes to be read."""
     train = network.config.train
-    batches = data.train_batches(network.config.seed, 0, train.batch_size, train.drop_last)
+    batches = data.train_batches(network.config.seed, 0, train.batch_size, train.drop_last,
+                                 share=Share(replicas=train.replicas))
     x, targets = next(batches)
     clock = Clock(device)
     count = len(clock.time(lambda: list(islice(batches, 3))))

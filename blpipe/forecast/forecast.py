@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from blpipe.balance import Table, best_starts
-from blpipe.config import Config, MethodConfig
+from blpipe.config import Config, MethodConfig, TrainConfig
 from blpipe.config_types import WirePrecision
 from blpipe.engines.alone import rehearsed_steps
 from blpipe.engines.common import has_graphs
@@ -84,39 +84,42 @@ def methods(config: Config) -> list[Method]:
 
     BackLink is there without a delay, one microbatch late and one batch late.
     """
-    micro, method = config.train.microbatches, config.method
-    delay = method.link.delay_in_microbatches(micro)
-    own = _schedule("1F1B", micro) if method.name == "bp" else _local(method, delay, micro)
+    train, method = config.train, config.method
+    delay = method.link.delay_in_microbatches(train.microbatches)
+    own = _schedule("1F1B", train) if method.name == "bp" else _local(method, delay, train)
     backlink = method.model_copy(update={"name": "backlink"})
-    others = [*(_local(backlink, delay, micro) for delay in sorted({0, 1, micro}) if backlink.linked),
-              *(_schedule(schedule, micro) for schedule in SCHEDULES)]
+    others = [*(_local(backlink, delay, train) for delay in sorted({0, 1, train.microbatches}) if backlink.linked),
+              *(_schedule(schedule, train) for schedule in SCHEDULES)]
     return [own, *(other for other in others if other.name != own.name)]
 
 
-def _local(method: MethodConfig, delay: int, microbatches: int) -> Method:
+def _local(method: MethodConfig, delay: int, train: TrainConfig) -> Method:
     def links(sizes: Sequence[int]) -> list[Links]:
         return stage_links(fitting(method, len(sizes)), sizes)
 
     @cache
     def roles(stages: int) -> list[Role]:
-        return [Role(k < stages - 1, of_stage.hops_out, of_stage.hops_in)
+        return [Role(k < stages - 1, of_stage.hops_out, of_stage.hops_in, train.replicas > 1)
                 for k, of_stage in enumerate(links([1] * stages))]
 
     def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
-        return train_program([Step(i, (1,) * microbatches) for i in range(steps)], roles(stages)[stage], delay)
+        return train_program([Step(i, (1,) * train.microbatches) for i in range(steps)], roles(stages)[stage], delay)
 
     def seconds(cost: StageCost) -> dict[Enum, float]:
         return {Kind.FORWARD: cost.forward, Kind.LOCAL_BACKWARD: cost.local_backward,
                 Kind.LINK_BACKWARD: cost.link_backward / max(1, cost.hops), Kind.STEP: cost.step + cost.head_step}
 
     reach = "" if method.link.reach == 1 else f" r={method.link.reach}"
-    name = f"{method.name} d={Fraction(delay, microbatches)}{reach}" if method.linked else method.name
+    name = f"{method.name} d={Fraction(delay, train.microbatches)}{reach}" if method.linked else method.name
     return Method(name, method, program, seconds, links, delay)
 
 
-def _schedule(name: str, microbatches: int) -> Method:
+def _schedule(name: str, train: TrainConfig) -> Method:
     def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
-        return SCHEDULES[name](stage, stages, steps, microbatches)
+        for op in SCHEDULES[name](stage, stages, steps, train.microbatches):
+            if op.kind is Kind.STEP and train.replicas > 1:
+                yield Op(Kind.SHARE, op.step)
+            yield op
 
     def seconds(cost: StageCost) -> dict[Enum, float]:
         return {Kind.FORWARD: cost.forward, Backward.FULL: cost.backward, Backward.INPUT: cost.input_backward,
@@ -188,7 +191,7 @@ class Forecaster:
         ends, count = [*starts[1:], len(self.costs.blocks)], len(starts)
         costs = self._stage_costs(method, starts)
         seconds = [{kind: float(value) / self._speed(k) for kind, value in method.seconds(cost).items()}
-                   for k, cost in enumerate(costs)]
+                   | {Kind.SHARE: self._share_seconds(method, starts[k], ends[k])} for k, cost in enumerate(costs)]
         most_hops = max(int(cost.hops) for cost in costs)
         errors = errors_ahead(method.delay, self.config.train.microbatches, most_hops)
         ahead = ACTIVATIONS_AHEAD, max(1, errors)  # torch's schedules take one gradient at a time
@@ -201,7 +204,7 @@ class Forecaster:
         """End-to-end backpropagation of the whole model on one device."""
         train = self.config.train
         cost = stage_cost(self.costs, 0, len(self.costs.blocks), self.config.method)
-        seconds = float(cost.batch_seconds("bp", train.microbatches))
+        seconds = float(cost.batch_seconds("bp", train.microbatches * train.replicas))
         return MethodForecast("one device", 1, seconds, train.batch_size / seconds, 1.0, 1.0)
 
     def _forecast(self, method: Method, timeline: Timeline, starts: list[int]) -> MethodForecast:
@@ -211,6 +214,14 @@ class Forecaster:
                       for k, cost in enumerate(self._stage_costs(method, starts)))
         return MethodForecast(method.name, len(starts), seconds, train.batch_size / seconds, slowest / seconds,
                               self.one_device().seconds_per_step / seconds)
+
+    def _share_seconds(self, method: Method, start: int, end: int) -> float:
+        """What adding up the gradients of a stage's replicas takes, those of its head with them."""
+        params, head = self.costs.sums["param_bytes"], self.costs.heads[end - 1]
+        size = int(params[end] - params[start])
+        if method.config.name != "bp" and head is not None:
+            size += head.param_bytes
+        return self.connection.all_reduce_seconds(size, self.config.train.replicas)
 
     def _stage_costs(self, method: Method, starts: list[int]) -> list[StageCost]:
         bounds = list(pairwise([*starts, len(self.costs.blocks)]))

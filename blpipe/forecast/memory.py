@@ -127,6 +127,7 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     passing = np.array([0] + [block.output_bytes for block in blocks[:-1]] + [0])
     heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
     copies = 2 + state_copies(config.optimizer, costs.device)  # the weights, their gradients and the optimizer's own
+    copies += train.replicas > 1  # the sums of gradients, before they take the gradients' place
     needs = copies * (params[end] - params[start])
     if config.method.name == "bp":
         in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B

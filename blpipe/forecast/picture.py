@@ -12,7 +12,7 @@ from blpipe.program import Kind
 from blpipe.trace import Span
 
 _COLOURS = {Kind.FORWARD: "#4c78a8", Kind.LOCAL_BACKWARD: "#f2a33c", Kind.LINK_BACKWARD: "#59a14f",
-            Backward.FULL: "#f2a33c", Kind.STEP: "#555555"}  # of what a config's own method does
+            Backward.FULL: "#f2a33c", Kind.SHARE: "#b07aa1", Kind.STEP: "#555555"}  # of what a config's own method does
 _MOST_ROWS = 64  # stages drawn; more would not be told apart
 
 
@@ -32,7 +32,7 @@ def draw(report: Report, out: Path) -> None:
     axes = figure.subplots(rows, 1, squeeze=False, height_ratios=[max(2.4, 0.8 + 0.32 * stages), 4][:rows])[:, 0]
     _timeline(axes[0], report, stages)
     if report.sweep:
-        _scaling(axes[1], report.sweep)
+        _scaling(axes[1], report.sweep, report.plan.config.train.replicas)
     try:
         figure.savefig(out, dpi=130)
     except (OSError, ValueError) as error:
@@ -58,13 +58,13 @@ def _bar(span: Span) -> tuple[float, float]:
     return 1000 * span.start, 1000 * (span.end - span.start)
 
 
-def _scaling(axes: Any, sweep: Sequence[MethodForecast]) -> None:
-    one = [row for row in sweep if row.stages == 1][:1]
+def _scaling(axes: Any, sweep: Sequence[MethodForecast], replicas: int) -> None:
+    one = [row for row in sweep if row.method == "one device"][:1]
     for name in dict.fromkeys(row.method for row in sweep if row.stages > 1):
         rows = [*one, *(row for row in sweep if row.method == name)]
         axes.plot([row.stages for row in rows], [row.speedup for row in rows], marker="o", markersize=3, label=name)
     counts = sorted({row.stages for row in sweep})
-    axes.plot(counts, counts, color="grey", linestyle=":", label="one for each device")
+    axes.plot(counts, [replicas * count for count in counts], color="grey", linestyle=":", label="one for each device")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])

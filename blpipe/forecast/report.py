@@ -69,8 +69,9 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     forecaster = Forecaster(costs, config, connection)
     one = forecaster.one_device()
     compared = forecaster.compare(len(plan.stages), plan.starts)
+    alone = config.train.replicas == 1
     swept = [row for count in sweep for row in (
-        [one] if count == 1 else compared if count == len(plan.stages) else forecaster.compare(count))]
+        [one] if count == 1 and alone else compared if count == len(plan.stages) else forecaster.compare(count))]
     return Report(plan, forecaster, forecaster.stages(plan), [*compared, one], swept,
                   forecaster.timeline(methods(config)[0], plan.starts, steps=4))
 
@@ -101,6 +102,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {"name": config.name, "method": config.method.name, "device": str(report.forecaster.costs.device),
             "costs": "measured" if report.forecaster.costs.measured else "analytic",
             "batch_size": config.train.batch_size, "microbatches": config.train.microbatches,
+            "replicas": config.train.replicas,
             "cuts": [stage.blocks[0] for stage in report.stages[1:]],
             "stages": [asdict(stage) for stage in report.stages],
             "methods": [asdict(method) for method in report.methods],
@@ -112,9 +114,11 @@ def as_text(report: Report) -> str:
     config = report.plan.config
     train = config.train
     parts = [f"{config.name}: {config.method.name} in {len(report.stages)} stages, a step of {train.batch_size} samples"
+             + (f" in {train.replicas} replicas" if train.replicas > 1 else "")
              + (f" in {train.microbatches} microbatches" if train.microbatches > 1 else ""),
              *(f"note: {line}" for line in notices(report.plan)), "", _stage_table(report.stages), "",
-             f"with a device for each stage, {_basis(report)}:", _method_table(report.methods)]
+             f"with a device for each stage{' of each replica' if train.replicas > 1 else ''}, {_basis(report)}:",
+             _method_table(report.methods)]
     if report.sweep:
         parts += ["", "samples/s by number of stages:", _sweep_table(report.sweep)]
     return "\n".join(parts)

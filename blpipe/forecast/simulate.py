@@ -31,6 +31,12 @@ class Connection:
     host_seconds: float = 0.0
     host_bandwidth: float = float("inf")
 
+    def all_reduce_seconds(self, size: int, processes: int) -> float:
+        """Seconds that so many processes take to add up so many bytes, in a ring."""
+        steps = 2 * (processes - 1)
+        each = size / processes
+        return steps * (self.latency + self.host_seconds + each / self.bandwidth + each / self.host_bandwidth)
+
 
 # CPU: gloo over the loopback address, about 0.3 ms a round trip. CUDA: NCCL over NVLink; not measured.
 CONNECTIONS = {"cpu": Connection(150e-6, 2e9, 100e-6, 4e9), "cuda": Connection(10e-6, 1e11)}

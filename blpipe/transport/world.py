@@ -1,7 +1,11 @@
-"""The processes of a pipeline run: how they meet, agree, connect and part. One rank is one stage."""
+"""The processes of a pipeline run: how they meet, agree, connect and part.
+
+A rank is a stage of a replica: with K stages, rank n is stage n % K, from 0, of replica n // K.
+"""
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 import blpipe
 from blpipe.errors import PeerLostError, UserError, one_line
 from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
+from blpipe.transport.sums import SumQueue
 
 
 @dataclass
@@ -119,16 +124,22 @@ def choose_device(kind: str) -> tuple[torch.device, bool]:
 
 
 class World:
-    """The process groups of a pipeline: for each edge one for activations and one for errors.
+    """The process groups of a pipeline: for each edge one for activations and one for errors, for each stage that
+    has replicas one of these.
 
     NCCL where every process has a GPU of its own; else gloo, through host memory.
 
     Args:
+        stages: of a replica; without, there is one replica, and every process is a stage of it.
         contract: what both ends of every edge must agree on; compared before the first message.
     """
 
-    def __init__(self, meeting: Meeting, device: torch.device, own_gpu: bool, contract: dict[str, Any]):
+    def __init__(self, meeting: Meeting, device: torch.device, own_gpu: bool, contract: dict[str, Any],
+                 stages: int | None = None):
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
+        self.stages = stages or meeting.size
+        self.replica, self.stage = divmod(self.rank, self.stages)
+        self.replicas = self.size // self.stages
         self.via = device if own_gpu else torch.device("cpu")
         shake_hands(meeting, {**contract, "messages through": self.via.type})
         stay_on_this_machine()
@@ -144,40 +155,60 @@ class World:
         # Any: torch gives a stand-in for groups that this process is not in; it never uses one.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout)
         self.saving: Any = dist.new_group(backend="gloo", timeout=timeout)  # of a thread beside training
-        edges = [[k, k + 1] for k in range(self.size - 1)]  # every process makes all groups in this order
-        self._forward: list[Any] = [dist.new_group(edge, timeout=timeout) for edge in edges]
-        self._error: list[Any] = [dist.new_group(edge, timeout=timeout) for edge in edges]
+        # Every process makes all groups in this order. The last stage of a replica has no edge.
+        edges = [rank for rank in range(self.size) if (rank + 1) % self.stages]
+        self._forward: dict[int, Any] = {k: dist.new_group([k, k + 1], timeout=timeout) for k in edges}
+        self._error: dict[int, Any] = {k: dist.new_group([k, k + 1], timeout=timeout) for k in edges}
+        self._same_stage = self._group_of_mine([range(k, self.size, self.stages) for k in range(self.stages)], timeout)
+        self.pipeline = self._group_of_mine([range(first, first + self.stages) for first in
+                                             range(0, self.size, self.stages)], timeout)
         self._warm_up()
 
+    def _group_of_mine(self, of_ranks: Sequence[range], timeout: timedelta) -> Any:
+        """Of these groups the one that has this process; None where there are no replicas to tell apart."""
+        groups = [dist.new_group([*ranks], timeout=timeout) for ranks in of_ranks] if self.replicas > 1 else []
+        return next((group for group, ranks in zip(groups, of_ranks, strict=False) if self.rank in ranks), None)
+
     def sender(self, to: int, channels_last: bool = False) -> SendQueue:
-        """The queue to a neighbour: activations to the next rank, errors to the one before."""
-        return SendQueue(self._group(self.rank, to), to, self._name("sending to", to), self.device, self.via,
+        """The queue to a stage beside this one: activations to the next one, errors to the one before."""
+        rank = self._rank_of(to)
+        return SendQueue(self._group(self.rank, rank), rank, self._name("sending to", rank), self.device, self.via,
                          channels_last)
 
     def receiver(self, source: int, channels_last: bool = False) -> ReceiveQueue:
-        """The queue from a neighbour: activations from the rank before, errors from the next one."""
-        return ReceiveQueue(self._group(source, self.rank), source, self._name("receiving from", source),
+        """The queue from a stage beside this one: activations from the one before, errors from the next one."""
+        rank = self._rank_of(source)
+        return ReceiveQueue(self._group(rank, self.rank), rank, self._name("receiving from", rank),
                             self.device, self.via, channels_last)
 
     def control_sender(self, to: int) -> SendQueue:
-        """A queue to any rank through host memory, beside the stages' own."""
-        return SendQueue(self.control, to, self._name("sending to", to), self.device, torch.device("cpu"))
+        """A queue to any stage of this replica through host memory, beside the stages' own."""
+        rank = self._rank_of(to)
+        return SendQueue(self.control, rank, self._name("sending to", rank), self.device, torch.device("cpu"))
 
     def control_receiver(self, source: int) -> ReceiveQueue:
         """The other end of `control_sender`."""
-        return ReceiveQueue(self.control, source, self._name("receiving from", source),
+        rank = self._rank_of(source)
+        return ReceiveQueue(self.control, rank, self._name("receiving from", rank),
                             self.device, torch.device("cpu"))
+
+    def replicas_sum(self) -> SumQueue | None:
+        """What this stage's replicas add up; None where there is one."""
+        if self._same_stage is None:
+            return None
+        return SumQueue(self._same_stage, f"{self._named(self.rank)} adding up with the other replicas", self.device,
+                        self.via)
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, on rank 0; None elsewhere."""
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with lost_peer(f"stage {self.rank + 1} (rank {self.rank}) reporting"):
+        with lost_peer(f"{self._named(self.rank)} reporting"):
             dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        with lost_peer(f"stage {self.rank + 1} (rank {self.rank}) waiting for all others"):
+        with lost_peer(f"{self._named(self.rank)} waiting for all others"):
             dist.barrier(group=self.control)
 
     def close(self) -> None:
@@ -188,17 +219,25 @@ class World:
         return self._forward[source] if source < target else self._error[target]
 
     def _name(self, doing: str, peer: int) -> str:
-        return f"stage {self.rank + 1} (rank {self.rank}) {doing} stage {peer + 1} (rank {peer})"
+        return f"{self._named(self.rank)} {doing} {self._named(peer)}"
+
+    def _named(self, rank: int) -> str:
+        return f"stage {rank % self.stages + 1} (rank {rank})"
+
+    def _rank_of(self, stage: int) -> int:
+        return self.replica * self.stages + stage
 
     def _warm_up(self) -> None:
         """A first message over every group, in one order, so that every connection stands before the run."""
-        for edge in range(self.size - 1):
+        for edge in self._forward:
             for source, target, group in ((edge, edge + 1, self._forward[edge]), (edge + 1, edge, self._error[edge])):
                 ping = torch.zeros(1, device=self.via)
                 if self.rank == source:
                     dist.send(ping, target, group)
                 elif self.rank == target:
                     dist.recv(ping, source, group)
+        if self._same_stage is not None:
+            dist.all_reduce(torch.zeros(1, device=self.via), group=self._same_stage)
 
 
 def shake_hands(meeting: Meeting, contract: dict[str, Any]) -> None:
@@ -214,7 +253,7 @@ def shake_hands(meeting: Meeting, contract: dict[str, Any]) -> None:
             theirs = json.loads(meeting.store.get(f"hands/{rank}"))
         if mine != theirs:
             raise UserError(f"rank {meeting.rank} and rank {rank} differ in {_first_difference(mine, theirs)}; "
-                            "start every rank with the same config and versions")
+                            "start every rank with the same config, data and versions")
 
 
 def _first_difference(mine: Any, theirs: Any, path: str = "") -> str:

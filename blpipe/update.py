@@ -1,0 +1,109 @@
+"""The end of a batch in one stage: from the gradients of its parameters to new weights, alike in all replicas."""
+
+from collections.abc import Sequence
+from copy import copy
+from math import isfinite
+
+import torch
+from torch import Tensor, nn
+
+from blpipe.gradients import GradientSums, norm_of, weighted
+from blpipe.losses import Tally
+
+
+class Update:
+    """Holds a stage's optimizer, and the state before a step that may be skipped.
+
+    Args:
+        parts: all that has parameters and buffers.
+        optimizer: over their parameters; None if they have none.
+        clip_norm: what the gradients' norm is scaled down to where it is larger; None to leave it.
+        skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
+            waits for the device in every step.
+        leads: whether it is the one that other replicas of the stage take their buffers from.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None, *,
+                 clip_norm: float | None = None, skip_nonfinite: bool = False, leads: bool = True):
+        self._parts, self.optimizer, self._clip_norm = parts, optimizer, clip_norm
+        self._skip_nonfinite, self._leads = skip_nonfinite, leads
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        self.sums = GradientSums()
+        self._losses_of_all: Sequence[Tensor] = ()  # summed over replicas
+        self._before: tuple[list[Tensor], Tally] | None = None  # the buffers and the tally before a step
+
+    def begin(self, tally: Tally) -> None:
+        """A step begins: what it changes may have to be undone."""
+        if self._skip_nonfinite:
+            self._before = [buffer.clone() for buffer in self.buffers()], copy(tally)
+
+    def to_share(self, tally: Tally) -> list[Tensor]:
+        """What the replicas of a stage add up before a step: losses, gradients, and buffers, from the one that leads.
+
+        As in torch's DistributedDataParallel, buffers follow one replica; here those of floating-point numbers do.
+        """
+        losses = tally.loss_sum  # for whether a step is skipped, which all must agree on
+        judged = [losses.float()] if self._skip_nonfinite and isinstance(losses, Tensor) else []
+        self._losses_of_all = judged
+        gradients = [p.grad for p in self._trained() if p.grad is not None]
+        return [*judged, *gradients, *(b if self._leads else torch.zeros_like(b) for b in self._shared_buffers())]
+
+    def take_shared(self, sums: Sequence[Tensor]) -> None:
+        """Go on with the sums of what all replicas gave: then they step alike."""
+        rest, live = iter(sums), [p for p in self._trained() if p.grad is not None]
+        self._losses_of_all = [next(rest) for _ in self._losses_of_all]
+        for parameter in live:
+            parameter.grad = None
+        self.sums.clear()
+        self.sums.add(live, [next(rest) for _ in live])
+        self._set_buffers(self._shared_buffers(), list(rest))
+
+    def step(self, index: int, lr_factor: float, tally: Tally) -> None:
+        """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
+        if self._before is not None and not self._is_finite(tally):
+            self._undo(index, tally, *self._before)
+        elif self.optimizer is not None:
+            self._optimize(self.optimizer, lr_factor)
+        for parameter in self._trained():
+            parameter.grad = None
+        self.sums.clear()
+        self.begin(tally)
+
+    def buffers(self) -> list[Tensor]:
+        """Of all parts."""
+        return [buffer for part in self._parts for buffer in part.buffers()]
+
+    def _optimize(self, optimizer: torch.optim.Optimizer, lr_factor: float) -> None:
+        for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * lr_factor
+        if self._clip_norm is not None:
+            self._clip(self._clip_norm)
+        optimizer.step()
+
+    def _clip(self, largest: float) -> None:
+        """Scale the gradients down to this norm, all together; not in place, as autograd may share what it gave."""
+        trained = [parameter for parameter in self._trained() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained]
+        share = (largest / norm_of(gradients)).clamp(max=1.0)
+        for parameter, gradient in zip(trained, weighted(gradients, share), strict=True):
+            parameter.grad = gradient
+
+    def _is_finite(self, tally: Tally) -> bool:
+        """Whether the losses and gradients of this step are."""
+        losses = tally.is_finite() and all(map(isfinite, self._losses_of_all))
+        return losses and bool(norm_of(parameter.grad for parameter in self._trained()).isfinite())
+
+    def _undo(self, index: int, tally: Tally, buffers: list[Tensor], before: Tally) -> None:
+        self._set_buffers(self.buffers(), buffers)
+        tally.take_back(before)
+        tally.skipped.append(index)
+
+    def _set_buffers(self, buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.data.copy_(value)  # of .data, as the graphs of late links would take it for a change of theirs
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
+
+    def _shared_buffers(self) -> list[Tensor]:
+        return [buffer for buffer in self.buffers() if buffer.is_floating_point()]
