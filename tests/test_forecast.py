@@ -174,7 +174,8 @@ def test_no_cut_between_blocks_that_share_a_parameter():
     {"method__link": {"length": "all", "keep": "recompute"}}, {"method": "greedy", "optimizer": "adamw"},
     {"method": {"link": {"reach": 2, "length": "all", "wire": "bf16"}, "local_weight": 0.0},
      "train__wire": "bf16", "partition__stages": 3},
-    {"method__link": {"length": "all", "joint": True}, "partition__stages": 3}])
+    {"method__link": {"length": "all", "joint": True}, "partition__stages": 3},
+    {"train__replicas": 2, "method__link": {"delay": 0}}])
 def test_predicted_peak_memory_is_within_15_percent_of_what_torch_allocates(changes):
     network, data = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, **{
         "partition__stages": 2, "data__args": {"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes})
@@ -187,7 +188,7 @@ def test_predicted_peak_memory_is_within_15_percent_of_what_torch_allocates(chan
 def allocated_bytes(plan, index):
     """The peak of torch's own allocator over a few steps of one stage, two messages waiting on each side."""
     config = plan.config
-    size = config.train.batch_size // config.train.microbatches
+    size = config.train.microbatch_size
     stage = build_stage(plan, index, CPU)
     stage.train(True)
     held = sum(t.nbytes for part in (stage.blocks, stage.head) for t in (*part.parameters(), *part.buffers()))
@@ -210,11 +211,23 @@ def allocated_bytes(plan, index):
         def put(self, *tensors):
             self.waiting = [*self.waiting, tuple(tensor.clone() for tensor in tensors)][-2:]
 
+    class Sums(Queue):
+        def __init__(self):
+            super().__init__([], 0)
+
+        def put(self, *tensors):
+            self.flat, self.shapes = torch.cat([tensor.flatten() for tensor in tensors]), [t.shape for t in tensors]
+
+        def get(self):
+            parts = self.flat.split([shape.numel() for shape in self.shapes])
+            del self.flat
+            return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
     given = plan.activation(size, index - 1) if index else plan.input(size)
     with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         errors = errors_ahead(plan.delay, config.train.microbatches, len(plan.links[index].hops_in))
         ports = Ports(Queue([given, plan.targets(size)], 2 if index else 0), Queue([], 0),
-                      Queue([plan.error(size, index)], errors), Queue([], 0))
+                      Queue([plan.error(size, index)], errors), Queue([], 0), Sums())
         for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
                          lambda step: Factors(), lambda op: None):
             pass

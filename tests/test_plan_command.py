@@ -138,8 +138,26 @@ def test_methods_that_have_no_such_stages_are_left_out(config, capsys, strategy)
 
 
 @pytest.mark.parametrize("method", ["backlink", "bp"])
-def test_all_that_takes_time_is_in_the_picture(config, method):
-    timeline = make_report(load_config("c.yaml", [f"method={method}"])).timeline
+def test_replicas_share_the_batch_and_take_time_to_add_up(config, capsys, method):
+    changes = [f"method={method}", "train.microbatches=2", "train.replicas=2", "--stages", "1,3"]
+    assert plan(capsys, *changes).startswith(f"planned: {method} in 3 stages, a step of 16 samples in 2 replicas of 2 "
+                                             "microbatches\n")
+    half, whole = (json.loads(plan(capsys, *changes, "--json", *more)) for more in (
+        (), ("train.replicas=1", "train.batch_size=8")))
+    for stage, other in zip(half["stages"], whole["stages"], strict=True):
+        assert (stage["flops"], stage["sent_forward_bytes"]) == (other["flops"], other["sent_forward_bytes"])
+    for row, other in zip(half["methods"][:-1], whole["methods"][:-1], strict=True):
+        assert row["method"] == other["method"]
+        assert other["samples_per_second"] < row["samples_per_second"] < 2 * other["samples_per_second"]
+    one, same = (found["methods"][-1]["samples_per_second"] for found in (half, whole))
+    assert one == pytest.approx(same, rel=0.1)  # a single device
+    alone = [row["seconds_per_step"] for row in half["sweep"] if row["stages"] == 1]
+    assert len(set(alone)) < len(alone) > 1  # data parallelism, in which methods are alike
+
+
+@pytest.mark.parametrize("changes", [["method=backlink"], ["method=bp"], ["train.replicas=2"]])
+def test_all_that_takes_time_is_in_the_picture(config, changes):
+    timeline = make_report(load_config("c.yaml", changes)).timeline
     messages = {Kind.SEND, Kind.RECEIVE, Kind.SEND_ERROR, Kind.RECEIVE_ERROR}
     assert {span.op.kind for span in timeline.spans if span.end > span.start} - messages <= picture._COLOURS.keys()
 

@@ -120,43 +120,67 @@ def estimated_bytes(costs: Profile) -> Table:
 
 
 def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
-    config, blocks = costs.network.config, costs.blocks
-    link, train = config.method.link, config.train
-    params, saved, outputs = (costs.sums[field] for field in ("param_bytes", "saved_bytes", "output_bytes"))
-    # What passes each boundary; that before the first block counts as nothing, as does the model's output.
-    passing = np.array([0] + [block.output_bytes for block in blocks[:-1]] + [0])
-    heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
+    config, params, passing = costs.network.config, costs.sums["param_bytes"], _passing_bytes(costs)
+    own = params[end] - params[start]
+    computing = _computing_bytes(costs, start, end)
+    if config.train.replicas > 1:
+        computing = np.maximum(computing, own)  # the sums of gradients, when nothing else is computed
     copies = 2 + state_copies(config.optimizer, costs.device)  # the weights, their gradients and the optimizer's own
-    copies += train.replicas > 1  # the sums of gradients, before they take the gradients' place
-    needs = copies * (params[end] - params[start])
+    needs = copies * own + computing
     if config.method.name == "bp":
-        in_flight = min(train.microbatches, config.partition.stage_count)  # in 1F1B
-        if train.recompute:
-            return needs + (in_flight - 1) * (outputs[end] - outputs[start]) + _again(costs)[start, end]
-        return needs + in_flight * (saved[end] - saved[start])
-    held = outputs if train.recompute else saved
-    computing = held[end] - held[start] + heads[end] + 2 * passing[end]
-    if train.recompute:
-        computing = np.maximum(computing, _again(costs)[start, end])
-    there, back = (0.5 if wire == "bf16" else 1.0 for wire in (train.wire, link.wire))
-    needs = needs + computing + passing[start] + there * (ACTIVATIONS_AHEAD * passing[start] + IN_FLIGHT * passing[end])
+        return needs
+    there, back = (0.5 if wire == "bf16" else 1.0 for wire in (config.train.wire, config.method.link.wire))
+    needs = needs + passing[start] + there * (ACTIVATIONS_AHEAD * passing[start] + IN_FLIGHT * passing[end])
     if config.method.linked:
-        tail = tail_start(link, start, end)
-        kept = passing[tail]
-        if link.keep == "graph":
-            kept = kept + held[end] - held[tail] - (passing[end] if train.recompute else 0)
-        if link.joint:
-            kept = kept + passing[end]  # the local error
-        hops = most_hops(costs, end, link)
-        farthest = _stages_after(costs, end) if one_for_all(link) else hops
-        delay = link.delay_in_microbatches(train.microbatches)
-        snapshots = np.ceil(delay * farthest / train.microbatches) * (params[end] - params[tail])
-        received = hops * errors_ahead(delay, train.microbatches, 1) * back * passing[end]
-        linked = snapshots + delay * farthest * kept + received
-        if has_graphs(config, costs.device):  # a recording, and a snapshot, for each microbatch under way
-            linked = delay * farthest * (computing + params[end] - params[tail]) + received
-        needs = needs + np.where(end < len(blocks), linked, 0) + IN_FLIGHT * back * passing[start]
+        linked = _linked_bytes(costs, start, end, computing, back)
+        needs = needs + np.where(end < len(costs.blocks), linked, 0) + IN_FLIGHT * back * passing[start]
     return needs
+
+
+def _passing_bytes(costs: Profile) -> NDArray[np.int64]:
+    """What passes each boundary; that before the first block counts as nothing, as does the model's output."""
+    return np.array([0] + [block.output_bytes for block in costs.blocks[:-1]] + [0])
+
+
+def _computing_bytes(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What forwards keep for their own backwards, at the most."""
+    config, saved, outputs = costs.network.config, costs.sums["saved_bytes"], costs.sums["output_bytes"]
+    held = outputs if config.train.recompute else saved
+    if config.method.name == "bp":
+        in_flight = min(config.train.microbatches, config.partition.stage_count)  # in 1F1B
+        if config.train.recompute:
+            return (in_flight - 1) * (held[end] - held[start]) + _again(costs)[start, end]
+        return in_flight * (held[end] - held[start])
+    heads = np.array([0] + [head.saved_bytes if head is not None else 0 for head in costs.heads])
+    computing = held[end] - held[start] + heads[end] + 2 * _passing_bytes(costs)[end]
+    return np.maximum(computing, _again(costs)[start, end]) if config.train.recompute else computing
+
+
+def _linked_bytes(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64], computing: NDArray[np.float64],
+                  back: float) -> NDArray[np.float64]:
+    """What a stage that is not the last keeps for the errors to come, and these.
+
+    Args:
+        computing: see `_computing_bytes`.
+        back: the share of an error's bytes that is sent.
+    """
+    config, params, passing = costs.network.config, costs.sums["param_bytes"], _passing_bytes(costs)
+    link, train = config.method.link, config.train
+    held = costs.sums["output_bytes" if train.recompute else "saved_bytes"]
+    tail = tail_start(link, start, end)
+    kept = passing[tail]
+    if link.keep == "graph":
+        kept = kept + held[end] - held[tail] - (passing[end] if train.recompute else 0)
+    if link.joint:
+        kept = kept + passing[end]  # the local error
+    hops = most_hops(costs, end, link)
+    farthest = _stages_after(costs, end) if one_for_all(link) else hops
+    delay = link.delay_in_microbatches(train.microbatches)
+    received = hops * errors_ahead(delay, train.microbatches, 1) * back * passing[end]
+    if has_graphs(config, costs.device):  # a recording, and a snapshot, for each microbatch under way
+        return delay * farthest * (computing + params[end] - params[tail]) + received
+    snapshots = np.ceil(delay * farthest / train.microbatches) * (params[end] - params[tail])
+    return snapshots + delay * farthest * kept + received
 
 
 def _again(costs: Profile) -> Table:

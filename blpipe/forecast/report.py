@@ -115,7 +115,8 @@ def as_text(report: Report) -> str:
     train = config.train
     parts = [f"{config.name}: {config.method.name} in {len(report.stages)} stages, a step of {train.batch_size} samples"
              + (f" in {train.replicas} replicas" if train.replicas > 1 else "")
-             + (f" in {train.microbatches} microbatches" if train.microbatches > 1 else ""),
+             + (f" {'of' if train.replicas > 1 else 'in'} {train.microbatches} microbatches"
+                if train.microbatches > 1 else ""),
              *(f"note: {line}" for line in notices(report.plan)), "", _stage_table(report.stages), "",
              f"with a device for each stage{' of each replica' if train.replicas > 1 else ''}, {_basis(report)}:",
              _method_table(report.methods)]
