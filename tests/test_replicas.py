@@ -140,8 +140,8 @@ def test_pipelines_with_replicas_equal_one_process_bit_for_bit(processes, tmp_pa
             torch.testing.assert_close(state_of(found)[key], tensor, rtol=1e-3, atol=1e-3)
 
 
-def test_after_an_epoch_all_are_alike_and_buffers_are_those_of_the_first(tmp_path):
-    config, data, plan = prepared(small_config("alike", train__replicas=3, train__batch_size=24, optimizer=ADAMW))
+def test_after_an_epoch_all_are_alike():
+    _, data, plan = prepared(small_config("alike", train__replicas=3, train__batch_size=24, optimizer=ADAMW))
     engine = open_local(plan, data)
     train_epoch(engine, 0)
     for index, leading in engine.replicas[0].items():
@@ -152,22 +152,41 @@ def test_after_an_epoch_all_are_alike_and_buffers_are_those_of_the_first(tmp_pat
             assert other.tally.state() != leading.tally.state()
 
 
-def test_a_step_in_which_one_of_them_is_not_finite_is_skipped_by_all():
-    config, data, plan = prepared(small_config("skip", train__replicas=2, train__on_nonfinite="skip"))
+def replicas_after_a_batch(poisoned=None, **changes):
+    """The last stage of two replicas, each with what they share; NaN is in the second's input or loss, if anywhere."""
+    config, data, plan = prepared(small_config("two", train__replicas=2, **changes))
     stages = [build_stage(make_plan(config, data.spec, replica=r), 2, torch.device("cpu")) for r in range(2)]
-    before = {name: tensor.clone() for name, tensor in stages[0].blocks.state_dict().items()}
     ends = MemorySum.ends(2)
-    for stage, end, poison in zip(stages, ends, (1.0, torch.nan), strict=True):
+    for stage, end, poison in zip(stages, ends, (0.0, torch.nan), strict=True):
         stage.train(True)
         x, targets = torch.randn(4, *plan.boundaries[1].shape), torch.arange(4)
-        stage.forward(x * poison)
+        stage.forward(x + poison if poisoned == "input" else x)
         stage.local_backward(targets, 0.5)
+        if poisoned == "loss":
+            stage.tally.loss_sum = stage.tally.loss_sum + poison
         end.put(*stage.to_share())
+    return stages, ends
+
+
+def test_buffers_are_those_of_the_first():
+    stages, ends = replicas_after_a_batch()
+    first, second = ([buffer.clone() for buffer in stage.update.buffers()] for stage in stages)
+    assert not all(map(torch.equal, first, second))
+    for stage, end in zip(stages, ends, strict=True):
+        stage.update.take_shared(end.get())
+        assert all(map(torch.equal, stage.update.buffers(), first))
+
+
+@pytest.mark.parametrize("poisoned", ["input", "loss"])
+def test_a_step_in_which_one_of_them_is_not_finite_is_skipped_by_all(poisoned):
+    stages, ends = replicas_after_a_batch(poisoned, train__on_nonfinite="skip")
+    new = build_stage(prepared(small_config("new"))[2], 2, torch.device("cpu"))
     for stage, end in zip(stages, ends, strict=True):
         stage.update.take_shared(end.get())
         stage.step(5, 1.0)
         assert stage.tally.skipped == [5]
-        assert all(torch.equal(tensor, before[name]) for name, tensor in stage.blocks.state_dict().items())
+        for name, tensor in new.blocks.state_dict().items():
+            assert torch.equal(stage.blocks.state_dict()[name], tensor), name
 
 
 # How runs begin and go on.
