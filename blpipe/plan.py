@@ -215,8 +215,7 @@ def make_network(config: Config, data: DataSpec) -> Network:
                           "for each at least; set train.drop_last=true, or another train.batch_size")
     model = build_model(config.model, data, config.seed)
     check_stage_count(config.partition, [name for name, _ in named_blocks(model)])
-    training = {size for replica in range(replicas) for step in {*step_sizes(data.train_samples, config, replica)}
-                for size in step}
+    training = training_sizes(data, config)
     with layer_calls(model) as calls:
         traced = {size: trace_shapes(model, data, size, training=True, calls=calls) for size in training}
     for size in {*evaluation_sizes(data.test_samples, config)}:
@@ -280,6 +279,12 @@ def step_sizes(samples: int, config: Config, replica: int = 0) -> list[tuple[int
     micro, share = config.train.microbatch_size, Share(replica, config.train.replicas)
     own = (len(range(batch)[share.of(batch)]) for batch in batch_sizes(samples, config))
     return [(micro,) * (count // micro) + ((count % micro,) if count % micro else ()) for count in own]
+
+
+def training_sizes(data: DataSpec, config: Config) -> set[int]:
+    """The sizes of all microbatches of all replicas."""
+    return {size for replica in range(config.train.replicas) for step in
+            {*step_sizes(data.train_samples, config, replica)} for size in step}
 
 
 def evaluation_sizes(samples: int, config: Config) -> list[int]:
@@ -385,7 +390,7 @@ def _check_links(plan: Plan) -> None:
 
 def _checked_head(plan: Plan, index: int) -> nn.Module:
     name, key, head = plan.block_names(index)[-1], plan.config.method.head_key(index), plan.build_head(index)
-    for size in {size for sizes in plan.step_sizes for size in sizes}:
+    for size in training_sizes(plan.data, plan.config):
         given = plan.outputs[size][index]
         output = trace_module(f"{key} (after block {name})", head, given, plan.data, training=True)
         wanted = plan.outputs[size][-1].shape
@@ -397,7 +402,7 @@ def _checked_head(plan: Plan, index: int) -> nn.Module:
 
 def _checked_loss(plan: Plan, index: int) -> nn.Module:
     key, loss = plan.config.method.loss_key(index), plan.build_loss(index)
-    samples = min(2, *(size for sizes in plan.step_sizes for size in sizes))  # few: they have values
+    samples = min(2, *training_sizes(plan.data, plan.config))  # few: they have values
     outputs = next(iter(plan.outputs.values()))
     logits, x = (torch.zeros(samples, *outputs[k].shape[1:]) for k in (-1, index))
     try:

@@ -65,8 +65,9 @@ def choose_engine(config: Config) -> str:
 def _fitting(config: Config, processes: int) -> str:
     """What of a config would need so many processes."""
     stages, replicas = config.partition.stage_count, config.train.replicas
-    if processes % stages == 0:
-        return f"train.replicas={processes // stages}"
+    shares, rest = divmod(processes, stages)
+    if not rest and config.train.batch_size % (shares * config.train.microbatches) == 0:
+        return f"train.replicas={shares}"
     more = "" if processes % replicas == 0 else " and train.replicas=1"
     stages = processes if more else processes // replicas
     cut = config.partition.cuts is not None

@@ -37,26 +37,42 @@ class Update:
         if self._skip_nonfinite:
             self._before = [buffer.clone() for buffer in self.buffers()], copy(tally)
 
-    def to_share(self, tally: Tally) -> list[Tensor]:
-        """What the replicas of a stage add up before a step: losses, gradients, and buffers, from the one that leads.
+    def lead(self) -> list[Tensor]:
+        """What replicas of the stage add up before they begin: all values, from the one that leads."""
+        return self._led(self._values())
 
-        As in torch's DistributedDataParallel, buffers follow one replica; here those of floating-point numbers do.
+    def follow(self, sums: Sequence[Tensor]) -> None:
+        """Begin with the values of the one that leads."""
+        self._take(self._values(), sums)
+
+    def to_share(self, tally: Tally) -> list[Tensor]:
+        """What the replicas of the stage add up before a step: losses, which parameters have gradients, these, and
+        buffers, from the one that leads, as in torch's DistributedDataParallel.
         """
-        losses = tally.loss_sum  # for whether a step is skipped, which all must agree on
-        judged = [losses.float()] if self._skip_nonfinite and isinstance(losses, Tensor) else []
-        self._losses_of_all = judged
-        gradients = [p.grad for p in self._trained() if p.grad is not None]
-        return [*judged, *gradients, *(b if self._leads else torch.zeros_like(b) for b in self._shared_buffers())]
+        losses, trained = tally.loss_sum, self._trained()
+        # For whether a step is skipped, which all must agree on.
+        self._losses_of_all = [losses.float()] if self._skip_nonfinite and isinstance(losses, Tensor) else []
+        given = [torch.ones(len(trained), device=trained[0].device)] if trained else []
+        for index, parameter in enumerate(trained):
+            if parameter.grad is None:  # a block may not use all of its parameters every time
+                given[0][index] = 0.0
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+        return [*self._losses_of_all, *given, *gradients, *self._led(self.buffers())]
 
     def take_shared(self, sums: Sequence[Tensor]) -> None:
         """Go on with the sums of what all replicas gave: then they step alike."""
-        rest, live = iter(sums), [p for p in self._trained() if p.grad is not None]
+        rest, trained = iter(sums), self._trained()
         self._losses_of_all = [next(rest) for _ in self._losses_of_all]
-        for parameter in live:
+        givers = [next(rest)] if trained else []
+        gradients = [next(rest) for _ in trained]
+        if any(parameter.grad is None for parameter in trained):
+            chosen = [index for index, count in enumerate(givers[0].tolist()) if count]  # this waits for the device
+            trained, gradients = [trained[index] for index in chosen], [gradients[index] for index in chosen]
+        for parameter in trained:
             parameter.grad = None
         self.sums.clear()
-        self.sums.add(live, [next(rest) for _ in live])
-        self._set_buffers(self._shared_buffers(), list(rest))
+        self.sums.add(trained, gradients)
+        self._take(self.buffers(), list(rest))
 
     def step(self, index: int, lr_factor: float, tally: Tally) -> None:
         """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
@@ -94,16 +110,33 @@ class Update:
         return losses and bool(norm_of(parameter.grad for parameter in self._trained()).isfinite())
 
     def _undo(self, index: int, tally: Tally, buffers: list[Tensor], before: Tally) -> None:
-        self._set_buffers(self.buffers(), buffers)
+        for buffer, value in zip(self.buffers(), buffers, strict=True):
+            _set(buffer, value)
         tally.take_back(before)
         tally.skipped.append(index)
 
-    def _set_buffers(self, buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.data.copy_(value)  # of .data, as the graphs of late links would take it for a change of theirs
+    def _led(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Their bytes, or zeros where another replica leads, so that sums are what leads, bit for bit."""
+        given = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors if _is_writable(tensor)]
+        return given if self._leads else [torch.zeros_like(each) for each in given]
+
+    def _take(self, tensors: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+        """The inverse of `_led`."""
+        if not self._leads:
+            for tensor, each in zip(filter(_is_writable, tensors), given, strict=True):
+                _set(tensor, each.clone().view(tensor.dtype).view(tensor.shape))  # a clone, as types need alignment
+
+    def _values(self) -> list[Tensor]:
+        return [*(p for part in self._parts for p in part.parameters()), *self.buffers()]
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
 
-    def _shared_buffers(self) -> list[Tensor]:
-        return [buffer for buffer in self.buffers() if buffer.is_floating_point()]
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Not so an expanded view, whose elements are the same place."""
+    return all(stride or size == 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _set(tensor: Tensor, value: Tensor) -> None:
+    tensor.data.copy_(value)  # of .data, as the graphs of late links would take it for a change of theirs

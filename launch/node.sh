@@ -3,7 +3,7 @@
 # that was lost.
 #   bash launch/node.sh NODES PROCESSES FIRST CONFIG [key.sub=value…]
 # NODES       how many nodes
-# PROCESSES   stages on each of them, or gpu: as many as it has GPUs
+# PROCESSES   on each of them, or gpu: as many as it has GPUs
 # FIRST       name or address of the node where all meet, and HOST:PORT where port 29400 is taken there
 # CONFIG      a YAML file; its run folder must be on a file system that all nodes see
 # A run folder that holds a checkpoint is gone on with. What may be set in the environment:

@@ -235,5 +235,48 @@ def sparse_net() -> list[nn.Module]:
 
 def data_of_this_rank() -> tuple[Any, Any]:
     """More training samples in each process than in the one before."""
-    samples = 32 + int(os.environ.get("RANK", "0"))
+    samples = 32 + _rank()
     return tuple((torch.zeros(count, 2, 8, 8), torch.arange(count) % 4) for count in (samples, 8))
+
+
+class Experts(nn.Module):
+    """Runs one of two layers at random, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 12] to [B, 12]."""
+        chosen = int(torch.randint(0, 3, ())) if x.device.type == "cpu" else 0
+        return x + self.layers[chosen](x) if chosen < 2 else x
+
+
+class CountsRuns(nn.Module):
+    """Scales by how often it has run, a whole number, and holds buffers of other kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(3, dtype=torch.bool))
+        self.register_buffer("constant", torch.ones(1).expand(12), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 12] to [B, 12]."""
+        if self.training:
+            self.runs += 1
+            self.seen[:] = self.runs % 2 == 1
+        return x * (1 + 0.1 * (self.runs % 3)) * self.constant
+
+
+def unlike_net() -> list[nn.Module]:
+    """Blocks whose replicas differ in which parameters they use, how often they run, and in several processes in
+    what they begin with.
+    """
+    first = nn.Sequential(nn.Flatten(), nn.Linear(128, 12))
+    nn.init.constant_(first[1].bias, float(torch.rand((), generator=torch.Generator().manual_seed(_rank()))))
+    return [first, Experts(), CountsRuns(), nn.Linear(12, 12), nn.Linear(12, 4)]
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -31,6 +31,8 @@ from blpipe.transport.memory import MemorySum
 
 PLAIN = {"name": "mlp", "args": {"hidden": [12] * 3, "batch_norm": False}}  # what replicas of it compute adds up
 ADAMW = {"name": "adamw", "lr": 0.01, "clip_norm": 0.5, "args": {"fused": True}}
+UNLIKE = {"model": {"target": "models_under_test:unlike_net"}, "train__microbatches": 2, "method__head": "linear",
+          "optimizer": {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9, "weight_decay": 0.1}}}
 ODD = {"shape": [2, 8, 8], "classes": 4, "samples": 57}  # the last batch has nine
 
 
@@ -123,6 +125,7 @@ IN_PROCESSES = {
                      model={"target": "models_under_test:averaging_net"}),
         small_config("skips", partition__stages=2, train__replicas=2, train__on_nonfinite="skip",
                      model={"target": "models_under_test:exploding_net", "args": {"at": 4}}),
+        small_config("unlike", partition__stages=2, train__replicas=2, data__args=ODD, **UNLIKE),
         small_config("bp", partition__stages=2, train__replicas=2, train__microbatches=4, method="bp"),
     ],
 }
@@ -140,8 +143,9 @@ def test_pipelines_with_replicas_equal_one_process_bit_for_bit(processes, tmp_pa
             torch.testing.assert_close(state_of(found)[key], tensor, rtol=1e-3, atol=1e-3)
 
 
-def test_after_an_epoch_all_are_alike():
-    _, data, plan = prepared(small_config("alike", train__replicas=3, train__batch_size=24, optimizer=ADAMW))
+@pytest.mark.parametrize("changes", [{"optimizer": ADAMW}, {**UNLIKE, "data__args": ODD}])
+def test_after_an_epoch_all_are_alike(changes):
+    _, data, plan = prepared(small_config("alike", train__replicas=3, train__batch_size=24, **changes))
     engine = open_local(plan, data)
     train_epoch(engine, 0)
     for index, leading in engine.replicas[0].items():
@@ -191,9 +195,9 @@ def test_a_step_in_which_one_of_them_is_not_finite_is_skipped_by_all(poisoned):
 
 # How runs begin and go on.
 
-@pytest.mark.parametrize("name", ["bp", "three_late", "far"])
+@pytest.mark.parametrize("name", ["bp", "three_late", "far", "unlike"])
 def test_a_run_goes_on_from_its_checkpoints_bit_for_bit(name, tmp_path):
-    changes = {**METHODS[name], "train__replicas": 2}
+    changes = {**METHODS.get(name, {**UNLIKE, "data__args": ODD}), "train__replicas": 2}
     undisturbed = train_locally(saved_config("undisturbed", 0, **changes), tmp_path)
     saved = train_locally(saved_config("saved", **changes), tmp_path)
     if name != "bp":  # whose sums of an epoch are cut
@@ -236,6 +240,7 @@ def test_eval_and_export_take_such_a_run(tmp_path, monkeypatch, capsys):
             r"--nproc-per-node=6 .*`, set train\.replicas=1, or"),
     (12, {}, r"set train\.replicas=4, or"),
     (4, {}, r"set partition\.stages=2, or"),
+    (9, {}, r"set partition\.stages=9 and train\.replicas=1, or"),  # three replicas would not divide the batch
     (5, {}, r"set partition\.stages=5 and train\.replicas=1, or"),
 ])
 def test_a_number_of_processes_that_does_not_fit_is_refused(processes, changes, message, monkeypatch):
@@ -253,6 +258,14 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(processes, changes, 
 def test_batches_that_cannot_be_shared_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         prepared(small_config("run", **changes))
+
+
+def test_heads_are_tried_on_the_microbatches_of_every_replica():
+    """The last batch of 7 is cut in 4 and 3; in microbatches of 2 there is one of a single sample."""
+    with pytest.raises(UserError, match=r"BatchNorm in method\.head .* cannot train on a microbatch of 1 sample"):
+        prepared(small_config("run", train={"batch_size": 16, "replicas": 2, "microbatches": 4},
+                              data__args={**ODD, "samples": 23}, model__args={"dropout": 0.0}, method__head={
+            "name": "mlp_sr", "args": {"convs": 0}}))
 
 
 def test_data_that_differ_from_those_of_rank_0_are_refused(tmp_path):

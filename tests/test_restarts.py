@@ -72,14 +72,15 @@ def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, folde
     assert_same_run(train_locally(tree, folder), folder / "runs/run")
 
 
-LATE, PIPELINE = {"delay": 2, "length": "all"}, torchrun_command(2, *TRAIN)
+LATE, PIPELINE = {"method__link": {"delay": 2, "length": "all"}}, torchrun_command(2, *TRAIN)
 
 
-@pytest.mark.parametrize(("command", "link"), [([sys.executable, *TRAIN], LATE), (PIPELINE, LATE),
-                                               (PIPELINE, {"delay": 0})], ids=["local", "late", "in time"])
-def test_sigterm_saves_and_the_next_start_goes_on(command, link, folder, start):
+@pytest.mark.parametrize(("command", "changes"), [
+    ([sys.executable, *TRAIN], LATE), (PIPELINE, LATE), (PIPELINE, {"method__link": {"delay": 0}}),
+    (PIPELINE, {"partition__stages": 1, "train__replicas": 2})], ids=["local", "late", "in time", "replicas"])
+def test_sigterm_saves_and_the_next_start_goes_on(command, changes, folder, start):
     """Wherever it is: there is no checkpoint due for a long time."""
-    tree = config_of(method__link=link, train__epochs=10_000, checkpoint={"every_epochs": 0, "every_steps": 100})
+    tree = config_of(**changes, train__epochs=10_000, checkpoint={"every_epochs": 0, "every_steps": 100})
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = start(command, folder)
     wait_for_checkpoint(run)

@@ -84,6 +84,7 @@ class LocalEngine:
         self.stages = self.replicas[0]
         self._seated: dict[_Seat, Stage] = {(r, k): stage for r, stages in self.replicas.items()
                                             for k, stage in stages.items()}
+        self._add_up(lambda stage: stage.update.lead(), lambda stage, values: stage.update.follow(values))
         self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
         self._busy = dict.fromkeys(self._seated, 0.0)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0
@@ -238,7 +239,7 @@ class LocalEngine:
                         stage.tally.add(loss, x, targets)
                         (loss * (size / own.samples)).backward()
                     self._losses.note(len(stages) - 1, stage, index)
-                self._add_up()
+                self._add_up(lambda stage: stage.to_share(), lambda stage, sums: stage.update.take_shared(sums))
                 for stage in self._seated.values():
                     stage.step(index, factors(self.plan, index).lr)
             except Exception as error:
@@ -246,12 +247,13 @@ class LocalEngine:
                 raise blame(self.plan, k, f"step {index}", error) from error
             on_step()
 
-    def _add_up(self) -> None:
-        """What the replicas of each stage have, before they step; in `bp`, which has no programs."""
+    def _add_up(self, given: Callable[[Stage], list[Tensor]],
+                take: Callable[[Stage, tuple[Tensor, ...]], None]) -> None:
+        """What the replicas of each stage have: before they begin, and in each step of `bp`, which has no programs."""
         if len(self.replicas) == 1:
             return
         sums = [MemorySum.ends(len(self.replicas)) for _ in self.stages]
         for (r, k), stage in self._seated.items():
-            sums[k][r].put(*stage.to_share())
+            sums[k][r].put(*given(stage))
         for (r, k), stage in self._seated.items():
-            stage.update.take_shared(sums[k][r].get())
+            take(stage, sums[k][r].get())

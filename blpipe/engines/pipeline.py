@@ -71,6 +71,9 @@ class PipelineEngine:
         self._errors_in = None if last else world.receiver(k + 1, plan.channels_last(k))
         self._errors_out = None if first else world.sender(k - 1, plan.channels_last(k - 1))
         self._sum = world.replicas_sum()
+        if self._sum is not None:
+            self._sum.put(*self.stage.update.lead())
+            self.stage.update.follow(self._sum.get())
         queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out, self._sum]
         self.queues = [queue for queue in queues if queue is not None]
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
