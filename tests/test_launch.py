@@ -99,7 +99,7 @@ def test_a_job_whose_time_is_up_saves_and_queues_again_unless_it_is_done(code, a
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
     ([], "give CONFIG, such as configs/resnet32_cifar10_k4.yaml"),
-    (["run.yaml"], "the job has no GPUs; set PROCESSES to the number of stages on a node"),
+    (["run.yaml"], "the job has no GPUs; set PROCESSES to the number of processes on a node"),
 ])
 def test_a_job_that_cannot_begin_says_why(arguments, complaint, tmp_path):
     assert end_of(slurm_job(tmp_path, "", *arguments)) == (2, [f"slurm.sbatch: {complaint}"])
