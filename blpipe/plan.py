@@ -281,10 +281,11 @@ def step_sizes(samples: int, config: Config, replica: int = 0) -> list[tuple[int
     return [(micro,) * (count // micro) + ((count % micro,) if count % micro else ()) for count in own]
 
 
-def training_sizes(data: DataSpec, config: Config) -> set[int]:
-    """The sizes of all microbatches of all replicas."""
-    return {size for replica in range(config.train.replicas) for step in
-            {*step_sizes(data.train_samples, config, replica)} for size in step}
+def training_sizes(data: DataSpec, config: Config) -> list[int]:
+    """The sizes of all microbatches of all replicas, each once, the largest first."""
+    sizes = {size for replica in range(config.train.replicas) for step in
+             {*step_sizes(data.train_samples, config, replica)} for size in step}
+    return sorted(sizes, reverse=True)
 
 
 def evaluation_sizes(samples: int, config: Config) -> list[int]:

@@ -42,8 +42,9 @@ def train_alone(plan: Plan, index: int, device: torch.device) -> None:
     dist.init_process_group("fake", rank=index, world_size=stages, store=FakeStore())
     try:
         stage = build_stage(plan, index, device)
-        world = SimpleNamespace(rank=index, size=stages, device=device, control_sender=lambda rank: _TargetsOut(),
-                                control_receiver=lambda rank: _TargetsIn(device))
+        world = SimpleNamespace(rank=index, stage=index, stages=stages, pipeline=None, device=device,
+                                control_sender=lambda stage: _TargetsOut(),
+                                control_receiver=lambda stage: _TargetsIn(device))
         backprop = Backprop(plan, stage, world)  # type: ignore[arg-type]
         size = train.microbatch_size
         for step in range(STEPS):
