@@ -276,15 +276,20 @@ def batch_sizes(samples: int, config: Config) -> list[int]:
 
 def step_sizes(samples: int, config: Config, replica: int = 0) -> list[tuple[int, ...]]:
     """The sizes of a replica's microbatches in every step of an epoch."""
+    return [_microbatches(batch, config, replica) for batch in batch_sizes(samples, config)]
+
+
+def _microbatches(batch: int, config: Config, replica: int) -> tuple[int, ...]:
+    """The sizes of a replica's microbatches of a batch of so many samples."""
     micro, share = config.train.microbatch_size, Share(replica, config.train.replicas)
-    own = (len(range(batch)[share.of(batch)]) for batch in batch_sizes(samples, config))
-    return [(micro,) * (count // micro) + ((count % micro,) if count % micro else ()) for count in own]
+    full, rest = divmod(len(range(batch)[share.of(batch)]), micro)
+    return (micro,) * full + ((rest,) if rest else ())
 
 
 def training_sizes(data: DataSpec, config: Config) -> list[int]:
     """The sizes of all microbatches of all replicas, each once, the largest first."""
-    sizes = {size for replica in range(config.train.replicas) for step in
-             {*step_sizes(data.train_samples, config, replica)} for size in step}
+    sizes = {size for batch in {*batch_sizes(data.train_samples, config)} for replica in range(config.train.replicas)
+             for size in _microbatches(batch, config, replica)}
     return sorted(sizes, reverse=True)
 
 
