@@ -3,6 +3,7 @@
 from typing import Any
 
 BACKLINK: dict[str, Any] = {"name": "backlink", "link": {}}
+LARGER_HEADS: dict[str, Any] = {"name": "backlink", "head": "blocks", "link": {"length": "all"}}
 JOINT: dict[str, Any] = {"name": "backlink", "link": {"length": "all", "joint": True}}
 JOINT_TAIL: dict[str, Any] = {"name": "backlink", "link": {"joint": True}}
 LAST_LOSS: dict[str, Any] = {"name": "backlink", "local_weight": 0.0,

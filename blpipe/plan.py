@@ -1,7 +1,6 @@
 """Everything that is fixed before a run starts, checked without running anything."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -9,11 +8,12 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from blpipe.config import Config, MethodConfig
+from blpipe.config import Config
 from blpipe.config_types import WirePrecision
 from blpipe.data import DataSpec, Share
 from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, build_head, channels_first
+from blpipe.links import Links, stage_links
 from blpipe.losses import build_loss
 from blpipe.models import build_model
 from blpipe.models.build import named_blocks
@@ -38,27 +38,6 @@ class Step:
     def samples(self) -> int:
         """Of the batch, in all replicas."""
         return sum(self.sizes) + self.elsewhere
-
-
-@dataclass(frozen=True)
-class Links:
-    """What goes back through one stage.
-
-    Args:
-        hops_in: the errors that come back for each microbatch, in order; hop j is that of the loss j stages on.
-        hops_out: those that the stage before wants; hop 1 is of this stage's own loss.
-        tail: how many of the last blocks the errors run through; 0 where none comes, all where one is passed on.
-        weight: λ.
-        local_weight: α.
-        joint: whether the tail takes its local gradient together with the error.
-    """
-
-    hops_in: tuple[int, ...] = ()
-    hops_out: tuple[int, ...] = ()
-    tail: int = 0
-    weight: float = 1.0
-    local_weight: float = 1.0
-    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -298,41 +277,6 @@ def evaluation_sizes(samples: int, config: Config) -> list[int]:
     size = config.train.eval_batch_size or config.train.batch_size
     full, rest = divmod(samples, size)
     return [size] * full + ([rest] if rest else [])
-
-
-def hops(method: MethodConfig, stages: int) -> list[tuple[int, ...]]:
-    """The errors that come back to each stage for a microbatch, in order; hop j is that of the loss j stages on."""
-    link, found = method.link, [set[int]()]
-    if not method.linked:
-        return [()] * stages
-    for k in range(stages - 1):
-        after = stages - 1 - k
-        farthest = after if link.reach == "all" else min(link.reach, after)
-        own = range(1 if link.take == "every" else farthest, farthest + 1) if link.stage_weight(k) else ()
-        # Even a stage of weight 0 passes on what the one before it wants.
-        found.append({*own, *(hop - 1 for hop in found[-1] if hop > 1)})
-    return [*(tuple(sorted(each)) for each in found[1:]), ()]
-
-
-def fitting(method: MethodConfig, stages: int | None = None) -> MethodConfig:
-    """The method for so many stages, or for any number: a list of link weights for others becomes its largest."""
-    weight = method.link.weight
-    if not isinstance(weight, tuple) or len(weight) + 1 == stages:
-        return method
-    return method.model_copy(update={"link": method.link.model_copy(update={"weight": max(weight, key=abs)})})
-
-
-def stage_links(method: MethodConfig, sizes: Sequence[int]) -> list[Links]:
-    """What goes back through each of the stages with these numbers of blocks."""
-    links, before = [], tuple[int, ...]()
-    for k, (size, hops_in) in enumerate(zip(sizes, hops(method, len(sizes)), strict=True)):
-        last = k == len(sizes) - 1
-        length = size if method.link.length == "all" else min(method.link.length, size)
-        alpha = 1.0 if last else method.local_weight
-        links.append(Links(hops_in, before, length if hops_in else 0, 0.0 if last else method.link.stage_weight(k),
-                           alpha, joint=method.link.joint and bool(hops_in and alpha)))
-        before = hops_in
-    return links
 
 
 def notices(plan: Plan) -> list[str]:

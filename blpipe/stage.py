@@ -45,8 +45,8 @@ from blpipe.gradients import (
     with_tensors,
 )
 from blpipe.graphs import Recorder, Runner
+from blpipe.links import Links
 from blpipe.losses import Tally
-from blpipe.plan import Links
 from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
 from blpipe.update import Update

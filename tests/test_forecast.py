@@ -23,7 +23,8 @@ from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import CONNECTIONS, Connection
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
-from blpipe.plan import Links, Step, make_network, make_plan
+from blpipe.links import Links
+from blpipe.plan import Step, make_network, make_plan
 from blpipe.program import Factors, Ports, errors_ahead, execute, train_program
 
 CPU = torch.device("cpu")

@@ -145,14 +145,6 @@ def write_config(folder: Path, stages: int, **changes) -> dict:
     return tree
 
 
-def test_two_nodes_train_what_one_process_trains(tmp_path, network):
-    tree = write_config(tmp_path, 4)
-    nodes = [start_node(network, number, tmp_path) for number in (1, 2)]
-    for node in nodes:
-        node.finish()
-    assert_same_run(tmp_path / "runs/run", train_locally(tree, tmp_path))
-
-
 @pytest.mark.timeout(300)
 def test_a_node_that_is_lost_and_started_again_changes_nothing(tmp_path, network):
     tree = write_config(tmp_path, 4, train__epochs=15, checkpoint={"every_epochs": 1})

@@ -10,8 +10,9 @@ from blpipe.config import Config, LinkConfig, MethodConfig
 from blpipe.config_file import parse_config
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
+from blpipe.links import Links, stage_links
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar
-from blpipe.plan import Links, Plan, Step, evaluation_sizes, make_plan, notices, stage_links, step_sizes, trace_shapes
+from blpipe.plan import Plan, Step, evaluation_sizes, make_plan, notices, step_sizes, trace_shapes
 from blpipe.shapes import TensorSpec
 
 IMAGES = DataSpec((3, 8, 8), "float32", (), 4, 24, 10)

@@ -66,16 +66,6 @@ def test_what_the_first_rank_alone_can_find_ends_all_of_them(folder):
     assert not (folder / "runs").exists()
 
 
-def test_a_failing_stage_is_reported_once_and_ends_the_run(train):
-    run = train("model={target: 'models_under_test:failing_net', args: {at: 320}}")
-    workers = run.workers()
-    run.end(10)
-    assert said_by_blpipe(run.said) == ["blpipe: stage 2 (rank 1, blocks block2…block3) failed at step 269: "
-                                        "RuntimeError: out of luck"]
-    assert run.process.returncode == 1
-    assert_gone(workers)
-
-
 @pytest.mark.parametrize(("method", "killed"), [("backlink", 1), ("greedy", 2), ("bp", 1)])
 def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(train, method, killed):
     run = train(f"method={method}")

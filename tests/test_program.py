@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blpipe.config import LinkConfig, MethodConfig
-from blpipe.plan import Step, hops
+from blpipe.links import hops
+from blpipe.plan import Step
 from blpipe.program import Kind, Op, Role, errors_ahead, evaluation_program, steps_ahead, train_program
 
 LINKED = Role(sends=True, hops_out=(1,), hops_in=(1,))

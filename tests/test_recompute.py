@@ -27,7 +27,7 @@ SETTINGS = METHODS | {
                 "train__channels_last": True}}
 THROUGH_ALL = [{"method__link": {"length": "all", **link}, "partition__stages": 2}
                for link in ({"delay": 0}, {"delay": 1}, {"delay": 1, "joint": True}, {"delay": 1, "keep": "recompute"})]
-LATE = [{"method__link": {"length": 1, **link}, "partition__stages": 4, "train__microbatches": 8}
+LATE = [{"method__link": {"length": 1, **link}, "partition__stages": 4, "train__microbatches": 4}
         for link in ({"delay": 1}, {"delay": 1, "joint": True})]
 
 

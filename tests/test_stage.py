@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from blpipe.config import LinkConfig
 from blpipe.device import use_compiler
+from blpipe.links import Links
 from blpipe.losses import cross_entropy
-from blpipe.plan import Links
 from blpipe.seeds import RandomStream
 from blpipe.stage import Stage
 

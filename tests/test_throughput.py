@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from benchmarks.methods import JOINT, JOINT_TAIL
+from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
 from benchmarks.throughput.methods import make_configs
@@ -166,7 +166,8 @@ def test_every_method_has_the_cuts_that_suit_it():
     tree = case_tree(settings.model_copy(update={"base": base}), "ResNet-20, width 2", "cpu")
     config = parse_config({**tree, "partition": {**tree["partition"], "costs": "analytic"}})
     cuts = find_cuts(config, 8, torch.device("cpu"))
-    for kind, method in (("stages", {}), ("joint_tail", JOINT_TAIL), ("joint", JOINT)):
+    for kind, method in (("stages", {}), ("larger_heads", LARGER_HEADS), ("joint_tail", JOINT_TAIL),
+                         ("joint", JOINT)):
         network = make_network(parse_config({**tree, "method": method}), open_data(config.data, config.seed).spec)
         starts = balanced_starts(profile(network, torch.device("cpu")), "backlink", config.partition)[1:]
         assert getattr(cuts, kind) == [network.block_names[start] for start in starts]

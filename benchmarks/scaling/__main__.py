@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.command import device_for, guarded, one_thread
 from benchmarks.environment import environment, folder_name
-from benchmarks.methods import JOINT, JOINT_TAIL, LAST_LOSS, late
+from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS, LAST_LOSS, late
 from benchmarks.scaling.picture import draw
 from benchmarks.scaling.report import as_markdown
 from benchmarks.throughput.measure import measure_case
@@ -103,13 +103,15 @@ def _config(settings: ThroughputConfig, name: str, device: torch.device, microba
 def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts: list[int]) -> dict[str, Any]:
     """samples/s by K and method; those a batch late and one device with whole batches, all else with microbatches."""
     with one_thread():
-        whole, parts = (make_report(_config(settings, name, device, count), counts)
-                        for count in (1, settings.microbatches))
+        whole, parts, larger = (make_report(_config(settings, name, device, microbatches, **method), counts)
+                                for microbatches, method in ((1, {}), (settings.microbatches, {}),
+                                                             (1, {"method": LARGER_HEADS})))
     names = {"backlink d=0": "BackLink d=0", f"backlink d=1/{settings.microbatches}": "BackLink d=1/M",
              "GPipe": "GPipe", "1F1B": "1F1B", "zero-bubble": "zero-bubble"}
     found: dict[str, Any] = {"1": {"one device": whole.methods[-1].samples_per_second},
                              **{str(count): {} for count in counts}}
-    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (parts, names)):
+    for report, known in ((whole, {"backlink d=1": "BackLink d=1"}), (larger, {"backlink d=1": "larger heads d=1"}),
+                          (parts, names)):
         for row in report.sweep:
             if row.method in known:
                 found[str(row.stages)][known[row.method]] = row.samples_per_second

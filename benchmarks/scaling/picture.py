@@ -5,7 +5,8 @@ from typing import Any
 
 from benchmarks.scaling.report import PREDICTED
 
-_COLOURS = ("#59a14f", "#76b7b2", "#1b7837", "#8cd17d", "#4c78a8", "#b07aa1", "#bab0ac", "#f2a33c", "#e15759")
+_COLOURS = ("#59a14f", "#9c755f", "#76b7b2", "#1b7837", "#8cd17d", "#4c78a8", "#b07aa1", "#bab0ac", "#f2a33c",
+            "#e15759")
 
 
 def draw(found: dict[str, Any], path: Path) -> str:

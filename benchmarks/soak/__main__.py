@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.soak",
         description="Train in four processes whose queues stall at random, and compare with undisturbed runs.")
     parser.add_argument("--minutes", type=count, default=60, metavar="N", help="rounds begin for so long; else 60")
+    parser.add_argument("--stalls", type=int, default=1, choices=range(1, 11), metavar="N",
+                        help="times as often as README.md says, from 1, as it is, to 10")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the stalls")
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER", help="of the results")
     arguments = parser.parse_args(argv)
@@ -37,14 +39,15 @@ def _main(arguments: argparse.Namespace) -> int:
     epochs = max(2, arguments.minutes // 2)  # of a run, so that some ten rounds fit in
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = {case: _undisturbed(case, epochs, Path(folder)) for case in CASES}
-        job = {"minutes": arguments.minutes, "seed": arguments.seed, "epochs": epochs, "runs": folder, "out": folder,
+        disturbed = {"seed": arguments.seed, "stalls": arguments.stalls}
+        job = {**disturbed, "minutes": arguments.minutes, "epochs": epochs, "runs": folder, "out": folder,
                "expected": {case: str(path) for case, path in undisturbed.items()}}
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
         if run_processes(STAGES, "benchmarks.soak.worker", str(path)):
             print("soak: a process failed; what it said stands above", file=sys.stderr)
             return 1
-        found = {"environment": environment(torch.device("cpu")), "seed": arguments.seed,
+        found = {"environment": environment(torch.device("cpu")), **disturbed,
                  "steps": {case: torch.load(path)["steps"] for case, path in undisturbed.items()},
                  "stages": [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(STAGES)]}
     table = as_markdown(found)

@@ -43,8 +43,9 @@ class Count:
 class Disturbance:
     """Sleeps now and then before this process sends or receives, and looks at its resident size meanwhile."""
 
-    def __init__(self, seed: int, rank: int):
+    def __init__(self, seed: int, rank: int, times: int):
         self._random = Random(f"{seed} {rank}")
+        self._stalls = [(times * probability, *seconds) for probability, *seconds in STALLS]
         self._looked = monotonic()
         self.resident: list[int] = []  # bytes
         self.counts: defaultdict[str, Count] = defaultdict(Count)
@@ -70,7 +71,7 @@ class Disturbance:
             self._looked = monotonic()
             self.resident.append(resident_bytes())
         seconds, drawn = 0.0, self._random.random()
-        for probability, shortest, longest in STALLS:
+        for probability, shortest, longest in self._stalls:
             if 0 <= drawn < probability:
                 seconds = self._random.uniform(shortest, longest)
             drawn -= probability
@@ -105,7 +106,7 @@ def main(job: dict[str, Any]) -> None:
     """
     rank, started, number = launch.rank(), monotonic(), 0
     expected = {case: torch.load(path) for case, path in job["expected"].items()} if rank == 0 else {}
-    disturbance = Disturbance(job["seed"], rank)
+    disturbance = Disturbance(job["seed"], rank, job["stalls"])
     disturbance.inject()
     rounds = []
     while _goes_on(number == 0 or monotonic() - started < 60 * job["minutes"]):

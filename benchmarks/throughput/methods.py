@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.methods import BACKLINK, JOINT, JOINT_TAIL, LAST_LOSS, late
+from benchmarks.methods import BACKLINK, JOINT, JOINT_TAIL, LARGER_HEADS, LAST_LOSS, late
 from benchmarks.throughput.settings import Cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
@@ -93,6 +93,7 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "BackLink d=1": variant(late(BACKLINK, 1), 1),
         "BackLink d=1/M": variant(late(BACKLINK, "1/M")),
         "BackLink d=0": variant(late(BACKLINK, 0)),
+        "larger heads d=1": variant(late(LARGER_HEADS, 1), 1, cuts.larger_heads),
         "joint tail d=1": variant(late(JOINT_TAIL, 1), 1, cuts.joint_tail),
         "joint tail d=0": variant(late(JOINT_TAIL, 0), cuts=cuts.joint_tail),
         "joint d=1": variant(late(JOINT, 1), 1, cuts.joint),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field
 
-from benchmarks.methods import JOINT, JOINT_TAIL
+from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
 from blpipe.config import Config, MethodConfig, PartitionConfig, Section
 from blpipe.config_file import parse_as, parse_config, read_yaml
 from blpipe.config_types import Positive
@@ -19,9 +19,9 @@ from blpipe.forecast.stages import settle
 from blpipe.plan import make_network
 from blpipe.plugins import did_you_mean
 
-METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "joint tail d=1", "joint tail d=0", "joint d=1",
-           "joint d=1/M", "joint d=0", "last loss d=1", "last loss d=1/M", "greedy", "GPipe", "1F1B", "1F1B, own cuts",
-           "interleaved 1F1B", "zero-bubble", "DDP", "one process")
+METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "larger heads d=1", "joint tail d=1",
+           "joint tail d=0", "joint d=1", "joint d=1/M", "joint d=0", "last loss d=1", "last loss d=1/M", "greedy",
+           "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", "one process")
 DRAINING = 2  # steps after a window, in which pipelines drain: they do so once an epoch, which has hundreds of steps
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
@@ -65,6 +65,7 @@ class Cuts(NamedTuple):
 
     Args:
         stages: of K stages, by the costs of BackLink.
+        larger_heads: of K stages, by those of BackLink with heads `blocks` and links through all of a stage.
         joint_tail: of K stages, by those of BackLink with a joint backward through the last block.
         joint: of K stages, by those of BackLink with a joint backward through all blocks.
         backprop: of K stages, by those of backpropagation with microbatches.
@@ -72,6 +73,7 @@ class Cuts(NamedTuple):
     """
 
     stages: list[str]
+    larger_heads: list[str]
     joint_tail: list[str]
     joint: list[str]
     backprop: list[str]
@@ -130,8 +132,8 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
         ConfigError: a model that does not fit the data, or has too few blocks.
     """
     stages = config.partition.stage_count
-    joint_tail, joint = (config.model_copy(update={"method": MethodConfig.model_validate(method)})
-                         for method in (JOINT_TAIL, JOINT))
+    larger, joint_tail, joint = (config.model_copy(update={"method": MethodConfig.model_validate(method)})
+                                 for method in (LARGER_HEADS, JOINT_TAIL, JOINT))
     train = config.train.model_copy(update={"microbatches": microbatches})
     backprop = config.model_copy(update={"method": MethodConfig(name="bp"), "train": train})
     virtual = backprop.model_copy(update={"partition": PartitionConfig(stages=2 * stages, strategy="balanced")})
@@ -141,8 +143,8 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
         raise ConfigError(f"stages: {stages}: schedules with two stages a process need {2 * stages} blocks, and "
                           f"{config.name} has {len(names)}; use fewer stages")
     found = [settle(each, costs.network, replace(costs, network=replace(costs.network, config=each))).partition.cuts
-             for each, costs in ((config, whole), (joint_tail, whole), (joint, whole), (backprop, parts),
-                                 (virtual, parts))]
+             for each, costs in ((config, whole), (larger, _costs(larger, device)), (joint_tail, whole), (joint, whole),
+                                 (backprop, parts), (virtual, parts))]
     return Cuts(*(list(cuts or ()) for cuts in found))
 
 

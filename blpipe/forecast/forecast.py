@@ -20,8 +20,9 @@ from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import Connection, Timeline, simulate
 from blpipe.forecast.stages import StageCost, seconds_table, stage_cost
+from blpipe.links import Links, fitting, stage_links
 from blpipe.partition import even_starts
-from blpipe.plan import Links, Plan, Step, fitting, stage_links
+from blpipe.plan import Plan, Step
 from blpipe.program import ACTIVATIONS_AHEAD, Kind, Op, Role, errors_ahead, train_program
 
 # Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few.

@@ -18,8 +18,9 @@ from blpipe.engines.common import build_stage, has_graphs
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, Pool, without_values
 from blpipe.graphs import Recorder
+from blpipe.links import Links, fitting, stage_links
 from blpipe.optim import build_optimizer
-from blpipe.plan import Links, Network, Plan, Step, fitting, make_plan, stage_links
+from blpipe.plan import Network, Plan, Step, make_plan
 from blpipe.program import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.transport.messages import IN_FLIGHT
 

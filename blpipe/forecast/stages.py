@@ -11,7 +11,8 @@ from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_hops, most_links, one_for_all, tail_start
-from blpipe.plan import Links, Network, fitting
+from blpipe.links import Links, fitting
+from blpipe.plan import Network
 from blpipe.text import human_bytes
 
 _OPTIMISM = 0.85  # on estimates of memory: no partition that fits is missed, and exact values follow
@@ -99,7 +100,7 @@ def _local_seconds(costs: Profile, start: Any, end: Any, backward: Any, for_inpu
 def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links: Links | None) -> Any:
     """All link backwards of a microbatch: those that train stop in the tail, unless they are passed on.
 
-    Which come and which are passed on is `plan.hops`' rule, here for any cuts at once.
+    Which come and which are passed on is `links.hops`' rule, here for any cuts at once.
     """
     hops = len(links.hops_in) if links else most_hops(costs, end, link)
     passed: Any = np.where(start > 0, hops, 0) if one_for_all(link) else np.maximum(hops - 1, 0)
