@@ -65,10 +65,15 @@ class NormalizeConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation of training images: reflect-pad by `crop` pixels and crop back; flip left-right."""
+    """Augmentation of training images: reflect-pad by `crop` pixels and crop back; flip left-right.
+
+    transforms: before, of each image by itself: classes of torchvision.transforms.v2, or targets that return a
+    function of an image.
+    """
 
     crop: NotNegative = 0
     flip: bool = False
+    transforms: tuple[Named, ...] = Field(default=(), strict=False)
 
 
 class DataConfig(Named):
@@ -255,12 +260,14 @@ class MethodConfig(ByName):
 class OptimizerConfig(ByName):
     """Any optimizer of torch.optim, by its name (upper or lower case).
 
-    clip_norm: what the norm of a stage's gradients, all together, is scaled down to where it is larger.
+    clip_norm: what the norm of a stage's gradients, all together, is scaled down to where it is larger. decay: which
+    parameters its weight_decay is for: all, or `matrices`, those of two dimensions and more.
     """
 
     name: str = "sgd"
     lr: Annotated[float, Field(gt=0.0)] = 0.1
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    decay: Literal["all", "matrices"] = "all"
     args: dict[str, Any] = {}
 
 

@@ -1,8 +1,10 @@
 """Optimizers by their torch name, and the learning rate as a pure function of the step."""
 
+import inspect
 import math
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,8 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
 
     Args:
         groups: of parameters that begin to learn in the same step. They stay apart where the optimizer is fused, as
-            torch's fused SGD has the momentum of all of a group or of none; else one group takes less time.
+            torch's fused SGD has the momentum of all of a group or of none; else one group takes less time. Where
+            `decay` leaves out some, these are groups of their own.
 
     Raises:
         ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.
@@ -35,13 +38,27 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
         raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
     if "lr" in config.args:
         raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
+    if config.decay != "all":
+        decay = inspect.signature(known[name]).parameters.get("weight_decay")
+        if decay is None or not config.args.get("weight_decay", decay.default):
+            raise ConfigError(f"optimizer.decay: {config.decay}, but {name} has no weight_decay here; give it "
+                              "optimizer.args.weight_decay, or leave it out")
     apart = groups if config.args.get("fused") else [chain(*groups)]
-    trainable = [{"params": own} for own in ([p for p in group if p.requires_grad] for group in apart) if own]
+    trainable = [group for parameters in apart for group in _by_decay(config, parameters) if group["params"]]
     if not trainable:
         return None
     # YAML has lists where torch's betas want a tuple.
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
     return call("optimizer", known[name], trainable, lr=config.lr, **args)
+
+
+def _by_decay(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """torch's groups of the parameters that require a gradient; those without weight decay are one of their own."""
+    trainable = [p for p in parameters if p.requires_grad]
+    if config.decay == "all":
+        return [{"params": trainable}]
+    return [{"params": [p for p in trainable if p.dim() > 1]},
+            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: int) -> float:

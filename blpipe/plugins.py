@@ -14,8 +14,8 @@ from typing import Any
 from blpipe.config import Named
 from blpipe.errors import ConfigError, one_line
 
-GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "partition": "blpipe.partitions",
-          "method.head": "blpipe.heads", "method.loss": "blpipe.losses"}
+GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "data.augment.transforms": "blpipe.transforms",
+          "partition": "blpipe.partitions", "method.head": "blpipe.heads", "method.loss": "blpipe.losses"}
 """By a part's section of the config: the entry point group in which packages register theirs."""
 
 

@@ -338,14 +338,16 @@ configs = st.fixed_dictionaries(
         "seed": st.integers(0, 2**70),
         "data": part.flatmap(lambda data: st.fixed_dictionaries({}, optional={
             "root": texts.filter(lambda text: "\0" not in text),
-            "augment": st.fixed_dictionaries({"crop": st.integers(0, 9), "flip": st.booleans()}),
+            "augment": st.fixed_dictionaries({"crop": st.integers(0, 9), "flip": st.booleans(),
+                                              "transforms": st.lists(part | texts, max_size=3)}),
             "normalize": st.fixed_dictionaries({"mean": st.lists(numbers, max_size=3),
                                                 "std": st.lists(positive, max_size=3)})}).map(lambda d: data | d)),
         "method": st.fixed_dictionaries({}, optional={
             "name": st.sampled_from(["bp", "greedy", "backlink"]), "head": part, "loss": part,
             "link": st.fixed_dictionaries({}, optional={
                 "length": st.integers(0, 9) | st.just("all"), "delay": st.integers(0, 9), "weight": numbers})}),
-        "optimizer": st.fixed_dictionaries({}, optional={"name": texts, "lr": positive, "args": arguments}),
+        "optimizer": st.fixed_dictionaries({}, optional={
+            "name": texts, "lr": positive, "decay": st.sampled_from(["all", "matrices"]), "args": arguments}),
         "schedule": st.fixed_dictionaries({}, optional={
             "name": st.sampled_from(["constant", "cosine", "multistep", "one-cycle"]),
             "milestones": st.lists(positive, max_size=3), "final": st.floats(0.0, 1.0)}),
@@ -396,7 +398,8 @@ def config_or_error(function, *args) -> Config | None:
 
 KEYS = ["name", "seed", "model", "data", "partition", "method", "optimizer", "schedule", "train", "checkpoint",
         "runtime", "target", "args", "head", "loss", "link", "length", "delay", "weight", "lr", "stages", "cuts",
-        "epochs", "batch_size", "microbatches", "milestones", "augment", "normalize", "mean", "std"]
+        "epochs", "batch_size", "microbatches", "milestones", "augment", "transforms", "decay", "normalize",
+        "mean", "std"]
 FRAGMENTS = [*KEYS, ": ", ":\n", "\n", "\n  ", "- ", "{", "}", "[", "]", ", ", "&a ", "*a", "<<: ", "? ", "|\n",
              ">\n", "'", '"', "#", "---\n", "...\n", "%", "@", "=", "1e-3", "-1", "12:30", "2020-01-01", "0x", ".inf",
              ".nan", "~", "yes", "mlp", SMALLEST_YAML]

@@ -67,6 +67,19 @@ def test_groups_may_begin_in_different_steps(fused):
     torch.testing.assert_close(parameters()[1] - late, torch.full_like(late, 0.1 * (1 + 1.9)))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_weight_decay_may_leave_out_biases_and_scales(fused):
+    layers = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 2))
+    before = {name: p.detach().clone() for name, p in layers.named_parameters()}
+    config = OptimizerConfig(lr=0.1, decay="matrices", args={"weight_decay": 0.5, "momentum": 0.9, "fused": fused})
+    optimizer = build_optimizer(config, layers.parameters(), [])
+    for p in layers.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in layers.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() > 1 else 1.0))
+
+
 @pytest.mark.parametrize("over", [[], [nn.Parameter(torch.ones(1), requires_grad=False)]])
 def test_without_trainable_parameters_there_is_no_optimizer(over):
     assert build(over=over) is None
@@ -87,6 +100,13 @@ def test_without_trainable_parameters_there_is_no_optimizer(over):
 def test_what_does_not_fit_is_refused(name, args, message):
     with pytest.raises(ConfigError, match=message):
         build(name, args)
+
+
+@pytest.mark.parametrize("name", ["rprop", "sgd"])
+def test_without_weight_decay_there_is_nothing_to_leave_out(name):
+    with pytest.raises(ConfigError, match=rf"^optimizer\.decay: matrices, but {name} has no weight_decay here; give it "
+                                          r"optimizer\.args\.weight_decay, or leave it out$"):
+        build_optimizer(OptimizerConfig(name=name, decay="matrices"), parameters())
 
 
 def test_what_a_stage_cannot_run_is_not_offered():

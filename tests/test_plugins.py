@@ -6,10 +6,13 @@ import re
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
 
 from blpipe import cli
+from blpipe.config import DataConfig
+from blpipe.data import open_data
 
 PARTS = """
 import torch
@@ -55,6 +58,9 @@ def fails(*args, **kwargs):
 def nothing(*args, **kwargs):
     return None
 
+def darker(by):
+    return lambda x: x // by
+
 number = 3
 """
 OWN = {"model": {"target": "parts_of_tests:net"}, "data": {"target": "parts_of_tests:points"}, "method": {
@@ -87,7 +93,8 @@ def installed(tmp_path, monkeypatch):
                                                 "none": "nothing"},
              heads={"narrow": "narrow", "odd": "fails"}, losses={"cooled": "cooled", "odd": "fails"},
              data={"points": "points", "odd": "fails", "none": "nothing"},
-             partitions={"rest-last": "rest_last", "odd": "fails", "returns": "returns"})
+             partitions={"rest-last": "rest_last", "odd": "fails", "returns": "returns"},
+             transforms={"darker": "darker"})
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site
@@ -176,6 +183,15 @@ def test_a_registered_part_is_the_one_that_its_target_would_be(folder, installed
     assert_same_run(named, train_locally(own, folder / "own"))
     stages = json.loads((named / "result.json").read_text())["stages"]
     assert [stage["blocks"] for stage in stages] == [["one"], ["two", "three", "four"]]
+
+
+def test_a_registered_transform_has_a_plain_name(installed):
+    section = {"name": "synthetic", "args": {"shape": [1, 4, 4], "classes": 2, "samples": 8},
+               "normalize": {"mean": [0.0], "std": [1.0]}}
+    darker = {"transforms": [{"name": "darker", "args": {"by": 255}}]}
+    (plain, _), (dark, _) = (next(open_data(DataConfig.model_validate(each), 0).train_batches(0, 0, 8, False))
+                             for each in (section, section | {"augment": darker}))
+    assert torch.equal(dark, plain.floor() / 255)
 
 
 def test_a_registered_model_is_told_of_the_data(folder, installed):

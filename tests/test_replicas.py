@@ -1,5 +1,6 @@
 """Replicas of the pipeline: each has a share of every batch, and after a step all are alike."""
 
+import json
 import re
 from itertools import pairwise
 
@@ -116,7 +117,8 @@ IN_PROCESSES = {
         small_config("one_stage_by_bp", partition__stages=1, train__replicas=2, method="bp"),
     ],
     4: [
-        small_config("late", partition__stages=2, train__replicas=2, train__microbatches=2, data__args=ODD),
+        small_config("late", partition__stages=2, train__replicas=2, train__microbatches=2, data__args=ODD,
+                     runtime__trace=True),
         small_config("in_time", partition__stages=2, train__replicas=2, train__microbatches=2,
                      method__link={"delay": 0, "length": "all"}, optimizer=ADAMW),
         small_config("recomputed", partition__stages=2, train__replicas=2, train__recompute=True,
@@ -141,6 +143,18 @@ def test_pipelines_with_replicas_equal_one_process_bit_for_bit(processes, tmp_pa
             continue
         for key, tensor in state_of(alone).items():  # torch's schedules add up in another order
             torch.testing.assert_close(state_of(found)[key], tensor, rtol=1e-3, atol=1e-3)
+    if processes == 4:
+        for run in (runs[0], tmp_path / "local" / runs[0].name):
+            assert_traces_the_first_replica(run, steps=4, microbatches=2)
+
+
+def assert_traces_the_first_replica(run, steps, microbatches):
+    """That a run of two stages has each of them once in its trace."""
+    events = [event for event in json.loads((run / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    for kind, parts in (("forward", microbatches), ("step", 1)):
+        found = [(event["tid"], event["args"]["step"], event["args"]["microbatch"]) for event in events
+                 if event["name"] == kind]
+        assert len(found) == len(set(found)) == 2 * steps * parts, (kind, found)
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": ADAMW}, {**UNLIKE, "data__args": ODD}])

@@ -41,7 +41,8 @@ def as_markdown(found: dict[str, Any]) -> str:
         memory.append([str(number), _mebibytes(first), _mebibytes(last), f"{100 * (last / first - 1):+.2f} %"])
     stalls = sum(count["stalls"] for stage in stages for count in stage["queues"].values())
     done = f"{rounds * sum(found['steps'].values()):,} steps in {stages[0]['seconds'] / 60:.1f} minutes, " \
-        f"{stalls:,} stalls, {rounds} rounds."
+        f"{stalls:,} stalls, {rounds} rounds." \
+        + (f" Stalls {found['stalls']} times as often as usual." if found.get("stalls", 1) > 1 else "")
     measured_on = ", ".join(f"{key} {value}" for key, value in found["environment"].items()) + "."
     return "\n\n".join([done, markdown.table(runs), markdown.table(queues, texts=2), markdown.table(memory),
                         measured_on]) + "\n"

@@ -240,8 +240,8 @@ def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn
 def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tensor]) -> None:
     if stage.optimizer is None:
         return
-    loaded = stage.optimizer.state_dict()
-    names = [name for _, name in _optimized(plan, index, stage)]
+    loaded, name_of = stage.optimizer.state_dict(), dict(_optimized(plan, index, stage))
+    names = [name_of[parameter] for group in stage.optimizer.param_groups for parameter in group["params"]]
     loaded["state"] = {
         number: {key.removeprefix(f"optimizer/{name}/"): tensor for key, tensor in state.items()
                  if key.startswith(f"optimizer/{name}/")}
@@ -254,7 +254,7 @@ def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tenso
 
 
 def _optimized(plan: Plan, index: int, stage: Stage) -> Iterable[tuple[torch.nn.Parameter, str]]:
-    """The optimizer's parameters in its order, with their names in the checkpoint."""
+    """The optimizer's parameters, with their names in the checkpoint."""
     plain = plain_names(stage.blocks)
     named = [*((p, plain[name]) for name, p in stage.blocks.named_parameters()),
              *((p, prefix + name) for prefix, part in _own_parts(plan, index, stage)

@@ -16,6 +16,7 @@ from blpipe.data.source import Source, check_alike, check_labels, check_test_lab
 from blpipe.data.spec import EVERYTHING, DataSpec, Share
 from blpipe.data.splits import DatasetSplit, Request, fixed_randomness
 from blpipe.data.target import from_target
+from blpipe.data.transforms import with_transforms
 from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, generator
@@ -72,8 +73,8 @@ class Data:
                       start_step: int = 0, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from `start_step` on, in random order and augmented; of each, this share.
 
-        Which samples a batch has, and how it is augmented, does not depend on the replicas that share it; what a
-        Dataset draws for itself does.
+        Which samples a batch has, and how it is cropped and flipped, does not depend on the replicas that share it;
+        what transforms draw, and a Dataset for itself, does.
 
         Yields:
             x float32 [B, …], normalised, or int64 [B, …] as it is; y int64 [B, …]; where the data are. The last
@@ -147,8 +148,11 @@ def open_data(config: DataConfig, seed: int, key: str = "data") -> Data:
     problems = list(prepare.problems(config, source.train.shape, source.train.dtype, key))
     if problems:
         raise ConfigError(*problems)
+    if config.name != "imagefolder":  # which transforms an image before it fits it to its size
+        source = with_transforms(source, config, seed, key)
     check_test_labels(source, key)
     if config.place == "device" and source.nbytes is None:
-        raise ConfigError(f"{key}.place: device is for data in memory, and these are read sample by sample; "
+        why = f"{key}.augment.transforms run" if config.augment.transforms else "these are read"
+        raise ConfigError(f"{key}.place: device is for data in memory, and {why} sample by sample, on the host; "
                           "leave it out")
     return Data(keep_first(source, config, key), config, key)

@@ -10,18 +10,20 @@ from torch.utils.data import Dataset
 from blpipe.config import DataConfig
 from blpipe.data.source import Source
 from blpipe.data.splits import DatasetSplit, first_readable
+from blpipe.data.transforms import Transform, open_transforms
 from blpipe.errors import ConfigError, UserError, one_line
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Images by their paths, decoded to RGB uint8 [3, H, W], with their labels.
 
-    An image whose size is not `size` (H, W) is resized until it covers that, then cropped in the centre;
-    None takes each as it is.
+    An image is transformed, if there is a transform. One whose size then is not `size` (H, W) is resized until it
+    covers that, and cropped in the centre; None takes each as it is.
     """
 
-    def __init__(self, paths: list[str], labels: list[int], size: tuple[int, int] | None):
-        self.paths, self.labels, self.size = paths, labels, size
+    def __init__(self, paths: list[str], labels: list[int], size: tuple[int, int] | None,
+                 transform: Transform | None = None):
+        self.paths, self.labels, self.size, self.transform = paths, labels, size, transform
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -33,15 +35,23 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
         try:
             image = pil_loader(self.paths[index])
-            if self.size is not None and self.size != (image.height, image.width):
-                scale = max(self.size[0] / image.height, self.size[1] / image.width)
-                lengths = zip(self.size, (image.height, image.width), strict=True)
-                covering = [max(wanted, round(length * scale)) for wanted, length in lengths]
-                image = functional.center_crop(functional.resize(image, covering), list(self.size))
-            return functional.pil_to_tensor(image), self.labels[index]
+            x_CHW = functional.pil_to_tensor(fit(image, self.size) if self.transform is None else image)
         except Exception as error:
             raise UserError(f"{self.paths[index]}: cannot be read as an image: {type(error).__name__}: "
                             f"{one_line(error)}") from error
+        return (x_CHW if self.transform is None else fit(self.transform(x_CHW), self.size)), self.labels[index]
+
+
+def fit(image: Any, size: tuple[int, int] | None) -> Any:
+    """An image, PIL's or a tensor [C, H, W]; one of another size is resized until it covers `size`, and cropped."""
+    from torchvision.transforms.v2 import functional
+
+    height, width = functional.get_size(image)
+    if size is None or size == (height, width):
+        return image
+    scale = max(size[0] / height, size[1] / width)
+    covering = [max(wanted, round(length * scale)) for wanted, length in zip(size, (height, width), strict=True)]
+    return functional.center_crop(functional.resize(image, covering), list(size))
 
 
 def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] | None = None) -> Source:
@@ -50,13 +60,13 @@ def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] |
     Default normalisation: ImageNet's.
 
     Args:
-        config: its `root`, `workers` and `bad_samples`.
-        seed: unused.
+        config: its `root`, `workers`, `bad_samples` and the transforms of `augment`.
+        seed: of the run, for what transforms draw when they are made.
         key: the config key, for messages.
         size: a number or [H, W]; without it, the size of the first training image, of those that can be read.
 
     Raises:
-        ConfigError: a folder is missing or empty, or a class is only in the test folder.
+        ConfigError: a folder is missing or empty, a class is only in the test folder, or a transform does not fit.
     """
     if config.root is None:
         raise ConfigError(f"{key}.root: is required for imagefolder: the folder with train/CLASS/* and "
@@ -73,10 +83,10 @@ def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] |
     label = {name: index for index, name in enumerate(classes)}
     both = {"train": (train_paths, train_names), "test": (test_paths, test_names)}
     height_width = _size(size, key) or _first_size(train_paths, f"{key}.root: train", config)
-    splits = {}
+    transform, splits = open_transforms(config, seed, key, keep_size=False), {}
     for name, (paths, names) in both.items():
         labels = [label[n] for n in names]
-        files = ImageFiles(paths, labels, height_width)
+        files = ImageFiles(paths, labels, height_width, transform if name == "train" else None)
         splits[name] = DatasetSplit.open(files, len(classes), torch.tensor(labels), f"{key}.root: {name}",
                                          config)
     return Source(splits["train"], splits["test"], len(classes),

@@ -15,7 +15,7 @@ def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, key
     images = len(shape) == 3 and dtype != torch.int64
     sample = f"{dtype_name(dtype)} {list(shape)}"
     wanted = {"augment.crop": config.augment.crop, "augment.flip": config.augment.flip,
-              "normalize": config.normalize}
+              "augment.transforms": config.augment.transforms, "normalize": config.normalize}
     if not images:
         for name, value in wanted.items():
             if value:

@@ -230,6 +230,13 @@ def usable_target(y: Any) -> Tensor | None:
     return y.to(torch.int64) if _is_integer(y) else None
 
 
+def raw(sample: Any) -> Tensor | None:
+    """The usable tensor of a sample, a pair of that and its target; None of anything else."""
+    if isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor):
+        return usable(sample[0])
+    return None
+
+
 def describe(value: Any) -> str:
     """What a value is, in messages: "uint8 [3, 32, 32]", or its type's name."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -259,6 +266,10 @@ def first_readable(dataset: Dataset[Any], places: Iterable[int], where: str, ski
     raise UserError(f"{next(iter(reasons.values()))}; none of the {len(reasons)} samples can be read; mend the data")
 
 
+class TransformError(UserError):
+    """A transform of `data.augment` that does not take an image; the image itself can be read."""
+
+
 class _UnreadableError(UserError):
     """A sample that its Dataset did not give."""
 
@@ -266,15 +277,17 @@ class _UnreadableError(UserError):
 def _sample(dataset: Dataset[Any], index: int, where: str) -> tuple[Tensor, Tensor]:
     try:
         pair = dataset[index]
+    except TransformError as error:
+        raise UserError(f"{error} ({where} sample {index}); change or remove it") from error
     except UserError as error:
         raise _UnreadableError(f"{where} sample {index}: {one_line(error)}") from error
     except Exception as error:
         raise _UnreadableError(f"{where} sample {index}: cannot be read: {type(error).__name__}: "
                                f"{one_line(error)}") from error
-    if isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], Tensor):
-        x, y = usable(pair[0]), usable_target(pair[1])
-        if x is not None and y is not None:
-            return x, y
+    x = raw(pair)
+    y = None if x is None else usable_target(pair[1])
+    if x is not None and y is not None:
+        return x, y
     raise UserError(f"{where} sample {index} is {describe(pair)}; expected (tensor, int or int64 tensor)")
 
 

@@ -214,9 +214,10 @@ def _first_microbatch(network: Network, data: Data, size: int, device: torch.dev
 
 
 def _step_call_seconds(config: OptimizerConfig, device: torch.device) -> float:
-    parameter = nn.Parameter(torch.zeros(1, device=device))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer, clock = build_optimizer(config, [parameter]), Clock(device)
+    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((1, 1), (1,))]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer, clock = build_optimizer(config, parameters if config.decay != "all" else parameters[1:]), Clock(device)
     assert optimizer is not None
     for _ in range(_MOST_ROUNDS):
         clock.time(optimizer.step)
