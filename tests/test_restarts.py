@@ -100,7 +100,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(command, changes, folder, star
 
 
 def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder, start):
-    tree = config_of(train__epochs=120, checkpoint={"every_epochs": 0, "every_steps": 60})
+    """With links on time; the others above are late."""
+    tree = config_of(method__link={"delay": 0}, train__epochs=120, checkpoint={"every_epochs": 0, "every_steps": 60})
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = start(restarting(1), folder)
     wait_for_checkpoint(run)

@@ -13,7 +13,7 @@ alone.
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -51,7 +51,7 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     for (replica, index), stage in seated.items():
         load_weights(checkpoint, plan, {index: stage}, strict=alike)
         _load_optimizer(plan, index, stage, read(checkpoint, _starting_with(
-            tuple(f"optimizer/{name}/" for _, name in _optimized(plan, index, stage)))))
+            tuple(f"optimizer/{name}/" for name in _optimized(plan, index, stage).values()))))
         if same:
             seat = _seat(index, replica)
             state = read(checkpoint, _starting_with((f"random/{seat}/",)))
@@ -210,7 +210,7 @@ def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
     for prefix, part in _own_parts(plan, index, stage):
         state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     if stage.optimizer is not None:
-        names: dict[Tensor, str] = dict(_optimized(plan, index, stage))
+        names = _optimized(plan, index, stage)
         state |= {f"optimizer/{names[parameter]}/{key}": value
                   for parameter, values in stage.optimizer.state.items()
                   for key, value in values.items() if isinstance(value, Tensor)}
@@ -240,7 +240,7 @@ def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn
 def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tensor]) -> None:
     if stage.optimizer is None:
         return
-    loaded, name_of = stage.optimizer.state_dict(), dict(_optimized(plan, index, stage))
+    loaded, name_of = stage.optimizer.state_dict(), _optimized(plan, index, stage)
     names = [name_of[parameter] for group in stage.optimizer.param_groups for parameter in group["params"]]
     loaded["state"] = {
         number: {key.removeprefix(f"optimizer/{name}/"): tensor for key, tensor in state.items()
@@ -253,10 +253,10 @@ def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tenso
                    for key, value in values.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
-def _optimized(plan: Plan, index: int, stage: Stage) -> Iterable[tuple[torch.nn.Parameter, str]]:
-    """The optimizer's parameters, with their names in the checkpoint."""
+def _optimized(plan: Plan, index: int, stage: Stage) -> dict[Tensor, str]:
+    """The names in the checkpoint of the optimizer's parameters."""
     plain = plain_names(stage.blocks)
     named = [*((p, plain[name]) for name, p in stage.blocks.named_parameters()),
              *((p, prefix + name) for prefix, part in _own_parts(plan, index, stage)
                for name, p in part.named_parameters())]
-    return [(p, name) for p, name in named if p.requires_grad]
+    return {p: name for p, name in named if p.requires_grad}

@@ -230,7 +230,7 @@ def usable_target(y: Any) -> Tensor | None:
     return y.to(torch.int64) if _is_integer(y) else None
 
 
-def raw(sample: Any) -> Tensor | None:
+def sample_tensor(sample: Any) -> Tensor | None:
     """The usable tensor of a sample, a pair of that and its target; None of anything else."""
     if isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor):
         return usable(sample[0])
@@ -284,7 +284,7 @@ def _sample(dataset: Dataset[Any], index: int, where: str) -> tuple[Tensor, Tens
     except Exception as error:
         raise _UnreadableError(f"{where} sample {index}: cannot be read: {type(error).__name__}: "
                                f"{one_line(error)}") from error
-    x = raw(pair)
+    x = sample_tensor(pair)
     y = None if x is None else usable_target(pair[1])
     if x is not None and y is not None:
         return x, y

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from blpipe.config import DataConfig
 from blpipe.data.source import Source
-from blpipe.data.splits import DatasetSplit, TensorSplit, TransformError, describe, fixed_randomness, raw
+from blpipe.data.splits import DatasetSplit, TensorSplit, TransformError, describe, fixed_randomness, sample_tensor
 from blpipe.errors import ConfigError, one_line
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed
@@ -74,7 +74,7 @@ class Transformed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         sample = self.dataset[index]
-        x = raw(sample)
+        x = sample_tensor(sample)
         return sample if x is None else (self.transform(x), sample[1])
 
 
