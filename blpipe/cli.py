@@ -1,17 +1,19 @@
-"""The command line: subcommands, and what each kind of error prints and returns."""
+"""The command line: how it is read, and what each kind of error prints and returns."""
 
 import argparse
-import json
+import gc
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import NoReturn
 
 from blpipe import launch
+from blpipe.errors import CheckpointError, PeerLostError, StageError, StoppedError, UserError
 
 _EXAMPLES = """\
 examples:
@@ -44,12 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    # torch takes seconds to import; --help and usage errors need not wait for it.
+    command = getattr(load_commands(), arguments.command)
     from torch.distributed.elastic.multiprocessing.errors import record
-
-    from blpipe.errors import CheckpointError, PeerLostError, StageError
     try:
-        (record(_run) if launch.under_torchrun() else _run)(arguments)
+        (record(_run) if launch.under_torchrun() else _run)(command, arguments)
         return 0
     except (StageError, PeerLostError, CheckpointError) as error:
         if not launch.under_torchrun():
@@ -61,16 +61,29 @@ def _main(arguments: argparse.Namespace) -> int:
         _leave(1)
 
 
+@cache
+def load_commands() -> ModuleType:
+    """The commands, with torch and all that they need: seconds, for which --help and usage errors need not wait.
+
+    What modules hold is no garbage. Without a search for some while they load, and at the end, a process takes a third
+    less time to start and to leave, and the searches while it trains do not go through them either.
+    """
+    gc.disable()
+    from blpipe import commands
+    gc.freeze()
+    gc.enable()
+    return commands
+
+
 def _leave(code: int) -> NoReturn:
     """End at once: an ordinary exit could wait for messages that nobody sends any more."""
     sys.stdout.flush()
     os._exit(code)
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    from blpipe.errors import StoppedError, UserError
+def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     try:
-        arguments.command(arguments)
+        command(arguments)
     except UserError as error:
         _report(str(error))
         raise SystemExit(2) from error
@@ -131,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
                                                        "from one of its checkpoints")
     train.add_argument("--auto-resume", action="store_true",
                        help="go on where the run folder holds a checkpoint, else begin; as restarts by torchrun do")
-    train.set_defaults(command=_train)
+    train.set_defaults(command="train")
 
     plan = commands.add_parser("plan", help="show what a config will cost before it runs",
                                description="Measure every block, cut the model and simulate its stages. Nothing is "
@@ -145,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--trace", metavar="FILE.json", help="write the timeline for ui.perfetto.dev")
     plan.add_argument("--latency", type=float, metavar="SECONDS", help="of a message between two stages")
     plan.add_argument("--bandwidth", type=float, metavar="BYTES", help="a second, between two stages")
-    plan.set_defaults(command=_plan)
+    plan.set_defaults(command="plan")
 
     evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint, or any other",
                                    description="Evaluate every stage's head on the test samples.")
@@ -153,78 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value",
                           help="keys to set over the run's: of data, of runtime, and how it is computed")
     evaluate.add_argument("--best", action="store_true", help=_BEST)
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command="evaluate")
 
     export = commands.add_parser("export", help="write the plain model's weights",
                                  description="Write the plain model's state_dict under the model's own names.")
     export.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
     export.add_argument("--best", action="store_true", help=_BEST)
     export.add_argument("--out", required=True, metavar="FILE", help="where to, such as model.pt")
-    export.set_defaults(command=_export)
+    export.set_defaults(command="export")
     return parser
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from blpipe import resume, runs
-    from blpipe.config_file import load_config
-    from blpipe.errors import ConfigError
-    if arguments.resume:
-        if arguments.overwrite or arguments.auto_resume:
-            raise ConfigError("--resume: goes on with what is there; leave --overwrite and --auto-resume out")
-        path, overrides = Path(arguments.resume), [*filter(None, [arguments.config]), *arguments.overrides]
-        if any("=" not in override for override in overrides):
-            raise ConfigError("--resume: goes on with the run's own config; give no CONFIG, only keys to change, such "
-                              "as 'partition={stages: 2}'")
-        runs.train_run(resume.resumed_config(path, overrides), resume_from=path)
-        return
-    if not arguments.config:
-        raise ConfigError("CONFIG: which config? give one, such as configs/quickstart.yaml, or --resume RUN")
-    runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite,
-                   auto_resume=arguments.auto_resume)
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from blpipe.config_file import load_config
-    from blpipe.forecast import report
-    from blpipe.forecast.picture import draw
-    _refuse_torchrun()
-    config = load_config(arguments.config, arguments.overrides)
-    stages = whole_numbers("--stages", arguments.stages)
-    found = report.make_report(config, stages, arguments.latency, arguments.bandwidth)
-    print(json.dumps(report.as_json(found), indent=2) if arguments.json else report.as_text(found))
-    if arguments.out:
-        draw(found, Path(arguments.out))
-    if arguments.trace:
-        report.save_trace(found, Path(arguments.trace))
-
-
-def whole_numbers(option: str, text: str | None) -> list[int]:
-    """The numbers of an option such as `--stages 1,2,4`, in order; none where it was not given.
-
-    Raises:
-        ConfigError: others than whole numbers from 1 on.
-    """
-    from blpipe.errors import ConfigError
-    words = [word for word in (text or "").split(",") if word]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(f"{option}: {text!r} must be whole numbers from 1 on, such as 1,2,4,8")
-    return sorted({int(word) for word in words})
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from blpipe import runs
-    _refuse_torchrun()
-    print(runs.evaluate_run(Path(arguments.run), arguments.overrides, arguments.best))
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from blpipe import runs
-    _refuse_torchrun()
-    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best)
-    print(f"wrote {arguments.out}")
-
-
-def _refuse_torchrun() -> None:
-    from blpipe.errors import ConfigError
-    if (launch.world_size() or 1) > 1:
-        raise ConfigError("torchrun: only train runs in several processes; run `python -m blpipe …`")

@@ -15,15 +15,16 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
-from blpipe.config_file import parse_config
-from blpipe.runs import train_run
-from blpipe.transport.world import meet
+from blpipe import cli
 
 
 def rank(index: int, trees: list[dict]) -> None:
     """One stage of every run."""
+    import torch
+
+    from blpipe.config_file import parse_config
+    from blpipe.runs import train_run
+    from blpipe.transport.world import meet
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(index)
     if "NCCL_ON_ONE_GPU" in os.environ:
         # As on machines of one GPU each. NCCL refuses two ranks on a GPU of what it takes for one host.
@@ -40,6 +41,7 @@ def rank(index: int, trees: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    cli.load_commands()
     processes, trees = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

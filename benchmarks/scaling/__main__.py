@@ -21,7 +21,7 @@ from benchmarks.scaling.report import as_markdown
 from benchmarks.throughput.measure import measure_case
 from benchmarks.throughput.report import samples_per_second
 from benchmarks.throughput.settings import METHODS, ThroughputConfig, case_tree, load_settings
-from blpipe.cli import whole_numbers
+from blpipe.commands import whole_numbers
 from blpipe.config import Config, MethodConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data

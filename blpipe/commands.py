@@ -1,0 +1,71 @@
+"""The subcommands. Imports torch and all the rest: see cli.py for the command line itself."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from blpipe import launch, resume, runs
+from blpipe.config_file import load_config
+from blpipe.errors import ConfigError
+from blpipe.forecast import report
+from blpipe.forecast.picture import draw
+
+
+def train(arguments: Namespace) -> None:
+    """`train`: a config, or on with a run."""
+    if arguments.resume:
+        if arguments.overwrite or arguments.auto_resume:
+            raise ConfigError("--resume: goes on with what is there; leave --overwrite and --auto-resume out")
+        path, overrides = Path(arguments.resume), [*filter(None, [arguments.config]), *arguments.overrides]
+        if any("=" not in override for override in overrides):
+            raise ConfigError("--resume: goes on with the run's own config; give no CONFIG, only keys to change, such "
+                              "as 'partition={stages: 2}'")
+        runs.train_run(resume.resumed_config(path, overrides), resume_from=path)
+        return
+    if not arguments.config:
+        raise ConfigError("CONFIG: which config? give one, such as configs/quickstart.yaml, or --resume RUN")
+    runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite,
+                   auto_resume=arguments.auto_resume)
+
+
+def plan(arguments: Namespace) -> None:
+    """`plan`: what a config will cost."""
+    _refuse_torchrun()
+    config = load_config(arguments.config, arguments.overrides)
+    stages = whole_numbers("--stages", arguments.stages)
+    found = report.make_report(config, stages, arguments.latency, arguments.bandwidth)
+    print(json.dumps(report.as_json(found), indent=2) if arguments.json else report.as_text(found))
+    if arguments.out:
+        draw(found, Path(arguments.out))
+    if arguments.trace:
+        report.save_trace(found, Path(arguments.trace))
+
+
+def whole_numbers(option: str, text: str | None) -> list[int]:
+    """The numbers of an option such as `--stages 1,2,4`, in order; none where it was not given.
+
+    Raises:
+        ConfigError: others than whole numbers from 1 on.
+    """
+    words = [word for word in (text or "").split(",") if word]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"{option}: {text!r} must be whole numbers from 1 on, such as 1,2,4,8")
+    return sorted({int(word) for word in words})
+
+
+def evaluate(arguments: Namespace) -> None:
+    """`eval`: a checkpoint's losses and accuracies on the test samples."""
+    _refuse_torchrun()
+    print(runs.evaluate_run(Path(arguments.run), arguments.overrides, arguments.best))
+
+
+def export(arguments: Namespace) -> None:
+    """`export`: the plain model's weights."""
+    _refuse_torchrun()
+    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best)
+    print(f"wrote {arguments.out}")
+
+
+def _refuse_torchrun() -> None:
+    if (launch.world_size() or 1) > 1:
+        raise ConfigError("torchrun: only train runs in several processes; run `python -m blpipe …`")
