@@ -4,14 +4,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from math import ceil, floor
 
-import torch
 from torch import Tensor, nn
 
 from blpipe.config import Named
 from blpipe.errors import ConfigError
 from blpipe.models.build import out_of_place
 from blpipe.plugins import call, resolve
-from blpipe.seeds import derive_seed
+from blpipe.seeds import seeded
 
 Shape = tuple[int, ...]
 
@@ -240,8 +239,7 @@ def build_head(config: Named, boundary: Boundary, seed: int, name: str, key: str
         ConfigError: unknown name, arguments that do not fit, or a `target` that returns no module.
     """
     builder = resolve(key, config, BUILT_IN)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "head", name))
+    with seeded(seed, "head", name):
         head = call(key, builder, boundary, **config.args)
     if not isinstance(head, nn.Module):
         raise ConfigError(f"{key}.target: it returned a {type(head).__name__}; return an nn.Module")

@@ -20,6 +20,17 @@ def generator(seed: int, *labels: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *labels))
 
 
+@contextmanager
+def seeded(seed: int, *labels: int | str) -> Iterator[None]:
+    """torch's global CPU stream begins as the one named by `labels`; outside, it is as it was.
+
+    The streams of GPUs stay: `torch.manual_seed` would move them, and models are made on the CPU.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, *labels))
+        yield
+
+
 class RandomStream:
     """torch's global random stream, kept apart for one stage: `with stream: ...` continues where it left off.
 
