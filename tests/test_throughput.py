@@ -23,6 +23,7 @@ QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
 FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"
 GPU = REPOSITORY / "benchmarks/throughput/gpu.yaml"
 OURS = METHODS[:METHODS.index("greedy") + 1]
+REPLICAS = "2 replicas d=1"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_every_method_is_measured_in_every_process(measured, method):
         assert window["seconds"] > 0
         assert 0 < window["busy"] <= 1
         assert 0 <= window["waiting"] <= 1
-        if method not in OURS:
+        if method not in (*OURS, REPLICAS):
             assert window["waiting"] == 1 - window["busy"]
     row = report.summary(case)[method]
     assert row["samples_per_second"] > 0
@@ -90,9 +91,13 @@ def test_schedules_send_activations_and_their_gradients(measured, method, edges)
 
 def test_data_parallel_sends_its_gradients_around_a_ring(measured):
     _, case = measured
-    gradients = sum(p.nbytes for p in plan_of(case, "DDP").model.parameters())
+    model = plan_of(case, "DDP").model
+    parameters = [*model.parameters()]
+    gradients = sum(p.nbytes for p in parameters)
     assert report.sent_bytes(case, "DDP") == 2 * gradients
     assert report.sent_bytes(case, "one process") == 0
+    flags, buffers = 4 * len(parameters), sum(buffer.nbytes for buffer in model.buffers())
+    assert report.sent_bytes(case, REPLICAS) == 2 * (gradients + flags + buffers)  # each has all blocks as its stage
 
 
 def test_the_table_has_a_row_a_method_and_says_whether_aims_are_reached(measured, capfd):
@@ -172,3 +177,18 @@ def test_every_method_has_the_cuts_that_suit_it():
         starts = balanced_starts(profile(network, torch.device("cpu")), "backlink", config.partition)[1:]
         assert getattr(cuts, kind) == [network.block_names[start] for start in starts]
     assert cuts.joint not in (cuts.stages, cuts.joint_tail)
+    assert cuts.replicas is None  # three stages are no two halves
+    assert REPLICAS not in make_configs(tree, cuts, 8)
+
+
+def test_replicas_have_half_as_many_stages_and_half_of_every_batch():
+    settings = load_settings(FULL, {"stages": 4})
+    tree = case_tree(settings, "ResNet-20, width 2", "cpu")
+    config = parse_config({**tree, "partition": {**tree["partition"], "costs": "analytic"}})
+    replica = make_configs(tree, find_cuts(config, 8, torch.device("cpu")), 8)[REPLICAS]
+    assert (replica.partition.stage_count, replica.train.replicas, replica.train.microbatch_size) == (2, 2, 32)
+    halves = {**tree, "train": {**tree["train"], "replicas": 2},
+              "partition": {"stages": 2, "strategy": "balanced", "costs": "analytic"}}
+    network = make_network(parse_config(halves), open_data(config.data, config.seed).spec)
+    start, = balanced_starts(profile(network, torch.device("cpu")), "backlink", parse_config(halves).partition)[1:]
+    assert replica.partition.cuts == (network.block_names[start],)

@@ -73,7 +73,7 @@ def _main(arguments: argparse.Namespace) -> int:
         if case is None:
             print(f"scaling: K = {count}: a process failed; what it said stands above", file=sys.stderr)
             return 1
-        measured = {method: samples_per_second(case, method) for method in METHODS}
+        measured = {method: samples_per_second(case, method) for method in METHODS if method in case["rounds"][0]}
         measured["1F1B"] = measured.pop("1F1B, own cuts")  # as every method has them in the prediction
         found["measured"][str(count)] = measured
         _write(path, found)

@@ -32,7 +32,8 @@ def measure_case(settings: ThroughputConfig, name: str, device: torch.device) ->
     if rounds is None:
         return None
     return {"stages": settings.stages, "batch": config.train.batch_size, **_lengths(settings),
-            "cuts": cuts._asdict(), "blocks": {kind: _blocks(tree, each) for kind, each in cuts._asdict().items()},
+            "cuts": cuts._asdict(),
+            "blocks": {kind: _blocks(tree, each) for kind, each in cuts._asdict().items() if each is not None},
             "environment": measured_on,
             "like": {each: schedule.like for each, schedule in SCHEDULES.items() if schedule.like},
             "aims": [aim.model_dump() for aim in settings.cases[name].aims], "rounds": rounds}

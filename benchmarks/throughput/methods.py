@@ -16,13 +16,14 @@ from benchmarks.throughput.settings import Cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
 from blpipe.config_file import parse_config
-from blpipe.data import open_data
+from blpipe.data import Share, open_data
 from blpipe.device import transfer
 from blpipe.engines.common import train_epoch
 from blpipe.engines.pipeline import PipelineEngine
 from blpipe.optim import build_optimizer
 from blpipe.plan import Plan
 from blpipe.program import Factors, Kind, Op, Ports, execute, train_program
+from blpipe.transport.memory import MemorySum
 from blpipe.transport.messages import as_sent
 from blpipe.transport.world import World
 
@@ -60,9 +61,10 @@ class Batches:
                         for x, y in data.train_batches(config.seed, 0, train.batch_size, drop_last=True)]
         self.device = device
 
-    def train_batches(self, *_: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of them, whatever the seed, the epoch and the size asked for."""
-        return iter(self.batches)
+    def train_batches(self, *asked: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """This share, the last that is asked for, of each of them, whatever the seed, the epoch and the size."""
+        share: Share = asked[-1]
+        return ((x[share.of(len(x))], y[share.of(len(y))]) for x, y in self.batches)
 
 
 class Constant:
@@ -84,10 +86,14 @@ class Constant:
 
 
 def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[str, Config]:
-    """The config of every method, by name; `bp` for all that train end to end."""
-    def variant(method: dict[str, Any], parts: int = microbatches, cuts: list[str] = cuts.stages) -> Config:
+    """The config of every method, by name; `bp` for all that train end to end.
+
+    Without replicas where they cannot have half as many stages each.
+    """
+    def variant(method: dict[str, Any], parts: int = microbatches, cuts: list[str] = cuts.stages,
+                replicas: int = 1) -> Config:
         return parse_config({**tree, "method": method, "partition": {"cuts": cuts},
-                             "train": {**tree.get("train", {}), "microbatches": parts}})
+                             "train": {**tree.get("train", {}), "microbatches": parts, "replicas": replicas}})
 
     return {
         "BackLink d=1": variant(late(BACKLINK, 1), 1),
@@ -102,6 +108,8 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "last loss d=1": variant(late(LAST_LOSS, 1), 1),
         "last loss d=1/M": variant(late(LAST_LOSS, "1/M")),
         "greedy": variant({"name": "greedy"}, 1),
+        **({} if cuts.replicas is None else
+           {"2 replicas d=1": variant(late(BACKLINK, 1), 1, cuts.replicas, replicas=2)}),
         **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))
            for name, schedule in SCHEDULES.items()},
         "DDP": variant({"name": "bp"}, 1),
@@ -109,13 +117,14 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
     }
 
 
-def make_methods(plans: dict[str, Plan], data: Batches, world: World) -> list[Method]:
+def make_methods(plans: dict[str, Plan], data: Batches, worlds: dict[int, World]) -> list[Method]:
     """All methods, each with a model of its own; every process calls this in the same order.
 
     Args:
         plans: by name, of the configs that `make_configs` gives.
+        worlds: of all processes, by the number of replicas.
     """
-    return [_make_method(name, plan, data, world) for name, plan in plans.items()]
+    return [_make_method(name, plan, data, worlds[plan.config.train.replicas]) for name, plan in plans.items()]
 
 
 def _make_method(name: str, plan: Plan, data: Batches, world: World) -> Method:
@@ -129,7 +138,7 @@ def _make_method(name: str, plan: Plan, data: Batches, world: World) -> Method:
 
 
 def _stage_program(name: str, plan: Plan, data: Batches, world: World) -> Method:
-    engine = PipelineEngine(plan, data if world.rank == 0 else None, world)  # type: ignore[arg-type]
+    engine = PipelineEngine(plan, data if world.stage == 0 else None, world)  # type: ignore[arg-type]
     return Method(name, partial(train_epoch, engine, 0), partial(_program_alone, engine, data),
                   sent_bytes=lambda: sum(queue.sent_bytes for queue in engine.queues),
                   wait_seconds=lambda: sum(queue.wait_seconds for queue in engine.queues))
@@ -144,7 +153,7 @@ def _program_alone(engine: PipelineEngine, data: Batches, on_step: OnStep) -> No
         x = as_sent(torch.randn(plan.outputs[size][k - 1].shape, device=x.device), plan.channels_last(k - 1))
     errors = as_sent(1e-4 * torch.randn(plan.outputs[size][k].shape, device=x.device), plan.channels_last(k))
     steps = plan.train_steps(0)
-    ports = Ports(Constant(x, targets), Constant(), Constant(errors), Constant())
+    ports = Ports(Constant(x, targets), Constant(), Constant(errors), Constant(), MemorySum.ends(1)[0])
 
     def watch(op: Op) -> None:
         if op.kind is Kind.STEP:

@@ -21,7 +21,7 @@ from blpipe.plugins import did_you_mean
 
 METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "larger heads d=1", "joint tail d=1",
            "joint tail d=0", "joint d=1", "joint d=1/M", "joint d=0", "last loss d=1", "last loss d=1/M", "greedy",
-           "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", "one process")
+           "2 replicas d=1", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", "one process")
 DRAINING = 2  # steps after a window, in which pipelines drain: they do so once an epoch, which has hundreds of steps
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
@@ -65,6 +65,7 @@ class Cuts(NamedTuple):
 
     Args:
         stages: of K stages, by the costs of BackLink.
+        replicas: of K/2 stages, by those of BackLink with half of every batch; None where K is odd.
         larger_heads: of K stages, by those of BackLink with heads `blocks` and links through all of a stage.
         joint_tail: of K stages, by those of BackLink with a joint backward through the last block.
         joint: of K stages, by those of BackLink with a joint backward through all blocks.
@@ -73,6 +74,7 @@ class Cuts(NamedTuple):
     """
 
     stages: list[str]
+    replicas: list[str] | None
     larger_heads: list[str]
     joint_tail: list[str]
     joint: list[str]
@@ -137,15 +139,20 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
     train = config.train.model_copy(update={"microbatches": microbatches})
     backprop = config.model_copy(update={"method": MethodConfig(name="bp"), "train": train})
     virtual = backprop.model_copy(update={"partition": PartitionConfig(stages=2 * stages, strategy="balanced")})
+    replicas = config.model_copy(update={
+        "train": config.train.model_copy(update={"replicas": 2}),
+        "partition": PartitionConfig(stages=max(1, stages // 2), strategy="balanced", costs=config.partition.costs)})
     whole, parts = _costs(config, device), _costs(backprop, device)
     names = whole.network.block_names
     if 2 * stages > len(names):
         raise ConfigError(f"stages: {stages}: schedules with two stages a process need {2 * stages} blocks, and "
                           f"{config.name} has {len(names)}; use fewer stages")
     found = [settle(each, costs.network, replace(costs, network=replace(costs.network, config=each))).partition.cuts
-             for each, costs in ((config, whole), (larger, _costs(larger, device)), (joint_tail, whole), (joint, whole),
+             for each, costs in ((config, whole), (replicas, _costs(replicas, device)),
+                                 (larger, _costs(larger, device)), (joint_tail, whole), (joint, whole),
                                  (backprop, parts), (virtual, parts))]
-    return Cuts(*(list(cuts or ()) for cuts in found))
+    cuts = Cuts(*(list(cuts or ()) for cuts in found))
+    return cuts if stages % 2 == 0 else cuts._replace(replicas=None)
 
 
 def _costs(config: Config, device: torch.device) -> Profile:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.throughput.methods import Batches, Method, Run, make_configs, make_methods
 from benchmarks.throughput.settings import Cuts
+from blpipe import launch
 from blpipe.config_file import parse_config
 from blpipe.device import set_up
 from blpipe.engines.pipeline import contract
@@ -71,11 +72,14 @@ def main(job: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(1)
     data = Batches(config, device)
-    plans = {name: make_plan(each, data.spec)
+    plans = {name: make_plan(each, data.spec, replica=launch.rank() // each.partition.stage_count)
              for name, each in make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"]).items()}
-    world = World(meet(config.runtime.timeout_seconds), device, own_gpu,
-                  {name: contract(plan) for name, plan in plans.items()})
-    methods = make_methods(plans, data, world)
+    agreed = {name: contract(plan) for name, plan in plans.items()}
+    worlds = {}
+    for replicas in sorted({plan.config.train.replicas for plan in plans.values()}):
+        meeting = meet(config.runtime.timeout_seconds)
+        worlds[replicas] = World(meeting, device, own_gpu, agreed, meeting.size // replicas)
+    methods, world = make_methods(plans, data, worlds), worlds[1]
     rounds = []
     for number in range(job["rounds"] + 1):  # one to warm up
         started = perf_counter()

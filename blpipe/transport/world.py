@@ -127,7 +127,8 @@ class World:
     """The process groups of a pipeline: for each edge one for activations and one for errors, for each stage that
     has replicas one of these.
 
-    NCCL where every process has a GPU of its own; else gloo, through host memory.
+    NCCL where every process has a GPU of its own; else gloo, through host memory. The same processes may make a second
+    world, with other stages; to close one closes both.
 
     Args:
         stages: of a replica; without, there is one replica, and every process is a stage of it.
@@ -150,8 +151,9 @@ class World:
 
     def _connect(self, meeting: Meeting, own_gpu: bool) -> None:
         timeout = timedelta(seconds=meeting.timeout_seconds)
-        dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
-                                world_size=self.size, timeout=timeout, device_id=self.device if own_gpu else None)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
+                                    world_size=self.size, timeout=timeout, device_id=self.device if own_gpu else None)
         # Any: torch gives a stand-in for groups that this process is not in; it never uses one.
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout)
         self.saving: Any = dist.new_group(backend="gloo", timeout=timeout)  # of a thread beside training
