@@ -61,7 +61,7 @@ def _main(arguments: argparse.Namespace) -> int:
         _leave(1)
 
 
-@cache
+@cache  # a second call would keep what is garbage by then
 def load_commands() -> ModuleType:
     """The commands, with torch and all that they need: seconds, for which --help and usage errors need not wait.
 
@@ -69,9 +69,11 @@ def load_commands() -> ModuleType:
     less time to start and to leave, and the searches while it trains do not go through them either.
     """
     gc.disable()
-    from blpipe import commands
-    gc.freeze()
-    gc.enable()
+    try:
+        from blpipe import commands
+        gc.freeze()
+    finally:
+        gc.enable()
     return commands
 
 
@@ -103,10 +105,10 @@ def _report(text: str) -> None:
 
 
 def _is_reporter() -> bool:
-    from blpipe.transport.world import is_reporter
     try:
+        from blpipe.transport.world import is_reporter
         return is_reporter(timeout_seconds=10)
-    except (RuntimeError, ValueError):  # no store there (any more): better twice than never
+    except (ImportError, RuntimeError, ValueError):  # interrupted while loading, or no store: better twice than never
         return True
 
 

@@ -21,13 +21,10 @@ def generator(seed: int, *labels: int | str) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int, *labels: int | str) -> Iterator[None]:
-    """torch's global CPU stream begins as the one named by `labels`; outside, it is as it was.
-
-    The streams of GPUs stay: `torch.manual_seed` would move them, and models are made on the CPU.
-    """
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU stream begins at `seed`; outside, it is as it was. `torch.manual_seed` would move GPUs' too."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, *labels))
+        torch.default_generator.manual_seed(seed)
         yield
 
 

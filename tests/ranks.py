@@ -20,6 +20,7 @@ from blpipe import cli
 
 def rank(index: int, trees: list[dict]) -> None:
     """One stage of every run."""
+    # Loaded by `load_commands`, quicker than at the top.
     import torch
 
     from blpipe.config_file import parse_config

@@ -1,6 +1,6 @@
 """Malformed input by machine: whatever is given, an error of ours, one line each, or what was meant; nothing else.
 
-The examples are the same on every run. tests/test_config.py and tests/test_data.py have the single cases.
+The examples are the same on every run. tests/test_config.py and tests/test_data_sets.py have the single cases.
 """
 
 import io
@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, small_config, train_locally
+from data_under_test import arrays
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_config import FRAGMENTS, KEYS, SMALLEST, SMALLEST_YAML, json_like
-from test_data import arrays
 
 from blpipe import cli, runs
 from blpipe.checkpoint.folders import check, checkpoints

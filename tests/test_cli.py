@@ -1,5 +1,6 @@
 """The command line as users meet it: help, bad input, run folders, eval, export, resume."""
 
+import gc
 import json
 import re
 import subprocess
@@ -43,6 +44,12 @@ def test_help_is_there_without_waiting_for_torch(command):
     done = subprocess.run([sys.executable, "-W", "error", "-c", code, *command], capture_output=True, text=True,
                           timeout=60, check=True)
     assert done.stdout.startswith("usage: blpipe")
+
+
+def test_the_collector_runs_and_leaves_alone_what_modules_hold():
+    cli.load_commands()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
 
 
 def test_a_run_folder_says_what_was_run_and_how_it_went(folder, capsys):

@@ -42,6 +42,12 @@ def test_the_local_engine_learns_as_on_the_cpu(tmp_path):
     assert learned(on_gpu) == pytest.approx(learned(on_cpu), rel=0.05, abs=0.05)
 
 
+def test_a_model_made_from_a_seed_moves_no_stream_of_the_gpu():
+    config, before = parse_config(ON_GPU), torch.cuda.get_rng_state()
+    make_plan(config, open_data(config.data, config.seed).spec)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 def test_the_pipeline_learns_as_the_local_engine(tmp_path):
     """Over NCCL with three GPUs or more; with fewer, through host memory."""
     run, = train_in_processes([ON_GPU], 3, tmp_path)

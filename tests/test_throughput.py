@@ -11,7 +11,7 @@ from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
 from benchmarks.throughput.methods import make_configs
-from benchmarks.throughput.settings import METHODS, Cuts, case_tree, find_cuts, load_settings
+from benchmarks.throughput.settings import METHODS, REPLICAS, Cuts, case_tree, find_cuts, load_settings
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.forecast.costs import profile
@@ -23,7 +23,6 @@ QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
 FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"
 GPU = REPOSITORY / "benchmarks/throughput/gpu.yaml"
 OURS = METHODS[:METHODS.index("greedy") + 1]
-REPLICAS = "2 replicas d=1"
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +90,18 @@ def test_schedules_send_activations_and_their_gradients(measured, method, edges)
 
 def test_data_parallel_sends_its_gradients_around_a_ring(measured):
     _, case = measured
-    model = plan_of(case, "DDP").model
-    parameters = [*model.parameters()]
-    gradients = sum(p.nbytes for p in parameters)
+    gradients = sum(p.nbytes for p in plan_of(case, "DDP").model.parameters())
     assert report.sent_bytes(case, "DDP") == 2 * gradients
     assert report.sent_bytes(case, "one process") == 0
+
+
+def test_replicas_send_gradients_and_buffers_around_a_ring(measured):
+    _, case = measured
+    model = plan_of(case, REPLICAS).model  # in two processes each has all blocks as its only stage
+    parameters = [*model.parameters()]
+    gradients = sum(p.nbytes for p in parameters)
     flags, buffers = 4 * len(parameters), sum(buffer.nbytes for buffer in model.buffers())
-    assert report.sent_bytes(case, REPLICAS) == 2 * (gradients + flags + buffers)  # each has all blocks as its stage
+    assert report.sent_bytes(case, REPLICAS) == 2 * (gradients + flags + buffers)
 
 
 def test_the_table_has_a_row_a_method_and_says_whether_aims_are_reached(measured, capfd):

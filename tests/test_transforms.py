@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from data_under_test import RAW, SYNTHETIC, Listed, equal, opened, opened_target, refused, worker_warnings, write_folder
 from PIL import Image
-from test_data import RAW, SYNTHETIC, Listed, equal, opened, opened_target, refused, worker_warnings, write_folder
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
@@ -139,9 +139,9 @@ def test_they_are_for_images_and_made_on_the_host(monkeypatch):
     refused(r"^data\.place: device is for data in memory, and data\.augment\.transforms run sample by sample",
             **SYNTHETIC, augment={"transforms": TRANSFORMS}, place="device")
     tokens = torch.zeros(4, 7, dtype=torch.int64), torch.arange(4)
-    monkeypatch.setattr("test_data.returned", (tokens, tokens))
+    monkeypatch.setattr("data_under_test.returned", (tokens, tokens))
     refused(r"^data\.augment\.transforms: needs images \[C, H, W\], the samples are int64 \[7\]; leave it out",
-            target="test_data:own_data", augment={"transforms": TRANSFORMS})
+            target="data_under_test:own_data", augment={"transforms": TRANSFORMS})
 
 
 @pytest.mark.parametrize(("transform", "match"), [

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.methods import BACKLINK, JOINT, JOINT_TAIL, LARGER_HEADS, LAST_LOSS, late
-from benchmarks.throughput.settings import Cuts
+from benchmarks.throughput.settings import REPLICAS, Cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
 from blpipe.config_file import parse_config
@@ -86,16 +86,13 @@ class Constant:
 
 
 def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[str, Config]:
-    """The config of every method, by name; `bp` for all that train end to end.
-
-    Without replicas where they cannot have half as many stages each.
-    """
+    """The config of every method, by name; `bp` for all that train end to end. Replicas only with an even K."""
     def variant(method: dict[str, Any], parts: int = microbatches, cuts: list[str] = cuts.stages,
                 replicas: int = 1) -> Config:
         return parse_config({**tree, "method": method, "partition": {"cuts": cuts},
                              "train": {**tree.get("train", {}), "microbatches": parts, "replicas": replicas}})
 
-    return {
+    found = {
         "BackLink d=1": variant(late(BACKLINK, 1), 1),
         "BackLink d=1/M": variant(late(BACKLINK, "1/M")),
         "BackLink d=0": variant(late(BACKLINK, 0)),
@@ -108,13 +105,14 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "last loss d=1": variant(late(LAST_LOSS, 1), 1),
         "last loss d=1/M": variant(late(LAST_LOSS, "1/M")),
         "greedy": variant({"name": "greedy"}, 1),
-        **({} if cuts.replicas is None else
-           {"2 replicas d=1": variant(late(BACKLINK, 1), 1, cuts.replicas, replicas=2)}),
         **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))
            for name, schedule in SCHEDULES.items()},
         "DDP": variant({"name": "bp"}, 1),
         "one process": variant({"name": "bp"}, 1),
     }
+    if cuts.replicas is not None:
+        found[REPLICAS] = variant(late(BACKLINK, 1), 1, cuts.replicas, replicas=2)
+    return found
 
 
 def make_methods(plans: dict[str, Plan], data: Batches, worlds: dict[int, World]) -> list[Method]:
@@ -153,7 +151,8 @@ def _program_alone(engine: PipelineEngine, data: Batches, on_step: OnStep) -> No
         x = as_sent(torch.randn(plan.outputs[size][k - 1].shape, device=x.device), plan.channels_last(k - 1))
     errors = as_sent(1e-4 * torch.randn(plan.outputs[size][k].shape, device=x.device), plan.channels_last(k))
     steps = plan.train_steps(0)
-    ports = Ports(Constant(x, targets), Constant(), Constant(errors), Constant(), MemorySum.ends(1)[0])
+    no_other_replica = MemorySum.ends(1)[0]
+    ports = Ports(Constant(x, targets), Constant(), Constant(errors), Constant(), no_other_replica)
 
     def watch(op: Op) -> None:
         if op.kind is Kind.STEP:

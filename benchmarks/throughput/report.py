@@ -9,9 +9,9 @@ from blpipe.text import human_bytes
 
 Case = dict[str, Any]  # of results.json: settings, environment, aims and rounds
 DASH = "–"
-_CUTS = {"stages": "stages", "replicas": "of a replica", "larger_heads": "with larger heads",
-         "joint_tail": "of joint tails", "joint": "of joint backwards", "backprop": "1F1B's own",
-         "virtual": "two stages a process"}
+_CUTS = {"stages": "stages", "larger_heads": "with larger heads", "joint_tail": "of joint tails",
+         "joint": "of joint backwards", "backprop": "1F1B's own", "virtual": "two stages a process",
+         "replicas": "of a replica"}
 _HEAD = ["", "samples/s", "× 1F1B", "× DDP", "of own speed", "side by side", "busy, %", "waiting, %", "sent a step"]
 
 

@@ -19,9 +19,10 @@ from blpipe.forecast.stages import settle
 from blpipe.plan import make_network
 from blpipe.plugins import did_you_mean
 
+REPLICAS = "2 replicas d=1"
 METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "larger heads d=1", "joint tail d=1",
            "joint tail d=0", "joint d=1", "joint d=1/M", "joint d=0", "last loss d=1", "last loss d=1/M", "greedy",
-           "2 replicas d=1", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", "one process")
+           "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", REPLICAS, "one process")
 DRAINING = 2  # steps after a window, in which pipelines drain: they do so once an epoch, which has hundreds of steps
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
@@ -65,21 +66,21 @@ class Cuts(NamedTuple):
 
     Args:
         stages: of K stages, by the costs of BackLink.
-        replicas: of K/2 stages, by those of BackLink with half of every batch; None where K is odd.
         larger_heads: of K stages, by those of BackLink with heads `blocks` and links through all of a stage.
         joint_tail: of K stages, by those of BackLink with a joint backward through the last block.
         joint: of K stages, by those of BackLink with a joint backward through all blocks.
         backprop: of K stages, by those of backpropagation with microbatches.
         virtual: of 2K stages, by the same, for schedules with two a process.
+        replicas: of K/2 stages, by the costs of BackLink with half of every batch; None where K is odd.
     """
 
     stages: list[str]
-    replicas: list[str] | None
     larger_heads: list[str]
     joint_tail: list[str]
     joint: list[str]
     backprop: list[str]
     virtual: list[str]
+    replicas: list[str] | None
 
 
 def load_settings(path: Path, changes: dict[str, Any]) -> ThroughputConfig:
@@ -89,13 +90,14 @@ def load_settings(path: Path, changes: dict[str, Any]) -> ThroughputConfig:
         ConfigError: with the problems found, each on its own line with its key.
     """
     settings = parse_as(ThroughputConfig, read_yaml(path) | changes)
+    methods = [method for method in METHODS if method != REPLICAS or settings.stages % 2 == 0]
     problems = [f"base.{key}: leave it out; {why}" for key, why in
                 (("name", "cases have names"), ("model", "cases have models"), ("method", "all of them are measured"))
                 if key in settings.base]
     for name, case in settings.cases.items():
         aims = [(f"cases.{name}.aims.{i}", aim) for i, aim in enumerate(case.aims)]
-        for key, value, known in [(f"{key}.method", aim.method, METHODS) for key, aim in aims] \
-                + [(f"{key}.over", aim.over, (*METHODS, OWN_SPEED)) for key, aim in aims]:
+        for key, value, known in [(f"{key}.method", aim.method, methods) for key, aim in aims] \
+                + [(f"{key}.over", aim.over, [*methods, OWN_SPEED]) for key, aim in aims]:
             if value not in known:
                 problems.append(f"{key}: unknown {value!r}{did_you_mean(value, dict.fromkeys(known))}; "
                                 f"one of {', '.join(known)}")
@@ -139,20 +141,26 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
     train = config.train.model_copy(update={"microbatches": microbatches})
     backprop = config.model_copy(update={"method": MethodConfig(name="bp"), "train": train})
     virtual = backprop.model_copy(update={"partition": PartitionConfig(stages=2 * stages, strategy="balanced")})
-    replicas = config.model_copy(update={
-        "train": config.train.model_copy(update={"replicas": 2}),
-        "partition": PartitionConfig(stages=max(1, stages // 2), strategy="balanced", costs=config.partition.costs)})
     whole, parts = _costs(config, device), _costs(backprop, device)
     names = whole.network.block_names
     if 2 * stages > len(names):
         raise ConfigError(f"stages: {stages}: schedules with two stages a process need {2 * stages} blocks, and "
                           f"{config.name} has {len(names)}; use fewer stages")
-    found = [settle(each, costs.network, replace(costs, network=replace(costs.network, config=each))).partition.cuts
-             for each, costs in ((config, whole), (replicas, _costs(replicas, device)),
-                                 (larger, _costs(larger, device)), (joint_tail, whole), (joint, whole),
-                                 (backprop, parts), (virtual, parts))]
-    cuts = Cuts(*(list(cuts or ()) for cuts in found))
-    return cuts if stages % 2 == 0 else cuts._replace(replicas=None)
+
+    def cuts(each: Config, costs: Profile) -> list[str]:
+        network = replace(costs.network, config=each)
+        return list(settle(each, network, replace(costs, network=network)).partition.cuts or ())
+
+    half = None if stages % 2 else _half_of(config)
+    return Cuts(cuts(config, whole), cuts(larger, _costs(larger, device)), cuts(joint_tail, whole), cuts(joint, whole),
+                cuts(backprop, parts), cuts(virtual, parts), None if half is None else cuts(half, _costs(half, device)))
+
+
+def _half_of(config: Config) -> Config:
+    """One of two replicas of half as many stages."""
+    partition = PartitionConfig(stages=config.partition.stage_count // 2, strategy="balanced",
+                                costs=config.partition.costs)
+    return config.model_copy(update={"partition": partition, "train": config.train.model_copy(update={"replicas": 2})})
 
 
 def _costs(config: Config, device: torch.device) -> Profile:

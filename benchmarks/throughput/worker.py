@@ -75,11 +75,10 @@ def main(job: dict[str, Any]) -> None:
     plans = {name: make_plan(each, data.spec, replica=launch.rank() // each.partition.stage_count)
              for name, each in make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"]).items()}
     agreed = {name: contract(plan) for name, plan in plans.items()}
-    worlds = {}
-    for replicas in sorted({plan.config.train.replicas for plan in plans.values()}):
-        meeting = meet(config.runtime.timeout_seconds)
-        worlds[replicas] = World(meeting, device, own_gpu, agreed, meeting.size // replicas)
-    methods, world = make_methods(plans, data, worlds), worlds[1]
+    world = World(meet(config.runtime.timeout_seconds), device, own_gpu, agreed)
+    in_two = world if world.size % 2 else World(meet(config.runtime.timeout_seconds), device, own_gpu, agreed,
+                                                world.size // 2, beside=world)
+    methods = make_methods(plans, data, {1: world, 2: in_two})
     rounds = []
     for number in range(job["rounds"] + 1):  # one to warm up
         started = perf_counter()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from blpipe.config import DataConfig
 from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
-from blpipe.seeds import derive_seed
+from blpipe.seeds import derive_seed, seeded
 from blpipe.text import dtype_name
 
 Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
@@ -204,8 +204,7 @@ def fixed_randomness(seed: int) -> Iterator[None]:
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's streams as well
+        with seeded(seed):
             yield
     finally:
         np.random.set_state(outside[0])

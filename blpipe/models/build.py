@@ -15,7 +15,7 @@ from blpipe.models.resnet_cifar import resnet_cifar
 from blpipe.models.vgg_cifar import vgg_cifar
 from blpipe.models.zoo import PREFIX, torchvision_model
 from blpipe.plugins import call, resolve, takes
-from blpipe.seeds import seeded
+from blpipe.seeds import derive_seed, seeded
 
 BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
 
@@ -29,7 +29,7 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` whose result makes no blocks.
     """
-    with seeded(seed, "model"):
+    with seeded(derive_seed(seed, "model")):
         if config.name is not None and config.name.startswith(PREFIX):
             return blocks_of(torchvision_model(config.name, config.args, data.classes))
         builder = resolve("model", config, BUILT_IN)

@@ -127,16 +127,16 @@ class World:
     """The process groups of a pipeline: for each edge one for activations and one for errors, for each stage that
     has replicas one of these.
 
-    NCCL where every process has a GPU of its own; else gloo, through host memory. The same processes may make a second
-    world, with other stages; to close one closes both.
+    NCCL where every process has a GPU of its own; else gloo, through host memory.
 
     Args:
         stages: of a replica; without, there is one replica, and every process is a stage of it.
         contract: what both ends of every edge must agree on; compared before the first message.
+        beside: a world of the same processes that is there already; to close one closes both.
     """
 
     def __init__(self, meeting: Meeting, device: torch.device, own_gpu: bool, contract: dict[str, Any],
-                 stages: int | None = None):
+                 stages: int | None = None, beside: "World | None" = None):
         self.rank, self.size, self.device = meeting.rank, meeting.size, device
         self.stages = stages or meeting.size
         self.replica, self.stage = divmod(self.rank, self.stages)
@@ -145,13 +145,13 @@ class World:
         shake_hands(meeting, {**contract, "messages through": self.via.type})
         stay_on_this_machine()
         try:
-            self._connect(meeting, own_gpu)
+            self._connect(meeting, own_gpu, begin=beside is None)
         except RuntimeError as error:
             raise PeerLostError(f"rank {self.rank} connecting to the others: {one_line(error)}") from error
 
-    def _connect(self, meeting: Meeting, own_gpu: bool) -> None:
+    def _connect(self, meeting: Meeting, own_gpu: bool, begin: bool) -> None:
         timeout = timedelta(seconds=meeting.timeout_seconds)
-        if not dist.is_initialized():
+        if begin:
             dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
                                     world_size=self.size, timeout=timeout, device_id=self.device if own_gpu else None)
         # Any: torch gives a stand-in for groups that this process is not in; it never uses one.

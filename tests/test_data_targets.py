@@ -1,0 +1,180 @@
+"""Data of the user's own: `data.target`."""
+
+import numpy as np
+import pytest
+import torch
+from data_under_test import Listed, Noisy, X, Y, equal, opened_target, refused, refused_target, worker_warnings
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from blpipe.data import DataSpec
+from blpipe.data.prepare import augment, moves
+from blpipe.errors import ConfigError, UserError
+from blpipe.seeds import derive_seed, generator
+
+
+def as_dataset(x, y, **attributes) -> Listed:
+    return Listed([(a, int(b)) for a, b in zip(x, y, strict=True)], **attributes)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "lists", "dataset", "labels as tensors", "mixed"])
+def test_a_target_in_every_shape_gives_the_same(monkeypatch, kind):
+    readonly = X.numpy().copy()
+    readonly.flags.writeable = False
+    value = {"tensors": ((X, Y), (X, Y)), "arrays": ((readonly, Y.numpy()), (X.numpy()[:], Y.numpy())),
+             "lists": [[X, Y.int()], [X, Y]], "dataset": (as_dataset(X, Y, targets=Y), as_dataset(X, Y)),
+             "labels as tensors": (Listed([*zip(X, Y, strict=True)], classes=list("abc")), as_dataset(X, Y)),
+             "mixed": ((X, Y), as_dataset(X, Y))}[kind]
+    data = opened_target(value, monkeypatch, augment={"crop": 1, "flip": True})
+    assert data.spec == DataSpec((3, 4, 4), "float32", (), 3, 6, 6)
+    (x, y), = data.test_batches(6)
+    torch.testing.assert_close(x, X / 127.5 - 1)  # uint8 is normalised to -1…1 where nothing else is said
+    assert torch.equal(y, Y)
+    (x, y), = data.train_batches(2, 3, 6, False)
+    order = torch.randperm(6, generator=generator(2, "order", 3))
+    moved = augment(X[order], moves(len(order), 1, True, generator(2, "augment", 3, 0)))
+    torch.testing.assert_close(x, moved / 127.5 - 1)
+    assert torch.equal(y, Y[order])
+
+
+def test_a_target_gets_its_arguments(monkeypatch):
+    def make(count):
+        return (X[:count], Y[:count]), (X, Y)
+
+    assert opened_target(make, monkeypatch, args={"count": 5}).spec.train_samples == 5
+    refused_target(r"^data: TypeError: .*'cuont'", make, monkeypatch, args={"cuont": 5})
+    refused(r"^data\.args: .*'x'; it takes no arguments", target="test_data_targets:write_nothing", args={"x": 1})
+    refused(r"^data\.target: cannot import 'test_data_targets:absent'", target="test_data_targets:absent")
+
+
+def write_nothing():
+    return None
+
+
+def test_randomness_inside_a_target_follows_the_seed(monkeypatch):
+    def make():
+        return (torch.rand(4, 2), Y[:4]), (torch.rand(4, 2), Y[:4])
+
+    state = torch.get_rng_state()
+    first, again, other = (opened_target(make, monkeypatch, seed=seed) for seed in (1, 1, 2))
+    assert equal(first.test_batches(4), again.test_batches(4))
+    assert not equal(first.test_batches(4), other.test_batches(4))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_floats_are_normalised_only_when_asked(monkeypatch):
+    pair = (torch.rand(6, 1, 2, 2, dtype=torch.float64, generator=generator(1)), Y)
+    (x, _), = opened_target((pair, pair), monkeypatch).test_batches(6)
+    assert torch.equal(x, pair[0].float())
+    data = opened_target((pair, pair), monkeypatch, normalize={"mean": [0.5], "std": [0.25]})
+    (x, _), = data.test_batches(6)
+    torch.testing.assert_close(x, (pair[0].float() - 0.5) / 0.25)
+
+
+def test_integers_are_tokens_and_stay_untouched(monkeypatch):
+    tokens = torch.arange(24).view(6, 4)
+    value = ((tokens.int(), tokens % 5), (tokens.int(), tokens % 5))
+    data = opened_target(value, monkeypatch)
+    assert data.spec == DataSpec((4,), "int64", (4,), 5, 6, 6)
+    (x, y), = data.test_batches(6)
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x, tokens)
+    assert torch.equal(y, tokens % 5)
+    with pytest.raises(ConfigError, match=r"train label 4 at index \[1, 0\] lies outside 0\.\.3"):
+        data.check_labels(4)
+    for name, section in (("augment.flip", {"augment": {"flip": True}}),
+                          ("augment.crop", {"augment": {"crop": 1}}),
+                          ("normalize", {"normalize": {"mean": [0.0], "std": [1.0]}})):
+        refused_target(rf"^data\.{name}: needs images \[C, H, W\], the samples are int64 \[4\]; leave it ou",
+                       value, monkeypatch, **section)
+    images_of_tokens = torch.zeros(6, 1, 4, 4, dtype=torch.int64), Y
+    refused_target(r"augment\.flip: needs images .* int64", (images_of_tokens,) * 2, monkeypatch,
+                   augment={"flip": True})
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(("value", "match"), [
+    (None, r"returned NoneType; expected \(train, test\), each a pair"),
+    ((X, Y), r"train is uint8 \[6, 3, 4, 4\]; expected"),
+    (((X, Y), (X, Y), (X, Y)), r"returned \(\(uint8 \[6, 3, 4, 4\], int64 \[6\]\), .*; expected"),
+    (((X, Y), None), r"test is NoneType; expected"),
+    (((X.bool(), Y), (X, Y)), r"train is \(bool \[6, 3, 4, 4\], int64 \[6\]\); expected"),
+    (((X, Y.float()), (X, Y)), r"train is \(uint8 .*, float32 \[6\]\); expected .* y of integers"),
+    ((([1, 2], Y), (X, Y)), r"train is \(list, int64 \[6\]\); expected"),
+    (((np.array(["a"] * 6), Y), (X, Y)), r"train is \(<U1 \[6\], int64 \[6\]\); expected"),
+    (((torch.tensor(1), torch.tensor(1)), (X, Y)), r"train is \(int64 \[\], int64 \[\]\); expected"),
+    (((X[:4], Y), (X, Y)), r"train has 4 samples, but 6 targets"),
+    (((X[:0], Y[:0]), (X, Y)), r"train is empty"),
+    (((X, Y), (X[:0], Y[:0])), r"test is empty"),
+    (((X, Y - 1), (X, Y)), r"train label -1 at index 0 is negative"),
+    ((Stream(), (X, Y)), r"train is a Stream, which has no length or no order; expected"),
+    ((Listed([], classes=["a"]), (X, Y)), r"train is empty"),
+    ((as_dataset(X, Y), (X, Y)), r"the train Dataset says neither .* attribute classes .* or targets"),
+    ((as_dataset(X, Y, targets=[0]), (X, Y)), r"train: the attribute targets is list, not an integer for ea"),
+    ((as_dataset(X, Y, targets=["a"] * 6), (X, Y)), r"train: the attribute targets is list"),
+    ((Listed([(X[0],)], classes=["a"]), (X, Y)), r"train sample 0 is \(uint8 \[3, 4, 4\]\); expected \(tens"),
+    ((Listed([(Image.new("L", (2, 2)), 0)], classes=["a"]), (X, Y)), r"train sample 0 is \(Image, int\); ex"),
+    ((Listed([(X[0], 0.5)], classes=["a"]), (X, Y)), r"train sample 0 is \(uint8 .*, float\); expected"),
+    ((Listed([KeyError("x\ny")], classes=["a"]), (X, Y)), r"train sample 0: cannot be read: KeyError: "),
+])
+def test_anything_else_from_a_target_is_refused(monkeypatch, value, match):
+    refused_target(rf"^data\.target: {match}", value, monkeypatch)
+
+
+def test_train_and_test_must_be_alike(monkeypatch):
+    refused_target(r"train samples are uint8 .* test samples are float32", ((X, Y), (X.float(), Y)),
+                   monkeypatch)
+    refused_target(r"train samples are .* with target \[\], but .* with target \[1\]",
+                   ((X, Y), (X, Y[:, None])), monkeypatch)
+
+
+@worker_warnings
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("sample", "match"), [
+    ((X[0], 3), r"sample 4 has the label 3, outside 0\.\.2; mend the data"),
+    ((X[0], -1), r"sample 4 has the label -1, outside 0\.\.2"),
+    ((X[0, :2], 1), r"sample 4 is uint8 \[2, 4, 4\] with target int64 \[\], but the first is uint8 \[3, 4"),
+    ((X[0].float(), 1), r"sample 4 is float32 \[3, 4, 4\] with target int64 \[\], but the first is uint8"),
+    ("text", r"sample 4 is str; expected \(tensor, int or int64 tensor\)"),
+    (RuntimeError("out\nof luck"), r"sample 4: cannot be read: RuntimeError: out of luck; mend or remove it, or set "),
+])
+def test_a_bad_sample_is_named_when_it_is_fetched(monkeypatch, workers, sample, match):
+    samples = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
+    bad = Listed(samples[:4] + [sample] + samples[5:], classes=["a", "b", "c"])
+    data = opened_target((bad, (X, Y)), monkeypatch, workers=workers)
+    with pytest.raises(UserError, match=rf"^data\.target: train {match}") as caught:
+        list(data.train_batches(0, 0, 2, False))
+    assert "\n" not in str(caught.value)
+
+
+def test_datasets_with_unknown_labels_are_checked_by_their_classes(monkeypatch):
+    dataset = as_dataset(X, Y, classes=["a", "b", "c"])
+    data = opened_target((dataset, dataset), monkeypatch)
+    data.check_labels(3)
+    with pytest.raises(ConfigError, match=r"have 3 classes, the model 2; set model\.args\.classes ≥ 3"):
+        data.check_labels(2)
+    refused_target(r"train label 2 at index 2 is none of the 2 classes",
+                   (as_dataset(X, Y, classes=["a", "b"], targets=Y), dataset), monkeypatch)
+
+
+@worker_warnings
+def test_randomness_inside_a_dataset_follows_seed_epoch_and_step(monkeypatch):
+    dataset = Noisy([0] * 6, classes=["a"])
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    plain = opened_target((dataset, dataset), monkeypatch)
+    whole = list(plain.train_batches(0, 1, 2, False))
+    x = whole[1][0]
+    torch.manual_seed(derive_seed(0, "sample", 1, 1))
+    assert torch.equal(x[:, :2], torch.stack([torch.rand(2), torch.rand(2)]))
+    torch.set_rng_state(state)
+    parallel = opened_target((dataset, dataset), monkeypatch, workers=2)
+    assert equal(whole, parallel.train_batches(0, 1, 2, False))
+    assert equal(whole[1:], plain.train_batches(0, 1, 2, False, 1))
+    assert equal(plain.test_batches(4), parallel.test_batches(4))
+    assert not equal(whole, plain.train_batches(0, 2, 2, False))
+    assert torch.equal(torch.get_rng_state(), state)
