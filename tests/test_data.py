@@ -16,7 +16,6 @@ from blpipe.data.prepare import augment, moves
 from blpipe.errors import ConfigError
 from blpipe.seeds import generator
 
-
 # ---- batches: order, resumption, completeness
 
 

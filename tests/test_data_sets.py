@@ -20,7 +20,6 @@ from blpipe.data import Data, DataSpec
 from blpipe.errors import ConfigError, UserError
 from blpipe.seeds import generator
 
-
 # ---- the sets by name
 
 

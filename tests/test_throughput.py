@@ -8,6 +8,7 @@ import torch
 from conftest import REPOSITORY
 
 from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
+from benchmarks.prediction import vit
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
 from benchmarks.throughput.methods import make_configs
@@ -167,6 +168,16 @@ def test_the_shipped_cases_are_sound():
         for name in settings.cases:
             config = parse_config(case_tree(settings, name, "cpu"))
             assert len(make_network(config, open_data(config.data, 0).spec).block_names) >= 2 * stages
+
+
+def test_half_layers_are_the_layers():
+    torch.manual_seed(0)
+    whole = torch.nn.Sequential(vit.blocks(12, depth=2))
+    torch.manual_seed(0)
+    halves = torch.nn.Sequential(vit.half_layers(12, depth=2))
+    assert len(halves) == len(whole) + 2
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(halves(x), whole(x))
 
 
 def test_every_method_has_the_cuts_that_suit_it():

@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 
 class Patches(nn.Module):
@@ -17,6 +18,31 @@ class Patches(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Cut into patches of 4×4."""
         return self.project(x_BCHW).flatten(2).transpose(1, 2) + self.position
+
+
+class Attention(nn.Module):
+    """The first half of a pre-norm encoder layer, tokens [B, T, width] to tokens."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer):
+        super().__init__()
+        self.norm, self.attention = layer.norm1, layer.self_attn
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Add what the tokens take from each other."""
+        y_BTD = self.norm(x_BTD)
+        return x_BTD + self.attention(y_BTD, y_BTD, y_BTD, need_weights=False)[0]
+
+
+class FeedForward(nn.Module):
+    """The second half, tokens [B, T, width] to tokens."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer):
+        super().__init__()
+        self.norm, self.up, self.down = layer.norm2, layer.linear1, layer.linear2
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Add what each token gives by itself."""
+        return x_BTD + self.down(gelu(self.up(self.norm(x_BTD))))
 
 
 class Classifier(nn.Module):
@@ -33,6 +59,17 @@ class Classifier(nn.Module):
 
 def blocks(width: int = 192, depth: int = 6, classes: int = 10) -> "OrderedDict[str, nn.Module]":
     """Patches, `depth` pre-norm encoder layers, a classifier."""
-    layers = {f"layer{i}": nn.TransformerEncoderLayer(width, 6, 4 * width, dropout=0.0, activation="gelu",
-                                                      batch_first=True, norm_first=True) for i in range(depth)}
+    layers = {f"layer{i}": layer for i, layer in enumerate(_layers(width, depth))}
     return OrderedDict(patches=Patches(width), **layers, classifier=Classifier(width, classes))
+
+
+def half_layers(width: int = 192, depth: int = 6, classes: int = 10) -> "OrderedDict[str, nn.Module]":
+    """The same network, each encoder layer as two blocks, so that a link through the last block is shorter."""
+    halves = {f"{kind}{i}": half(layer) for i, layer in enumerate(_layers(width, depth))
+              for kind, half in (("attention", Attention), ("feed_forward", FeedForward))}
+    return OrderedDict(patches=Patches(width), **halves, classifier=Classifier(width, classes))
+
+
+def _layers(width: int, depth: int) -> list[nn.TransformerEncoderLayer]:
+    return [nn.TransformerEncoderLayer(width, 6, 4 * width, dropout=0.0, activation="gelu", batch_first=True,
+                                       norm_first=True) for _ in range(depth)]
