@@ -39,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(_parse(argv))
     except KeyboardInterrupt:
-        _report("interrupted; `train --resume RUN` goes on from the last checkpoint")
-        if launch.under_torchrun():
-            _leave(130)
-        raise SystemExit(130) from None
+        _end_interrupted()
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -77,6 +74,19 @@ def load_commands() -> ModuleType:
     return commands
 
 
+def _end_interrupted() -> NoReturn:
+    text = "interrupted; `train --resume RUN` goes on from the last checkpoint"
+    if not launch.under_torchrun():
+        _say(text)
+        raise SystemExit(130) from None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes on what the terminal has sent already
+    if load_commands.cache_info().currsize:
+        _report(text)
+    elif launch.rank() == 0:  # torch may be half loaded: the others cannot be asked
+        _say(text)
+    _leave(130)
+
+
 def _leave(code: int) -> NoReturn:
     """End at once: an ordinary exit could wait for messages that nobody sends any more."""
     sys.stdout.flush()
@@ -99,16 +109,20 @@ def _report(text: str) -> None:
     """Print each line to stderr, from one rank alone: what one meets, others meet too, or lose a neighbour by it."""
     ending = 0 < signal.getitimer(signal.ITIMER_REAL)[0] < _GRACE_SECONDS / 2  # as are the others: nobody is to blame
     if not launch.under_torchrun() or (not ending and _is_reporter()):
-        print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+        _say(text)
     elif not signal.getitimer(signal.ITIMER_REAL)[0]:
         time.sleep(1)  # once a rank has ended, torchrun ends the others: let the reporter speak
 
 
+def _say(text: str) -> None:
+    print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+
+
 def _is_reporter() -> bool:
+    from blpipe.transport.world import is_reporter
     try:
-        from blpipe.transport.world import is_reporter
         return is_reporter(timeout_seconds=10)
-    except (ImportError, RuntimeError, ValueError):  # interrupted while loading, or no store: better twice than never
+    except (RuntimeError, ValueError):  # no store there (any more): better twice than never
         return True
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, assert_same_run, interrupt_second_save, small_config
+from conftest import REPOSITORY, assert_same_run, child_environment, interrupt_second_save, small_config
 
 from blpipe import cli, metrics, models
 from blpipe.config_file import load_config
@@ -50,6 +50,17 @@ def test_the_collector_runs_and_leaves_alone_what_modules_hold():
     cli.load_commands()
     assert gc.isenabled()
     assert gc.get_freeze_count() > 100_000
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
+def test_an_interrupt_while_torch_is_loading_is_one_line_of_the_first_rank(tmp_path, rank, said):
+    (tmp_path / "torch.py").write_text("import os, signal\nprint('loading', flush=True)\nos.kill(os.getpid(), 2)\n"
+                                       "signal.pause()\n")
+    torchrun = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run([sys.executable, "-m", "blpipe", "train", "small.yaml"], capture_output=True, text=True,
+                          timeout=60, cwd=tmp_path, env=child_environment() | torchrun)
+    assert (done.returncode, done.stdout) == (130, "loading\n")
+    assert done.stderr == said * "blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint\n"
 
 
 def test_a_run_folder_says_what_was_run_and_how_it_went(folder, capsys):
