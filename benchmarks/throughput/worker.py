@@ -76,9 +76,10 @@ def main(job: dict[str, Any]) -> None:
              for name, each in make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"]).items()}
     agreed = {name: contract(plan) for name, plan in plans.items()}
     world = World(meet(config.runtime.timeout_seconds), device, own_gpu, agreed)
-    in_two = world if world.size % 2 else World(meet(config.runtime.timeout_seconds), device, own_gpu, agreed,
-                                                world.size // 2, beside=world)
-    methods = make_methods(plans, data, {1: world, 2: in_two})
+    worlds = {1: world}
+    if world.size % 2 == 0:
+        worlds[2] = World(meet(config.runtime.timeout_seconds), device, own_gpu, agreed, world.size // 2, beside=world)
+    methods = make_methods(plans, data, worlds)
     rounds = []
     for number in range(job["rounds"] + 1):  # one to warm up
         started = perf_counter()
