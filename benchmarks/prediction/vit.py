@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from blpipe.heads import Boundary
+
 
 class Patches(nn.Module):
     """[B, 3, 32, 32] to tokens [B, 64, width] with learned positions."""
@@ -68,6 +70,12 @@ def half_layers(width: int = 192, depth: int = 6, classes: int = 10) -> "Ordered
     halves = {f"{kind}{i}": half(layer) for i, layer in enumerate(_layers(width, depth))
               for kind, half in (("attention", Attention), ("feed_forward", FeedForward))}
     return OrderedDict(patches=Patches(width), **halves, classifier=Classifier(width, classes))
+
+
+def layer_head(boundary: Boundary) -> nn.Module:
+    """A head of an encoder layer of its own, and a classifier, for tokens [B, T, width]."""
+    width = boundary.shape[-1]
+    return nn.Sequential(OrderedDict(layer=_layers(width, 1)[0], classifier=Classifier(width, boundary.classes)))
 
 
 def _layers(width: int, depth: int) -> list[nn.TransformerEncoderLayer]:
