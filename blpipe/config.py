@@ -1,60 +1,25 @@
 """The config: every key, nested, typed and frozen, with what must hold between keys."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from blpipe.config_types import (
     BlockName,
+    ByName,
     Bytes,
     Each,
     FolderName,
     Fraction,
+    Named,
     NotNegative,
     PathText,
     Positive,
     Processes,
+    Section,
     WirePrecision,
 )
-
-
-class Section(BaseModel):
-    """A group of keys; unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ByName(Section):
-    """A section for which a plain string stands for `{name: …}`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class Named(ByName):
-    """A part, by name (built in, or registered by a package) or as `target: package.module:function`, and its args."""
-
-    default: ClassVar[str | None] = None  # the name where neither name nor target is given
-
-    name: str | None = None
-    target: str | None = None
-    args: dict[str, Any] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_name(cls, value: Any) -> Any:
-        if cls.default and isinstance(value, dict) and not {"name", "target"} & value.keys():
-            return {"name": cls.default} | value
-        return value
-
-    @model_validator(mode="after")
-    def _one_of_name_and_target(self) -> "Named":
-        if (self.name is None) == (self.target is None):
-            raise ValueError("give a name or a target (package.module:function), one of the two")
-        return self
 
 
 class NormalizeConfig(Section):
@@ -67,12 +32,15 @@ class NormalizeConfig(Section):
 class AugmentConfig(Section):
     """Augmentation of training images: reflect-pad by `crop` pixels and crop back; flip left-right.
 
+    mixup, cutmix: after, of two images each; the α of their Beta distribution, 0 for none.
     transforms: before, of each image by itself: classes of torchvision.transforms.v2, or targets that return a
     function of an image.
     """
 
     crop: NotNegative = 0
     flip: bool = False
+    mixup: Annotated[float, Field(ge=0.0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0.0)] = 0.0
     transforms: tuple[Named, ...] = Field(default=(), strict=False)
 
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from blpipe.config import Config, Section
-from blpipe.config_types import EACH, ONE
+from blpipe.config import Config
+from blpipe.config_types import EACH, ONE, Section
 from blpipe.errors import ConfigError, one_line, printable
 
 S = TypeVar("S", bound=Section)

@@ -1,19 +1,61 @@
-"""Kinds of values in a config, each with what must hold of it."""
+"""Kinds of sections and values in a config, each with what must hold of it."""
 
 import os
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     ByteSize,
+    ConfigDict,
     Discriminator,
     Field,
     Tag,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ByName(Section):
+    """A section for which a plain string stands for `{name: …}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Named(ByName):
+    """A part, by name (built in, or registered by a package) or as `target: package.module:function`, and its args."""
+
+    default: ClassVar[str | None] = None  # the name where neither name nor target is given
+
+    name: str | None = None
+    target: str | None = None
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_name(cls, value: Any) -> Any:
+        if cls.default and isinstance(value, dict) and not {"name", "target"} & value.keys():
+            return {"name": cls.default} | value
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_name_and_target(self) -> "Named":
+        if (self.name is None) == (self.target is None):
+            raise ValueError("give a name or a target (package.module:function), one of the two")
+        return self
+
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]

@@ -6,7 +6,7 @@ from math import ceil, floor
 
 from torch import Tensor, nn
 
-from blpipe.config import Named
+from blpipe.config_types import Named
 from blpipe.errors import ConfigError
 from blpipe.models.build import out_of_place
 from blpipe.plugins import call, resolve

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpipe.config import Named
+from blpipe.config_types import Named
 from blpipe.errors import ConfigError
 from blpipe.heads import Boundary, PoolToFeatures, before_pool
 from blpipe.models.build import out_of_place
@@ -187,6 +187,27 @@ def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str
         loss = LocalLoss(loss, takes_x)
     out_of_place(loss)
     return loss
+
+
+def mixed_loss(loss: Callable[..., Tensor], logits: Tensor, targets: Tensor, x: Tensor,
+               own: Tensor | float | None) -> Tensor:
+    """The loss of images that are mixed with the one before each: of their own labels and the other's, in shares.
+
+    It is linear in the targets where `loss` is, as cross-entropy is: then it is that of mixed labels.
+
+    Args:
+        own: the share of their own; None where they are not mixed.
+    """
+    value: Tensor = loss(logits, targets, x)
+    if own is None:
+        return value
+    other = loss(logits, targets.roll(1, 0), x)
+    return other + (value - other) * (own.to(value.dtype) if isinstance(own, Tensor) else own)
+
+
+def main_targets(targets: Tensor, own: float | None) -> Tensor:
+    """The label of each image that has the larger share in it; see `mixed_loss`."""
+    return targets if own is None or own >= 0.5 else targets.roll(1, 0)
 
 
 class Tally:

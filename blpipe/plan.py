@@ -10,7 +10,7 @@ from torch import nn
 
 from blpipe.config import Config
 from blpipe.config_types import WirePrecision
-from blpipe.data import DataSpec, Share
+from blpipe.data import DataSpec, Mixing, Share
 from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, build_head, channels_first
 from blpipe.links import Links, stage_links
@@ -117,6 +117,12 @@ class Plan:
     def delay(self) -> int:
         """How many microbatches late an error of the next stage is."""
         return self.config.method.link.delay_in_microbatches(self.config.train.microbatches)
+
+    @cached_property
+    def mixing(self) -> Mixing | None:
+        """Of training images with each other; None without."""
+        augment = self.config.data.augment
+        return Mixing(augment, self.config.seed, self.data.shape) if augment.mixup or augment.cutmix else None
 
     @cached_property
     def step_sizes(self) -> list[tuple[int, ...]]:

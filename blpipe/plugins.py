@@ -11,7 +11,7 @@ from functools import lru_cache, partial, wraps
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from blpipe.config import Named
+from blpipe.config_types import Named
 from blpipe.errors import ConfigError, one_line
 
 GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "data.augment.transforms": "blpipe.transforms",

@@ -206,10 +206,14 @@ class Sum(Inbox, Outbox, Protocol):
 
 
 class Factors(NamedTuple):
-    """What the schedules say of one step: factors on the learning rate, and on the links of its microbatches."""
+    """What one step is done with: factors on the learning rate, and on the links of its microbatches.
+
+    own: the share of an image's own label in its loss, where images are mixed.
+    """
 
     lr: float = 1.0
     link: float = 1.0
+    own: float | None = None
 
 
 @dataclass
@@ -246,7 +250,7 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 ports.outbox.put(x, targets)
                 del x  # what is sent is not held here until the next batch, nor are errors below
             case Kind.LOCAL_BACKWARD:
-                error = stage.local_backward(targets, len(targets) / batch_sizes[op.step])
+                error = stage.local_backward(targets, len(targets) / batch_sizes[op.step], factors(op.step).own)
                 del targets  # they share their buffer with the input
             case Kind.SEND_ERROR:
                 assert ports.errors_out is not None and error is not None

@@ -46,7 +46,7 @@ from blpipe.gradients import (
 )
 from blpipe.graphs import Recorder, Runner
 from blpipe.links import Links
-from blpipe.losses import Tally
+from blpipe.losses import Tally, main_targets, mixed_loss
 from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
 from blpipe.update import Update
@@ -174,7 +174,7 @@ class Stage:
         """Run the blocks on one microbatch, for `bp`: the graph goes on through x and the output."""
         return self.precision.run(self._run_blocks, x)
 
-    def local_backward(self, targets: Tensor, share: float) -> Tensor | None:
+    def local_backward(self, targets: Tensor, share: float, own: float | None = None) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
 
         With a joint backward the tail takes it in `link_backward`; here the error only passes through the tail.
@@ -182,6 +182,7 @@ class Stage:
         Args:
             targets: int64 [microbatch, …].
             share: this microbatch's share of the batch: the loss is a mean over the batch.
+            own: the share of each image's own label in its loss; see `mixed_loss`.
 
         Returns:
             The error for the stage before, ∂L_k/∂x_{k-1}; None if it wants none.
@@ -190,7 +191,7 @@ class Stage:
         flight, self._flight = self._flight, None
         trained, sends = self._body_live if self.links.local_weight else [], 1 in self.links.hops_out
         wanted = sends or self.links.local_weight != 0.0 or self.link.normalize
-        error = self._head_backward(flight, targets, share, wanted)
+        error = self._head_backward(flight, targets, share, own, wanted)
         if flight.tail_run is not None:
             error = self._local_backward_of_tail(flight.tail_run, error, bool(trained) or sends)
             self._awaiting[self.links.hops_in[0]].append(flight.tail_run)
@@ -308,21 +309,24 @@ class Stage:
         """`run`, which is `with_tensors`, with these in place of the tail's own."""
         return partial(run, {name: tensors[first] for name, first in self._first_names.items() if first in tensors})
 
-    def _head_backward(self, flight: InFlight, targets: Tensor, share: float, wanted: bool) -> Tensor | None:
+    def _head_backward(self, flight: InFlight, targets: Tensor, share: float, own: float | None,
+                       wanted: bool) -> Tensor | None:
         """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""
         backward = partial(self._head_gradients, flight.out, wanted)
         with self.stream:
-            loss, logits, gradients, error = flight.runner.run("head", backward, targets, share)
-        self.tally.add(loss, logits, targets)
+            shares = (share,) if own is None else (share, own)
+            loss, logits, gradients, error = flight.runner.run("head", backward, targets, *shares)
+        self.tally.add(loss, logits, main_targets(targets, own))
         self._sums.add(self._head_live, gradients, flight.runner.repeats)
         return error
 
-    def _head_gradients(self, out: Tensor, wanted: bool, targets: Tensor,
-                        share: Tensor | float) -> tuple[Tensor, Tensor, Sequence[Tensor | None], Tensor | None]:
+    def _head_gradients(self, out: Tensor, wanted: bool, targets: Tensor, share: Tensor | float,
+                        own: Tensor | float | None = None,
+                        ) -> tuple[Tensor, Tensor, Sequence[Tensor | None], Tensor | None]:
         """The local loss, the logits, the gradients of head and loss, and ∂L_k/∂x_k if wanted."""
         cut = out.detach().requires_grad_(wanted and out.requires_grad)
         logits = self.precision.run(self._run_head, cut)
-        loss = self.loss(logits, targets, cut)
+        loss = mixed_loss(self.loss, logits, targets, cut, own)
         gradients, error = gradients_of(edge_of(loss * share), self._head_live, cut, None)
         if wanted and error is None:  # a head may ignore its input
             error = torch.zeros_like(cut)

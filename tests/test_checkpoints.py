@@ -35,8 +35,8 @@ from blpipe.transport.horizon import Horizon
 DEEP = {"length": "all", "reach": "all"}
 METHODS = {
     "greedy": {"method": "greedy"},
-    "bp": {"method": "bp", "train__microbatches": 4},
-    "in_time": {"method__link": {"delay": 0}, "train__microbatches": 4},
+    "bp": {"method": "bp", "train__microbatches": 4, "data__augment": {"cutmix": 1.0}},
+    "in_time": {"method__link": {"delay": 0}, "train__microbatches": 4, "data__augment": {"mixup": 0.4, "cutmix": 1.0}},
     "late": {"method__link": {"delay": 1}, "data__augment": {"flip": True, "transforms": [
         {"name": "RandomResizedCrop", "args": {"size": 8}}]}},
     "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2},

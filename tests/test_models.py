@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from blpipe.config import Named
+from blpipe.config_types import Named
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar

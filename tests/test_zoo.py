@@ -8,8 +8,8 @@ from families import FAMILIES, assert_blocks_are_the_model, assert_same_state, o
 
 from blpipe.checkpoint.folders import newest_intact
 from blpipe.checkpoint.state import model_state
-from blpipe.config import Named
 from blpipe.config_file import parse_config
+from blpipe.config_types import Named
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models import build_model

@@ -15,9 +15,9 @@ import torch
 from benchmarks.command import guarded
 from benchmarks.environment import environment, folder_name
 from benchmarks.markdown import table
-from blpipe.config import Config, Section
+from blpipe.config import Config
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
-from blpipe.config_types import Positive
+from blpipe.config_types import Positive, Section
 from blpipe.data import open_data
 from blpipe.device import set_up
 from blpipe.engines.common import Engine, train_epoch

@@ -9,9 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blpipe.config import Config, Section
+from blpipe.config import Config
 from blpipe.config_file import parse_as, parse_config, read_yaml, set_key
-from blpipe.config_types import NotNegative, Some
+from blpipe.config_types import NotNegative, Section, Some
 from blpipe.errors import ConfigError
 
 SHORT = {"partition.stages": "K", "method.link.length": "length", "method.link.delay": "d", "method.link.weight": "λ",

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the backend "fake" known
 
 from blpipe.engines.backprop import Backprop
-from blpipe.engines.common import Feed, build_stage
+from blpipe.engines.common import build_stage
+from blpipe.engines.feed import Feed
 from blpipe.plan import Plan, Step
 from blpipe.transport.queues import Layout
 

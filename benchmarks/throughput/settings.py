@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 
 from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
-from blpipe.config import Config, MethodConfig, PartitionConfig, Section
+from blpipe.config import Config, MethodConfig, PartitionConfig
 from blpipe.config_file import parse_as, parse_config, read_yaml
-from blpipe.config_types import Positive
+from blpipe.config_types import Positive, Section
 from blpipe.data import open_data
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile, profile

@@ -12,6 +12,7 @@ from torch import Tensor
 from blpipe.config import DataConfig
 from blpipe.data import prepare, sets
 from blpipe.data.folder import imagefolder
+from blpipe.data.mixing import Mixing
 from blpipe.data.source import Source, check_alike, check_labels, check_test_labels, keep_first
 from blpipe.data.spec import EVERYTHING, DataSpec, Share
 from blpipe.data.splits import DatasetSplit, Request, fixed_randomness
@@ -22,7 +23,7 @@ from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, generator
 from blpipe.text import human_bytes
 
-__all__ = ["SETS", "Data", "DataSpec", "Share", "open_data"]
+__all__ = ["SETS", "Data", "DataSpec", "Mixing", "Share", "open_data"]
 
 SETS: Mapping[str, Callable[..., Any]] = {
     "arrays": sets.arrays, "cifar10": sets.cifar10, "cifar100": sets.cifar100, "digits": sets.digits,
@@ -145,7 +146,8 @@ def open_data(config: DataConfig, seed: int, key: str = "data") -> Data:
         where = f"{key}.target" if config.target is not None else f"{key}.name: {config.name!r}"
         source = from_target(returned, config, where)
     check_alike(source, key)
-    problems = list(prepare.problems(config, source.train.shape, source.train.dtype, key))
+    train = source.train
+    problems = list(prepare.problems(config, train.shape, train.dtype, train.target_shape, key))
     if problems:
         raise ConfigError(*problems)
     if config.name != "imagefolder":  # which transforms an image before it fits it to its size

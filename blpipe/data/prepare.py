@@ -10,11 +10,13 @@ from blpipe.device import transfer
 from blpipe.text import dtype_name
 
 
-def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Iterator[str]:
+def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, target_shape: tuple[int, ...],
+             key: str) -> Iterator[str]:
     """What of `augment` and `normalize` does not fit raw samples of this shape and type, one line each."""
     images = len(shape) == 3 and dtype != torch.int64
     sample = f"{dtype_name(dtype)} {list(shape)}"
     wanted = {"augment.crop": config.augment.crop, "augment.flip": config.augment.flip,
+              "augment.mixup": config.augment.mixup, "augment.cutmix": config.augment.cutmix,
               "augment.transforms": config.augment.transforms, "normalize": config.normalize}
     if not images:
         for name, value in wanted.items():
@@ -24,6 +26,11 @@ def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, key
     if config.augment.crop >= min(shape[1:]):
         yield (f"{key}.augment.crop: {config.augment.crop} is not smaller than the images, "
                f"{shape[1]}×{shape[2]}; at most {min(shape[1:]) - 1}")
+    if target_shape:
+        for name in ("mixup", "cutmix"):
+            if value := getattr(config.augment, name):
+                yield (f"{key}.augment.{name}: {value:g} needs one label an image, and the targets are "
+                       f"{list(target_shape)}; leave it out")
     if config.normalize is None:
         return
     for name, values in (("mean", config.normalize.mean), ("std", config.normalize.std)):

@@ -12,7 +12,8 @@ from torch import Tensor
 from blpipe.config import Config
 from blpipe.data import Data
 from blpipe.device import transfer
-from blpipe.engines.common import role, train_microbatches
+from blpipe.engines.common import role
+from blpipe.engines.feed import train_microbatches
 from blpipe.graphs import WARM_UP
 from blpipe.plan import Plan, Step
 from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
@@ -35,7 +36,7 @@ def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], devic
     errors_in = _Inbox((plan.error(size, index),), ahead, device, after)
     ports = Ports(inbox, _Outbox(after), errors_in, _Outbox(before), _Sum())
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
-                     lambda step: Factors(link=link_factor), lambda op: None):
+                     lambda step: Factors(link=link_factor, own=0.5 if plan.mixing else None), lambda op: None):
         pass
 
 

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from blpipe.engines.common import Feed
+from blpipe.engines.common import factors
+from blpipe.engines.feed import Feed
 from blpipe.errors import PeerLostError
+from blpipe.losses import main_targets, mixed_loss
 from blpipe.plan import Plan, Step, TensorSpec
 from blpipe.stage import Stage
 from blpipe.transport.queues import ReceiveQueue, SendQueue
@@ -46,6 +48,7 @@ class Backprop:
         self.first, self.last = world.stage == 0, world.stage == world.stages - 1
         self._schedules: dict[tuple[int, int], Schedule] = {}
         self._share = 1.0
+        self._own: float | None = None
         # torch carries activations only; the targets go straight from the first stage to the last.
         several = world.stages > 1
         self._targets_out: SendQueue | None = world.control_sender(world.stages - 1) if several and self.first else None
@@ -53,6 +56,7 @@ class Backprop:
 
     def train_step(self, step: Step, feed: Feed | None) -> None:
         """Accumulate the gradients of one batch; `feed` is the first stage's."""
+        self._own = factors(self.plan, step.index).own
         for size, count in sorted(Counter(step.sizes).items(), reverse=True):
             if (size, count) not in self._schedules:
                 self._schedules[size, count] = self._new_schedule(size, count)
@@ -99,6 +103,6 @@ class Backprop:
         return torch.empty(spec.shape, dtype=spec.dtype, device="meta", requires_grad=spec.dtype.is_floating_point)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        loss = self.stage.loss(logits, targets, logits)
-        self.stage.tally.add(loss, logits, targets)
+        loss = mixed_loss(self.stage.loss, logits, targets, logits, self._own)
+        self.stage.tally.add(loss, logits, main_targets(targets, self._own))
         return loss * self._share

@@ -1,8 +1,8 @@
-"""What the engines share: how a stage is made, what feeds the first one, and what each reports."""
+"""What the engines share: how a stage is made, and what each reports."""
 
 import resource
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blpipe.config import Config
-from blpipe.data import Data
-from blpipe.device import Precision, transfer, use_channels_last
+from blpipe.device import Precision, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
 from blpipe.gradients import norm_of
 from blpipe.graphs import Recorder
@@ -225,58 +224,6 @@ def train_epoch(engine: Engine, epoch: int, on_step: OnStep = lambda: None) -> N
     engine.train(epoch, engine.plan.train_steps(epoch)[0].index, always, on_step)
 
 
-class Feed:
-    """The first stage's inbox: microbatches (x, targets) from the data."""
-
-    def __init__(self, messages: Iterator[tuple[Tensor, Tensor]]):
-        self._messages = messages
-
-    def has_message(self) -> bool:
-        """Always."""
-        return True
-
-    def get(self) -> tuple[Tensor, ...]:
-        """The next microbatch."""
-        return next(self._messages)
-
-
-def train_microbatches(data: Data, plan: Plan, epoch: int, start: int,
-                       device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The microbatches of one epoch from step `start` of the run on, in order, on `device`."""
-    train, steps = plan.config.train, plan.train_steps(epoch)
-    first = start - steps[0].index
-    batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last, first, plan.share)
-    for step, (x, targets) in zip(steps[first:], batches, strict=True):
-        x, targets = transfer(x, device), transfer(targets, device)
-        yield from zip(x.split(step.sizes), targets.split(step.sizes), strict=True)
-
-
-class TrainFeed:
-    """The first stage's microbatches. While steps of an epoch follow each other it is one feed, with its workers."""
-
-    def __init__(self, data: Data, plan: Plan, device: torch.device):
-        self._data, self._plan, self._device = data, plan, device
-        self._at: tuple[int, int] | None = None
-        self._feed: Feed | None = None
-
-    def begin(self, epoch: int, start: int) -> Feed:
-        """From step `start` of the run on, in this epoch."""
-        if self._feed is None or self._at != (epoch, start):
-            self._feed = Feed(train_microbatches(self._data, self._plan, epoch, start, self._device))
-        return self._feed
-
-    def leave(self, epoch: int, step: int) -> None:
-        """All of it has been taken up to this step."""
-        self._at = epoch, step
-
-
-def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one evaluation, in order, on `device`."""
-    config = plan.config.train
-    for x, targets in data.test_batches(config.eval_batch_size or config.batch_size, plan.share):
-        yield transfer(x, device), transfer(targets, device)
-
-
 def has_graphs(config: Config, device: torch.device) -> bool:
     """Whether stages run as CUDA graphs: where the config wants them and the device has them."""
     return config.runtime.cuda_graphs and device.type == "cuda" and config.method.name != "bp"
@@ -327,10 +274,11 @@ def role(plan: Plan, index: int) -> Role:
 
 
 def factors(plan: Plan, step: int) -> Factors:
-    """What the schedules say of a step of the run, from 0."""
+    """What a step of the run, from 0, is done with."""
     length = len(plan.step_sizes), plan.config.train.epochs
     return Factors(lr_factor(plan.config.schedule, step, *length),
-                   lr_factor(plan.config.method.link.schedule, step, *length))
+                   lr_factor(plan.config.method.link.schedule, step, *length),
+                   plan.mixing.of_step(step).own if plan.mixing else None)
 
 
 def seconds_since(started: float, device: torch.device) -> float:

@@ -19,7 +19,6 @@ from torch import Tensor
 from blpipe.data import Data
 from blpipe.engines.common import (
     TRACED_STEPS,
-    Feed,
     GoesOn,
     LossWatch,
     OnStep,
@@ -27,7 +26,6 @@ from blpipe.engines.common import (
     SoFar,
     StageProgress,
     StageReport,
-    TrainFeed,
     blame,
     build_stage,
     factors,
@@ -37,10 +35,10 @@ from blpipe.engines.common import (
     report,
     role,
     seconds_since,
-    test_microbatches,
 )
+from blpipe.engines.feed import Feed, TrainFeed, test_microbatches
 from blpipe.graphs import recorder_on
-from blpipe.losses import Tally
+from blpipe.losses import Tally, main_targets, mixed_loss
 from blpipe.plan import Plan, Step
 from blpipe.program import Op, Ports, evaluation_program, execute, train_program
 from blpipe.stage import Stage
@@ -226,6 +224,7 @@ class LocalEngine:
         """Plain end-to-end backpropagation of the last stage's loss."""
         for step in zip(*steps, strict=True):
             index, stage = step[0].index, self.stages[0]
+            now = factors(self.plan, index)
             if not goes_on(index):
                 return
             try:
@@ -235,13 +234,13 @@ class LocalEngine:
                         for stage in stages.values():
                             with stage.stream:
                                 x = stage.forward_with_graph(x)
-                        loss = stage.loss(x, targets, x)
-                        stage.tally.add(loss, x, targets)
+                        loss = mixed_loss(stage.loss, x, targets, x, now.own)
+                        stage.tally.add(loss, x, main_targets(targets, now.own))
                         (loss * (size / own.samples)).backward()
                     self._losses.note(len(stages) - 1, stage, index)
                 self._add_up(lambda stage: stage.to_share(), lambda stage, sums: stage.update.take_shared(sums))
                 for stage in self._seated.values():
-                    stage.step(index, factors(self.plan, index).lr)
+                    stage.step(index, now.lr)
             except Exception as error:
                 k = next(k for (_, k), each in self._seated.items() if each is stage)
                 raise blame(self.plan, k, f"step {index}", error) from error

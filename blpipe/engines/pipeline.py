@@ -10,7 +10,6 @@ from blpipe.engines.alone import load_kernels
 from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import (
     TRACED_STEPS,
-    Feed,
     GoesOn,
     LossWatch,
     OnStep,
@@ -18,7 +17,6 @@ from blpipe.engines.common import (
     SoFar,
     StageProgress,
     StageReport,
-    TrainFeed,
     blame,
     build_stage,
     factors,
@@ -28,8 +26,8 @@ from blpipe.engines.common import (
     report,
     role,
     seconds_since,
-    test_microbatches,
 )
+from blpipe.engines.feed import Feed, TrainFeed, test_microbatches
 from blpipe.graphs import recorder_on
 from blpipe.losses import Tally
 from blpipe.plan import Plan, Step, TensorSpec

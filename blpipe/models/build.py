@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from blpipe.config import Named
+from blpipe.config_types import Named
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models.blocks import TracedBlock, blocks_of, out_of_place
