@@ -1,6 +1,7 @@
 """The tables that are committed are those of the data beside them."""
 
 import json
+import re
 
 import pytest
 from conftest import REPOSITORY
@@ -12,12 +13,29 @@ from benchmarks.accuracy.sweep import load_sweep
 from benchmarks.memory.cases import Size
 from benchmarks.memory.report import as_markdown as memory_table
 from benchmarks.memory.results import Results
+from benchmarks.overview.__main__ import ACCURACY, accuracies, peaks_by_k, speeds
 from benchmarks.prediction.__main__ import as_markdown as prediction_tables
 from benchmarks.scaling.report import as_markdown as scaling_table
 from benchmarks.soak.report import as_markdown as soak_tables
 from benchmarks.throughput.report import as_markdown as throughput_tables
 
 BENCHMARKS = REPOSITORY / "benchmarks"
+SPEED = {"BackLink, a batch late": "BackLink d=1", "BackLink, a microbatch late": "BackLink d=1/M",
+         "the last loss, a microbatch late": "last loss d=1/M", "interleaved 1F1B": "interleaved 1F1B",
+         "zero-bubble": "zero-bubble", "DDP, the whole model in each process": "DDP",
+         "one process with both cores": "one process"}
+MEMORY = {"1F1B": ("microbatches", "bp"),
+          "BackLink, on time or a microbatch late": ("microbatches", "BackLink, length 1, d = 1/M"),
+          "the last loss, a microbatch late": ("microbatches", "last loss, d = 1/M"),
+          "BackLink, a batch late": ("microbatches", "BackLink, length 1, d = 1"),
+          "BackLink, a batch late, whole batches": ("pipeline", "BackLink, length 1, d = 1")}
+
+
+def shown(section):
+    """The rows of the table in this section of the README: a name, and numbers."""
+    text = re.search(rf"^### {section}\n(.*?)^##", (REPOSITORY / "README.md").read_text(), re.M | re.S)[1]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if line.startswith("|")]
+    return {name: cells for name, *cells in rows[2:]}
 
 
 @pytest.mark.parametrize(("pattern", "table"), [
@@ -49,3 +67,13 @@ def test_the_readme_shows_the_tables_of_the_predictions():
     tables = prediction_tables(json.loads((BENCHMARKS / "prediction/results.json").read_text())["rows"])
     readme = (BENCHMARKS / "prediction/README.md").read_text()
     assert all(table in readme for table in tables.split("\n\n"))
+
+
+def test_the_readme_shows_what_the_results_say():
+    assert list(shown("Accuracy").values()) == [[f"{100 * share:.1f}" for share in accuracies(*row)]
+                                                for row in ACCURACY.values()]
+    assert shown("Speed") == {name: [f"{ratio:.2f}" for ratio in speeds(method)] for name, method in SPEED.items()}
+    whole = peaks_by_k("microbatches", "bp", again=False)
+    shares = {name: [peaks_by_k(*method, again)[k] / whole[k] for k in (4, 16) for again in (False, True)]
+              for name, method in MEMORY.items()}
+    assert shown("Memory") == {name: [f"{share:.2f}" for share in row] for name, row in shares.items()}
