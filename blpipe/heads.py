@@ -10,7 +10,7 @@ from blpipe.config_types import Named
 from blpipe.errors import ConfigError
 from blpipe.models.build import out_of_place
 from blpipe.plugins import call, resolve
-from blpipe.seeds import derive_seed, seeded
+from blpipe.seeds import derive_seed, fixed_randomness
 
 Shape = tuple[int, ...]
 
@@ -239,7 +239,7 @@ def build_head(config: Named, boundary: Boundary, seed: int, name: str, key: str
         ConfigError: unknown name, arguments that do not fit, or a `target` that returns no module.
     """
     builder = resolve(key, config, BUILT_IN)
-    with seeded(derive_seed(seed, "head", name)):
+    with fixed_randomness(derive_seed(seed, "head", name)):
         head = call(key, builder, boundary, **config.args)
     if not isinstance(head, nn.Module):
         raise ConfigError(f"{key}.target: it returned a {type(head).__name__}; return an nn.Module")

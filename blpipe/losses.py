@@ -13,7 +13,7 @@ from blpipe.errors import ConfigError
 from blpipe.heads import Boundary, PoolToFeatures, before_pool
 from blpipe.models.build import out_of_place
 from blpipe.plugins import call, resolve, takes
-from blpipe.seeds import derive_seed, seeded
+from blpipe.seeds import derive_seed, fixed_randomness
 
 
 class LocalLoss(nn.Module):
@@ -178,7 +178,7 @@ def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str
     """
     builder = resolve(key, config, BUILT_IN)
     takes_x = takes(builder, "boundary")
-    with seeded(derive_seed(seed, "loss", name)):
+    with fixed_randomness(derive_seed(seed, "loss", name)):
         loss = call(key, partial(builder, boundary=boundary) if takes_x else builder, **config.args)
     if not callable(loss):
         raise ConfigError(f"{key}.target: it returned a {type(loss).__name__}; "

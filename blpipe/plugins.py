@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache, partial, wraps
 from importlib.metadata import EntryPoint, entry_points
@@ -131,7 +132,7 @@ def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         allowed = [name for name in list(signature.parameters)[len(args):] if name not in ours]
         raise ConfigError(f"{key}.args: {error}; it takes {', '.join(allowed) or 'no arguments'}") from error
     try:
-        return function(*args, **kwargs)
+        return function(*args, **deepcopy(kwargs))  # it may change them, and the config is saved later
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:

@@ -1,5 +1,6 @@
 """Independent random streams, each a pure function of the run's seed and of what it is for."""
 
+import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,20 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextmanager
+def fixed_randomness(seed: int) -> Iterator[None]:
+    """Users' code sees the global CPU streams of torch, numpy and Python at `seed`; outside, they are as they were."""
+    outside = np.random.get_state(), random.getstate()
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        with seeded(seed):
+            yield
+    finally:
+        np.random.set_state(outside[0])
+        random.setstate(outside[1])
 
 
 class RandomStream:

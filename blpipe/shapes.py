@@ -116,8 +116,8 @@ def layer_calls(model: nn.Sequential) -> Iterator[dict[str, list[LayerCall]]]:
     calls: dict[str, list[LayerCall]] = {name: [] for name, _ in named_blocks(model)}
 
     def recorder(name: str, last: bool) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def record(layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-            if args:
+        def record(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if args and isinstance(args[0], torch.Tensor) and isinstance(out, torch.Tensor):
                 calls[name].append(LayerCall(last, tuple(args[0].shape), tuple(out.shape)))
         return record
 

@@ -8,9 +8,8 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from blpipe.data.prepare import augment, moves
-from blpipe.data.splits import fixed_randomness
 from blpipe.errors import UserError
-from blpipe.seeds import derive_seed, generator
+from blpipe.seeds import derive_seed, fixed_randomness, generator
 
 CROP = {"name": "RandomResizedCrop", "args": {"size": [8, 6], "scale": [0.3, 1.0]}}
 TRANSFORMS = [CROP, "TrivialAugmentWide"]

@@ -15,12 +15,12 @@ from blpipe.data.folder import imagefolder
 from blpipe.data.mixing import Mixing
 from blpipe.data.source import Source, check_alike, check_labels, check_test_labels, keep_first
 from blpipe.data.spec import EVERYTHING, DataSpec, Share
-from blpipe.data.splits import DatasetSplit, Request, fixed_randomness
+from blpipe.data.splits import DatasetSplit, Request
 from blpipe.data.target import from_target
 from blpipe.data.transforms import with_transforms
 from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
-from blpipe.seeds import derive_seed, generator
+from blpipe.seeds import derive_seed, fixed_randomness, generator
 from blpipe.text import human_bytes
 
 __all__ = ["SETS", "Data", "DataSpec", "Mixing", "Share", "open_data"]

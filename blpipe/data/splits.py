@@ -1,13 +1,11 @@
 """A split: raw samples and their targets, fetched batch by batch, from memory or from a map-style Dataset."""
 
-import random
+import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from blpipe.config import DataConfig
 from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
-from blpipe.seeds import derive_seed, seeded
+from blpipe.seeds import derive_seed, fixed_randomness
 from blpipe.text import dtype_name
 
 Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
@@ -145,13 +143,18 @@ class DatasetSplit:
         # A loader without a generator of its own would draw from the global stream, which is a stage's.
         indices = ((derive_seed(*labels), index_B.tolist()) for labels, index_B in requests)
         loader = DataLoader(_Batches(self), batch_size=None, sampler=indices, num_workers=self.workers,
-                            generator=torch.Generator())
+                            generator=torch.Generator(), worker_init_fn=_outlive_sigterm)
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             x, y, skipped = batch
             self.skipped.update(skipped | self.skipped)  # what was said of a sample before stays
             yield x, y
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """SIGTERM comes to all processes of a run, which still needs its batches to end between two steps."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Batches(Dataset[Any]):
@@ -197,22 +200,9 @@ class Sample(NamedTuple):
 Split = TensorSplit | DatasetSplit
 
 
-@contextmanager
-def fixed_randomness(seed: int) -> Iterator[None]:
-    """Users' code sees the global CPU streams of torch, numpy and Python at `seed`; outside, they are as they were."""
-    outside = np.random.get_state(), random.getstate()
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        with seeded(seed):
-            yield
-    finally:
-        np.random.set_state(outside[0])
-        random.setstate(outside[1])
-
-
 def usable(x: Tensor) -> Tensor | None:
     """`x` as the system works with it: uint8 as it is, floats as float32, integers as int64, else None."""
+    x = x.detach()  # one with a gradient could not pass between processes
     if x.dtype == torch.uint8:
         return x
     if x.is_floating_point():

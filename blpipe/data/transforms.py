@@ -9,10 +9,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from blpipe.config import DataConfig
 from blpipe.data.source import Source
-from blpipe.data.splits import DatasetSplit, TensorSplit, TransformError, describe, fixed_randomness, sample_tensor
+from blpipe.data.splits import DatasetSplit, TensorSplit, TransformError, describe, sample_tensor
 from blpipe.errors import ConfigError, one_line
 from blpipe.plugins import call, resolve
-from blpipe.seeds import derive_seed
+from blpipe.seeds import derive_seed, fixed_randomness
 
 Transform = Callable[[Tensor], Tensor]
 

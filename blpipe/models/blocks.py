@@ -262,7 +262,7 @@ def _name(units: list[_Unit], pieces: list[_Piece]) -> str:
 
 def _unused(name: str, taken: dict[str, Any]) -> str:
     name = re.sub("[.@]", "_", name)
-    while name in taken or hasattr(nn.Sequential, name):
+    while name in taken or hasattr(nn.Sequential(), name):
         name += "_"
     return name
 

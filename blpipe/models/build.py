@@ -5,17 +5,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from blpipe.config_types import Named
 from blpipe.data import DataSpec
-from blpipe.errors import ConfigError
+from blpipe.errors import ConfigError, one_line
 from blpipe.models.blocks import TracedBlock, blocks_of, out_of_place
+from blpipe.models.compare import check_same
 from blpipe.models.mlp import mlp
 from blpipe.models.resnet_cifar import resnet_cifar
 from blpipe.models.vgg_cifar import vgg_cifar
 from blpipe.models.zoo import PREFIX, torchvision_model
 from blpipe.plugins import call, resolve, takes
-from blpipe.seeds import derive_seed, seeded
+from blpipe.seeds import derive_seed, fixed_randomness
 
 BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
 
@@ -29,13 +31,22 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` whose result makes no blocks.
     """
-    with seeded(derive_seed(seed, "model")):
+    with fixed_randomness(derive_seed(seed, "model")):
         if config.name is not None and config.name.startswith(PREFIX):
             return blocks_of(torchvision_model(config.name, config.args, data.classes))
         builder = resolve("model", config, BUILT_IN)
         args = dict(config.args) if config.name is None else _from_data(builder, data) | config.args
-        blocks = as_blocks(call("model", builder, **args))
+        built = call("model", builder, **args)
+        try:
+            blocks = as_blocks(built)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a module of the user's does when its parts are looked at
+            raise ConfigError(f"model: cannot be made into blocks: {type(error).__name__}: {one_line(error)}; return "
+                              "the blocks yourself, as an nn.Sequential, a list or a dict") from error
     out_of_place(blocks)
+    if config.name is None and _has_forward(built) and type(built) is not nn.Sequential:
+        check_same(built, blocks, data)
     return blocks
 
 
@@ -58,6 +69,10 @@ def as_blocks(built: Any) -> nn.Sequential:
                           "dict of modules: the blocks in order")
     if len(blocks) == 0:
         raise ConfigError("model.target: it returned no blocks; return at least one module")
+    for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(f"model: {name} has no shape yet; give its layer the size of its input, instead of a "
+                              "lazy layer")
     return blocks
 
 
@@ -89,7 +104,7 @@ def _checked(modules: dict[Any, Any]) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if not isinstance(module, nn.Module):
             raise ConfigError(f"model.target: its block {name!r} is a {type(module).__name__}, not an nn.Module")
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.Sequential, name):
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.Sequential(), name):
             raise ConfigError(f"model.target: the block name {name!r} must be a text without dots, and no name that "
                               "nn.Module uses itself")
     return modules

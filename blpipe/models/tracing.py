@@ -11,6 +11,7 @@ from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -27,7 +28,9 @@ _VIEWS = {  # what may share its result's memory with its input
     "getitem", "getattr", "view", "view_as", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes",
     "movedim", "t", "squeeze", "unsqueeze", "expand", "expand_as", "chunk", "split", "unbind", "narrow", "select",
     "detach", "contiguous", "to", "float", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout",
-    "stochastic_depth"}
+    "stochastic_depth", "diagonal", "ravel", "moveaxis", "swapdims", "tensor_split", "split_with_sizes",
+    "hsplit", "vsplit", "dsplit", "unfold", "broadcast_to", "as_strided", "type_as", "double", "squeeze_",
+    "unsqueeze_", "real", "view_as_real", "view_as_complex"}
 _SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "stride", "dtype", "device", "item",
           "is_floating_point"}
 
@@ -130,7 +133,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, opaque: set[type[nn.Module]]):
         super().__init__()
-        self._opaque, self._streams = opaque, _random_streams()
+        self._opaque, self._streams, self._modes = opaque, _random_streams(), _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self._opaque or super().is_leaf_module(m, module_qualified_name)
@@ -146,13 +149,21 @@ class _Tracer(fx.Tracer):
         if _random_streams() != self._streams:
             raise RuntimeError("its forward draws random numbers that do not depend on the input, which tracing would "
                                "draw once and for all")
+        if _modes() != self._modes:
+            raise RuntimeError("its forward switches gradients or autocast on or off, which tracing would not see")
         node = super().create_node(*args, **kwargs)
         node.meta["place"] = _place(_frames_upward(sys._getframe(1)))
         return node
 
 
-def _random_streams() -> tuple[bytes, Any]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+def _random_streams() -> tuple[Any, ...]:
+    of_numpy: dict[str, Any] = np.random.get_state(legacy=False)["state"]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), of_numpy["key"].tobytes(), of_numpy["pos"]
+
+
+def _modes() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            *map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
 def stack_of(node: fx.Node) -> tuple[str, ...]:
