@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
+from io import TextIOWrapper
 from types import ModuleType
 from typing import NoReturn
 
@@ -36,10 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launch.under_torchrun():
         # Once one process has ended, torchrun ends the others: first let them find out and say what happened.
         signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows another
+            stream.reconfigure(errors="replace")
     try:
-        return _main(_parse(argv))
+        code = _main(_parse(argv))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         _end_interrupted()
+    except BrokenPipeError:  # who read what we print has gone, as in `plan … | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -74,7 +74,7 @@ def _path(value: str) -> str:
         raise ValueError("holds a character that no path can")
     if len(encoded) > 2000 or any(len(part) > 255 for part in encoded.split(b"/")):
         raise ValueError("is longer than a path can be")
-    return value
+    return os.path.expanduser(value)
 
 
 PathText = Annotated[str, AfterValidator(_path)]
@@ -117,10 +117,11 @@ def _bytes(value: Any) -> Any:
 Bytes = Annotated[Positive | None, BeforeValidator(_bytes)]
 
 
-def _folder_name(value: str) -> str:
+def folder_name(value: str) -> str:
+    """`value`, if a run's folder can have that name. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", value):
         raise ValueError("must be the name of a folder: letters, digits, '_', '-' and '.', 200 at most")
     return value
 
 
-FolderName = Annotated[str, AfterValidator(_folder_name)]
+FolderName = Annotated[str, AfterValidator(folder_name)]

@@ -27,17 +27,19 @@ class StageError(RuntimeError):
 
     Args:
         stage: the stage's number, from 1.
+        rank: of its process, where each has one.
         blocks: the names of the stage's blocks.
         where: the step or the phase, for example "step 17".
         cause: the error as it was raised.
         remedy: what may help, if that is known.
     """
 
-    def __init__(self, stage: int, blocks: Iterable[str], where: str, cause: BaseException, remedy: str = ""):
+    def __init__(self, stage: int, rank: int, blocks: Iterable[str], where: str, cause: BaseException,
+                 remedy: str = ""):
         names = list(blocks)
         span = names[0] if len(names) == 1 else f"{names[0]}…{names[-1]}"
         reason = f"{type(cause).__name__}: {one_line(cause)}".removesuffix(": ")
-        super().__init__(f"stage {stage} (rank {stage - 1}, blocks {span}) failed at {where}: {reason}"
+        super().__init__(f"stage {stage} (rank {rank}, blocks {span}) failed at {where}: {reason}"
                          + (f"; {remedy}" if remedy else ""))
         self.stage = stage
 

@@ -19,6 +19,7 @@ from blpipe.models import build_model
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import check_stage_count, partition
+from blpipe.parts import check_kept, check_own, check_reached_by_name
 from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
 from blpipe.text import blocks_text, dtype_name
 
@@ -244,12 +245,17 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
         links=stage_links(config.method, [len(stage) for stage in stages]), replica=replica)
     _check_boundaries(plan)
     _check_links(plan)
+    judges: list[nn.Module] = []
     for k, stage in enumerate(stages):
         last = k == len(stages) - 1
         loss = _checked_loss(plan, k) if last or config.method.name != "bp" else nn.Identity()
         head = _checked_head(plan, k) if not last and config.method.name != "bp" else nn.Identity()
         build_optimizer(config.optimizer, stage.parameters(), [p for part in (head, loss) for p in part.parameters()])
-        _check_kept(plan.block_names(k), stage, head, loss)
+        check_kept(plan.block_names(k), stage, head, loss)
+        if config.method.linked and config.method.link.delay:
+            check_reached_by_name(plan.block_names(k), stage)
+        check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, judges)
+        judges += head, loss
     return plan
 
 
@@ -313,20 +319,6 @@ def _check_boundaries(plan: Plan) -> None:
                 raise ConfigError(f"{needs_float32}: bf16 is for models in float32, and block "
                                   f"{plan.block_names(k)[-1]} gives {dtype_name(spec.dtype)}; "
                                   f"leave {needs_float32} out")
-
-
-def _check_kept(blocks: list[str], *parts: nn.Module) -> None:
-    """That all of a stage's parts can be trained and saved."""
-    where = f"in the stage {blocks_text(blocks)}"
-    for part in parts:
-        for name, value in part.state_dict().items():
-            if not isinstance(value, torch.Tensor):
-                raise ConfigError(f"model: {name} {where} is a {type(value).__name__} in the state_dict, and a "
-                                  "checkpoint holds tensors alone; register it as a buffer, or leave it out")
-        for name, module in part.named_modules():
-            if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                raise ConfigError(f"model: {name} {where} has sparse gradients, which stages do not add up; build it "
-                                  "with sparse=False")
 
 
 def _check_links(plan: Plan) -> None:

@@ -1,5 +1,6 @@
 """Where a run begins: at the start, or with a checkpoint; and whether its config is still that of the checkpoint."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from blpipe.checkpoint.folders import best_of, check, checkpoints, config_of, manifest, newest_intact
 from blpipe.config import Config
 from blpipe.config_file import load_config
+from blpipe.config_types import folder_name
 from blpipe.errors import ConfigError, UserError
 from blpipe.plan import Plan
 
@@ -42,11 +44,12 @@ def find(path: Path, best: bool = False) -> Beginning:
     Raises:
         UserError: no run, no checkpoint, or none that is intact.
     """
-    if best and _is_checkpoint(path):
+    checkpoint = _checkpoint_at(path)
+    if best and checkpoint:
         raise UserError(f"--best: {path} is one checkpoint; give its run folder, or leave --best out")
-    if _is_checkpoint(path):
-        check(path)
-        return Beginning(path)
+    if checkpoint:
+        check(checkpoint)
+        return Beginning(checkpoint)
     config_of_run(path)
     if best:
         found = best_of(path)
@@ -59,13 +62,14 @@ def find(path: Path, best: bool = False) -> Beginning:
 
 def run_of(path: Path) -> Path:
     """The run folder of a run folder or of one of its checkpoints; it has a name."""
-    run = path.parent.parent if _is_checkpoint(path) else path
+    checkpoint = _checkpoint_at(path)
+    run = checkpoint.parent.parent if checkpoint else path
     return run if run.name not in ("", "..") else run.resolve()
 
 
 def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a run folder, with changes. Raises UserError where it is none."""
-    if not (run / "config.yaml").exists():
+    if not os.path.exists(run / "config.yaml"):  # False for a path that is none, too
         raise UserError(f"{run}: is no run folder (it has no config.yaml); runs are in runs/<name> unless "
                         "runtime.runs says otherwise")
     return load_config(run / "config.yaml", overrides)
@@ -84,6 +88,10 @@ def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
         if before != now:
             raise ConfigError(f"{key}: {now!r}, but --resume goes on in {run} itself; leave it out, or resume a copy "
                               "of that folder")
+    try:
+        folder_name(run.name)
+    except ValueError as error:
+        raise ConfigError(f"--resume: {run}: its name {error}; rename it") from error
     return config.model_copy(update={
         "name": run.name, "runtime": config.runtime.model_copy(update={"runs": str(run.parent)})})
 
@@ -159,8 +167,12 @@ def is_of(run: Path, config: Config) -> bool:
     return not _but(("partition",), _changes(load_config(run / "config.yaml"), config))
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.parent.name == "checkpoints" and path.name.startswith("step_")
+def _checkpoint_at(path: Path) -> Path | None:
+    """The checkpoint that a path leads to, from where it is or by a symbolic link; None where it leads to none."""
+    for place in (path, path.resolve()):
+        if place.parent.name == "checkpoints" and place.name.startswith("step_"):
+            return place
+    return None
 
 
 @dataclass(frozen=True)

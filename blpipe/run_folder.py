@@ -17,7 +17,8 @@ from blpipe.files import write_text
 from blpipe.resume import Beginning, is_of
 
 _LOCK, _LAUNCH = ".lock", ".launch"  # the latter holds the name of the launch that made the folder ready
-_PARTS = ("config.yaml", "metrics.jsonl", "result.json", "trace.json", "tensorboard", "checkpoints")
+_PARTS = ("checkpoints", "tensorboard", "trace.json", "result.json", "metrics.jsonl", "config.yaml")
+"""Of a run, in the order in which they go: until the last one, the folder says whose it is."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def make_ready(run: Path, config: Config, beginning: Beginning) -> None:
     with _writing_to(run):
         if beginning.checkpoint is None:
             for path in _parts(run):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         else:
             forget_after(run, beginning.checkpoint)
+            (run / "result.json").unlink(missing_ok=True)  # of the run that had ended
         write_text(run / "config.yaml", dump_config(config))
         write_text(run / _LAUNCH, launch.run_name())
 
@@ -76,7 +78,8 @@ def _writing_to(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"runtime.runs: cannot write to {run}: {error.strerror}; choose another folder") from error
+        why = error.strerror or error
+        raise ConfigError(f"runtime.runs: cannot write to {run}: {why}; choose another folder") from error
 
 
 def _take(lock: TextIO, run: Path) -> None:

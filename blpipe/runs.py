@@ -19,7 +19,8 @@ from blpipe.config import Config, PartitionConfig
 from blpipe.data import Data, DataSpec, open_data
 from blpipe.device import set_up
 from blpipe.engines.common import Engine, check_weights
-from blpipe.errors import StoppedError, UserError
+from blpipe.errors import StoppedError, UserError, one_line
+from blpipe.files import put
 from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
 from blpipe.metrics import (
@@ -108,16 +109,12 @@ def export_run(path: Path, out: Path, best: bool = False) -> None:
     Raises:
         UserError: no run or no checkpoint, or `out` cannot be written.
     """
-    if not out.name:
-        raise UserError(f"--out: {out}: is no file's name; give one, such as model.pt")
     state = model_state(_found(path, best))
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        torch.save(state, partial)
-        partial.replace(out)
+        put(out, lambda partial: torch.save(state, partial))
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--out: cannot write {out}: {error}") from error
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"--out: cannot write {out}: {why}; give a file's name, such as model.pt") from error
 
 
 def _found(path: Path, best: bool) -> Path:

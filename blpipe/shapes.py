@@ -18,7 +18,8 @@ from blpipe.models.build import named_blocks
 _CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d,
                    nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
-_EVERY_MODULE = vars(nn.Module()).keys()
+EVERY_MODULE = vars(nn.Module()).keys()
+"""What a module has besides what its class gives it."""
 
 
 class TensorSpec(NamedTuple):
@@ -58,7 +59,7 @@ def likeness(module: nn.Module) -> Hashable:
     """Equal for modules that do the same work: the same classes, settings and shapes throughout."""
     parts = []
     for name, part in module.named_modules():
-        settings = {key: value for key, value in vars(part).items() if key not in _EVERY_MODULE}
+        settings = {key: value for key, value in vars(part).items() if key not in EVERY_MODULE}
         tensors = [(key, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
                    for key, tensor in (*part._parameters.items(), *part._buffers.items()) if tensor is not None]
         parts.append((name, type(part), repr(settings), str(tensors)))

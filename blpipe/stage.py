@@ -302,7 +302,11 @@ class Stage:
         cut = h.detach().requires_grad_(h.requires_grad)
         buffers = copies_of(dict(self.tail.named_buffers())) if self.link.keep == "recompute" else {}
         run = self._run_tail if parameters is self._tail_live else self._having(parameters, self._run_tail_with)
+        before = cut._version
         out = self.precision.run(run, cut)
+        if self.link.keep == "recompute" and cut._version != before:
+            raise ValueError("a block writes to its input, which method.link.keep=recompute runs it on again; have it "
+                             "make a new tensor")
         return TailRun(runner, parameters, cut, edge_of(out), out.dtype, buffers), out
 
     def _having(self, tensors: dict[str, Tensor], run: Callable[..., Any]) -> Callable[[Any], Any]:

@@ -28,14 +28,14 @@ def human_count(count: float) -> str:
 
 def _scaled(count: float, base: int, units: Sequence[str]) -> str:
     power = 0
-    while count >= 1000 and power < len(units) - 1:
+    while count >= 999.5 and power < len(units) - 1:
         count, power = count / base, power + 1
     return f"{count:.3g} {units[power]}".rstrip()
 
 
 def human_seconds(seconds: float) -> str:
     """Seconds, or milliseconds below one."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
 
 
 def dtype_name(dtype: object) -> str:

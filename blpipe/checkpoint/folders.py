@@ -82,8 +82,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in run.glob(f"checkpoints/step_*/{_MANIFEST}"))
+    """The complete checkpoints of a run, oldest first. Raises UserError where their folder cannot be read."""
+    folder = run / "checkpoints"
+    try:
+        names = os.listdir(folder) if os.path.lexists(folder) else []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}; mend it, and try again") from error
+    return sorted(folder / name for name in names
+                  if name.startswith("step_") and os.path.lexists(folder / name / _MANIFEST))
 
 
 def manifest(checkpoint: Path) -> Manifest:
@@ -95,8 +101,11 @@ def manifest(checkpoint: Path) -> Manifest:
         return TypeAdapter(Manifest).validate_python(tree["manifest"])
     except FileNotFoundError:
         raise DamagedError(f"{checkpoint}: is no checkpoint, or was not completed (it has no {_MANIFEST})") from None
-    except (IsADirectoryError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (IsADirectoryError, NotADirectoryError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(checkpoint, f"{_MANIFEST} ({type(error).__name__}: {one_line(error)})") from error
+    except OSError as error:
+        raise UserError(f"{checkpoint / _MANIFEST}: cannot be read: {error.strerror}; mend it, and try again"
+                        ) from error
 
 
 def config_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Config:

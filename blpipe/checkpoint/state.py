@@ -159,9 +159,10 @@ class _IndexUnpickler(pickle.Unpickler):
                ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 calls it
         if (module, name) in self._OTHERS:
             return super().find_class(module, name)
-        if module in (self._DCP, "torch", "pathlib", "pathlib._local") and "." not in name:
+        if module in (self._DCP, "torch", "pathlib") and "." not in name:
             found = super().find_class(module, name)
             is_class = isinstance(found, type)
             if isinstance(found, torch.dtype) or (is_class and issubclass(found, PurePath)) or \

@@ -30,16 +30,25 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The image and its label. Raises UserError, with the file's name, where it cannot be decoded."""
-        from torchvision.datasets.folder import pil_loader
         from torchvision.transforms.v2 import functional
 
         try:
-            image = pil_loader(self.paths[index])
+            image = _rgb(self.paths[index])
             x_CHW = functional.pil_to_tensor(fit(image, self.size) if self.transform is None else image)
         except Exception as error:
             raise UserError(f"{self.paths[index]}: cannot be read as an image: {type(error).__name__}: "
                             f"{one_line(error)}") from error
         return (x_CHW if self.transform is None else fit(self.transform(x_CHW), self.size)), self.labels[index]
+
+
+def _rgb(path: str) -> Any:
+    """PIL's image of a file. Raises ValueError where it has more than eight bits, which PIL would clip to white."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"mode {image.mode} is more than 8 bits a channel; convert it to 8")
+        return image.convert("RGB")
 
 
 def fit(image: Any, size: tuple[int, int] | None) -> Any:

@@ -250,8 +250,12 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
         head = _on(device, plan.build_head(index), config.train.channels_last)
     loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity(), config.train.channels_last)
     judges = [p for part in (head, loss) if part is not None for p in part.parameters()]
-    return Stage(blocks, head, loss, links=plan.links[index], link=config.method.link,
-                 optimizer=build_optimizer(config.optimizer, blocks.parameters(), judges),
+    links = plan.links[index]
+    waits = links.tail if links.joint else 0  # blocks whose first gradients come with the first error
+    early = list(blocks[:len(blocks) - waits].parameters())
+    late = [p for p in blocks.parameters() if all(p is not other for other in early)]
+    return Stage(blocks, head, loss, links=links, link=config.method.link,
+                 optimizer=build_optimizer(config.optimizer, early, late, judges),
                  clip_norm=config.optimizer.clip_norm,
                  stream=RandomStream(derive_seed(config.seed, "stage", index, *plan.share.labels), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
@@ -333,7 +337,8 @@ def blame(plan: Plan, index: int, where: str, error: Exception) -> Exception:
     if isinstance(error, UserError | StageError):
         return error
     remedy = _for_less_memory(plan.config) if isinstance(error, torch.OutOfMemoryError) else ""
-    return StageError(index + 1, plan.block_names(index), where, error, remedy)
+    rank = plan.replica * len(plan.stages) + index
+    return StageError(index + 1, rank, plan.block_names(index), where, error, remedy)
 
 
 def _for_less_memory(config: Config) -> str:

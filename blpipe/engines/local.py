@@ -194,7 +194,7 @@ class LocalEngine:
                 if next(running[seat], _ENDED) is _ENDED:
                     del running[seat]
             except Exception as error:
-                raise blame(self.plan, seat[1], watches[seat].where, error) from error
+                raise blame(self._plans[seat[0]], seat[1], watches[seat].where, error) from error
             busy[seat] += perf_counter() - started
             watches[seat].pause()
             return watches[seat].op != before
@@ -234,7 +234,8 @@ class LocalEngine:
                         for stage in stages.values():
                             with stage.stream:
                                 x = stage.forward_with_graph(x)
-                        loss = mixed_loss(stage.loss, x, targets, x, now.own)
+                        with stage.stream:
+                            loss = mixed_loss(stage.loss, x, targets, x, now.own)
                         stage.tally.add(loss, x, main_targets(targets, now.own))
                         (loss * (size / own.samples)).backward()
                     self._losses.note(len(stages) - 1, stage, index)
@@ -242,8 +243,8 @@ class LocalEngine:
                 for stage in self._seated.values():
                     stage.step(index, now.lr)
             except Exception as error:
-                k = next(k for (_, k), each in self._seated.items() if each is stage)
-                raise blame(self.plan, k, f"step {index}", error) from error
+                r, k = next(seat for seat, each in self._seated.items() if each is stage)
+                raise blame(self._plans[r], k, f"step {index}", error) from error
             on_step()
 
     def _add_up(self, given: Callable[[Stage], list[Tensor]],

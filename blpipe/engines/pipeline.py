@@ -65,9 +65,12 @@ class PipelineEngine:
         self.role = role(plan, k)
         first, last = k == 0, k == world.stages - 1
         self._activations_in = None if first else world.receiver(k - 1, plan.channels_last(k - 1))
-        self._activations_out = None if last else world.sender(k + 1, plan.channels_last(k))
+        self._activations_out = None if last else world.sender(k + 1, plan.channels_last(k), {
+            (spec, plan.targets(size)) for size in plan.outputs for spec in (plan.activation(size, k),
+                                                                             plan.outputs[size][k])})
         self._errors_in = None if last else world.receiver(k + 1, plan.channels_last(k))
-        self._errors_out = None if first else world.sender(k - 1, plan.channels_last(k - 1))
+        self._errors_out = None if first else world.sender(k - 1, plan.channels_last(k - 1), {
+            (plan.error(size, k - 1),) for size in plan.outputs})
         self._sum = world.replicas_sum()
         if self._sum is not None:
             self._sum.put(*self.stage.update.lead())

@@ -6,7 +6,7 @@ from enum import Enum
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 
@@ -25,7 +25,8 @@ from blpipe.partition import even_starts
 from blpipe.plan import Plan, Step
 from blpipe.program import ACTIVATIONS_AHEAD, Kind, Op, Role, errors_ahead, train_program
 
-# Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few.
+# Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few, one whose
+# errors come back late more, as its stages do all of their work from then on alone.
 _STEPS, _DRAINED_STEPS, _MANY_STAGES = 8, 2, 64
 _MOST_BLOCK_RUNS = 600  # a few seconds
 
@@ -150,7 +151,7 @@ class Forecaster:
                 plan.block_names(k), sum(block.params for block in blocks),
                 micro * (sum(block.flops for block in blocks) + (head.flops if head is not None else 0)),
                 float(stage_cost(self.costs, start, end, method, plan.links[k]).batch_seconds(method.name, micro))
-                / self._speed(k),
+                / self._speeds(len(plan.starts))[k],
                 0 if last else micro * self._forward_bytes(end, there),
                 micro * back * self._sent_bytes(start, back_wire),
                 rehearsal.peak_bytes(start, end, plan.links[k]) if self._can_rehearse(end - start, plan.links[k])
@@ -183,15 +184,23 @@ class Forecaster:
             cuts = starts if starts and shares else self._starts_for(table, stages)
             if cuts is None or not _are_allowed(table, cuts):
                 continue
-            steps = _DRAINED_STEPS if kind == "bp" else _STEPS if stages <= _MANY_STAGES else _STEPS // 2
-            rows.append(self._forecast(method, self.timeline(method, cuts, steps), cuts))
+            rows.append(self._forecast(method, self.timeline(method, cuts, self._steps(method, stages)), cuts))
         return rows
+
+    def _steps(self, method: Method, stages: int) -> int:
+        """How many to simulate."""
+        if method.config.name == "bp":
+            return _DRAINED_STEPS
+        farthest = max(max(links.hops_in, default=0) for links in method.links([1] * stages))
+        late = ceil(method.delay * farthest / self.config.train.microbatches)
+        return max(_STEPS if stages <= _MANY_STAGES else _STEPS // 2, 4 * (late + 1))
 
     def timeline(self, method: Method, starts: list[int], steps: int) -> Timeline:
         """The simulation of so many steps."""
         ends, count = [*starts[1:], len(self.costs.blocks)], len(starts)
         costs = self._stage_costs(method, starts)
-        seconds = [{kind: float(value) / self._speed(k) for kind, value in method.seconds(cost).items()}
+        speeds = self._speeds(count)
+        seconds = [{kind: float(value) / speeds[k] for kind, value in method.seconds(cost).items()}
                    | {Kind.SHARE: self._share_seconds(method, starts[k], ends[k])} for k, cost in enumerate(costs)]
         most_hops = max(int(cost.hops) for cost in costs)
         errors = errors_ahead(method.delay, self.config.train.microbatches, most_hops)
@@ -211,8 +220,8 @@ class Forecaster:
     def _forecast(self, method: Method, timeline: Timeline, starts: list[int]) -> MethodForecast:
         train = self.config.train
         seconds = timeline.seconds_per_step()
-        slowest = max(float(cost.batch_seconds(method.config.name, train.microbatches)) / self._speed(k)
-                      for k, cost in enumerate(self._stage_costs(method, starts)))
+        slowest = max(float(cost.batch_seconds(method.config.name, train.microbatches)) / speed for cost, speed in
+                      zip(self._stage_costs(method, starts), self._speeds(len(starts)), strict=True))
         return MethodForecast(method.name, len(starts), seconds, train.batch_size / seconds, slowest / seconds,
                               self.one_device().seconds_per_step / seconds)
 
@@ -234,8 +243,7 @@ class Forecaster:
         partition = self.config.partition
         if partition.strategy != "balanced":
             return even_starts(len(self.costs.blocks), stages)
-        speeds = partition.speeds if partition.speeds and len(partition.speeds) == stages else (1.0,) * stages
-        return best_starts(table, speeds)
+        return best_starts(table, self._speeds(stages))
 
     def _wires(self, kind: str) -> tuple[WirePrecision, WirePrecision]:
         """The precision of activations and of what goes back; torch's schedules send tensors as they are."""
@@ -248,9 +256,10 @@ class Forecaster:
     def _sent_bytes(self, boundary: int, wire: WirePrecision) -> int:
         return self.costs.blocks[boundary - 1].output_bytes // (2 if wire == "bf16" else 1)
 
-    def _speed(self, stage: int) -> float:
+    def _speeds(self, stages: int) -> tuple[float, ...]:
+        """Those of the config for as many devices as it names, else all alike."""
         speeds = self.config.partition.speeds
-        return speeds[stage] if speeds and stage < len(speeds) else 1.0
+        return speeds if speeds and len(speeds) == stages else (1.0,) * stages
 
 
 def _are_allowed(table: Table, starts: list[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
 def _connection(device: torch.device, latency: float | None, bandwidth: float | None) -> Connection:
     connection = CONNECTIONS[device.type]
     for option, value in (("latency", latency), ("bandwidth", bandwidth)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{option}: {value} must be above 0")
+        if value is not None and not (value > 0 and isfinite(value)):
+            raise ConfigError(f"--{option}: {value} must be a number above 0")
     return replace(connection, latency=latency or connection.latency, bandwidth=bandwidth or connection.bandwidth)
 
 

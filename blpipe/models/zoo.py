@@ -38,12 +38,23 @@ def torchvision_model(name: str, args: Mapping[str, Any], classes: int) -> nn.Mo
     weights = _weights(known[name], args.pop("weights", None))
     if weights is None:
         return _plain(builder, args, classes)
+    auxiliary = args.pop("aux_logits", True)  # weights come with them
     own = len(weights.meta["categories"])
     wanted = args.pop("num_classes", own)
     model = _pretrained(builder, weights, args)
+    if not auxiliary:
+        _remove_auxiliary(model)
     if wanted != own:
         _renew(model, _plain(builder, args, wanted))
     return model
+
+
+def _remove_auxiliary(model: nn.Module) -> None:
+    """As torchvision builds it with `aux_logits: false`."""
+    model.aux_logits = False  # type: ignore[assignment]
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, name):
+            setattr(model, name, None)
 
 
 def _weights(model: str, name: Any) -> Any:

@@ -5,7 +5,7 @@ before the first message (`world.shake_hands` compares them). A process uses all
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from time import perf_counter
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blpipe.errors import PeerLostError
+from blpipe.text import dtype_name
 from blpipe.transport.messages import IN_FLIGHT, Layout, layout_of, message_bytes, views
 
 
@@ -66,18 +67,30 @@ class SendQueue(_End):
     """The sending end. Few messages are under way at a time, from as many buffers in turn.
 
     A buffer is written again once its send is complete.
+
+    Args:
+        layouts: those that the other end may expect; None for any.
     """
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: object, layouts: Collection[Layout] | None = None, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._layouts = layouts
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self._free = [self._buffer(0) for _ in range(IN_FLIGHT)]
 
     def put(self, *tensors: Tensor) -> None:
-        """Send a message; waits for an earlier one where too many are under way."""
+        """Send a message; waits for an earlier one where too many are under way.
+
+        Raises:
+            ValueError: its layout is another than the plan has, which the other end would take for that.
+        """
+        layout = layout_of(tensors)
+        if self._layouts is not None and layout not in self._layouts:
+            shape, dtype = layout[0]
+            raise ValueError(f"it gives {dtype_name(dtype)} {list(shape)}, and did not when its shapes were traced "
+                             "without values; have its blocks give the same always")
         if not self._free:
             self._complete_one()
-        layout = layout_of(tensors)
         size, buffer = message_bytes(layout), self._free.pop()
         if len(buffer) < size:
             buffer = self._buffer(size)

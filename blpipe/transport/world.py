@@ -5,7 +5,7 @@ A rank is a stage of a replica: with K stages, rank n is stage n % K, from 0, of
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 import blpipe
 from blpipe.errors import PeerLostError, UserError, one_line
+from blpipe.transport.messages import Layout
 from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
 from blpipe.transport.sums import SumQueue
 
@@ -171,11 +172,11 @@ class World:
         groups = [dist.new_group([*ranks], timeout=timeout) for ranks in of_ranks] if self.replicas > 1 else []
         return next((group for group, ranks in zip(groups, of_ranks, strict=False) if self.rank in ranks), None)
 
-    def sender(self, to: int, channels_last: bool = False) -> SendQueue:
+    def sender(self, to: int, channels_last: bool = False, layouts: Collection[Layout] | None = None) -> SendQueue:
         """The queue to a stage beside this one: activations to the next one, errors to the one before."""
         rank = self._rank_of(to)
         return SendQueue(self._group(self.rank, rank), rank, self._name("sending to", rank), self.device, self.via,
-                         channels_last)
+                         channels_last, layouts=layouts)
 
     def receiver(self, source: int, channels_last: bool = False) -> ReceiveQueue:
         """The queue from a stage beside this one: activations from the one before, errors from the next one."""
