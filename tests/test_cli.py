@@ -389,8 +389,8 @@ def test_export_to_where_it_cannot_write_leaves_nothing(folder, capsys):
     assert run("export", "runs/small", "--out", "no/such/folder/model.pt") == 2
     assert capsys.readouterr().err.count("blpipe: --out: cannot write ") == 2
     assert run("export", "runs/small", "--out", ".") == 2
-    assert capsys.readouterr().err == ("blpipe: --out: cannot write .: no place for a file; give a file's name, such as "
-                                       "model.pt\n")
+    no_place = "no place for a file; give a file's name, such as model.pt"
+    assert capsys.readouterr().err == f"blpipe: --out: cannot write .: {no_place}\n"
     assert sorted(folder.iterdir()) == before
 
 

@@ -4,6 +4,7 @@ import random
 import re
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def own_inplace():
 
 def own_with_every_random_stream():
     model = own_linear()
-    model[0].weight.data *= random.random()
+    model[0].weight.data *= random.random() * np.random.rand()
     return model
 
 
@@ -59,7 +60,15 @@ def own_failure():
 
 RETURNED = {"none": None, "text": "ab", "empty list": [], "empty": nn.Sequential(),
             "numbers": [1, 2], "class": {"a": nn.ReLU}, "dots": {"a.b": nn.ReLU()}, "no name": {"": nn.ReLU()},
-            "number names": {1: nn.ReLU()}}
+            "number names": {1: nn.ReLU()}, "taken name": {"training": nn.ReLU()}}
+
+
+def own_lazy():
+    return [nn.Flatten(), nn.LazyLinear(3)]
+
+
+def own_changing_its_args(sizes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(sizes.pop(0), sizes.pop(0)))
 
 
 def own_return(what):
@@ -269,6 +278,7 @@ def test_a_sequence_is_taken_as_it_is():
     ("dots", "the block name 'a.b' must be a text without dots"),
     ("no name", "the block name '' must be a text without dots"),
     ("number names", "the block name 1 must be a text without dots"),
+    ("taken name", "the block name 'training' must be a text without dots, and no name that nn.Module uses itself"),
 ])
 def test_a_target_that_returns_no_blocks_is_refused(what, message):
     refused(f"^model\\.target: {re.escape(message)}", target="test_models:own_return", args={"what": what})
@@ -292,6 +302,17 @@ def test_a_target_that_returns_no_blocks_is_refused(what, message):
 ])
 def test_a_model_that_cannot_be_built_is_refused(model, message):
     refused(message, **model)
+
+
+def test_a_layer_without_a_shape_is_refused():
+    refused(r"^model: 1\.weight has no shape yet; give its layer the size of its input, instead of a lazy layer$",
+            target="test_models:own_lazy")
+
+
+def test_a_target_that_changes_its_args_does_not_change_the_config():
+    config = Named(target="test_models:own_changing_its_args", args={"sizes": [128, 5]})
+    build_model(config, SPEC, 0)
+    assert config.args == {"sizes": [128, 5]}
 
 
 def test_a_target_without_a_signature_can_be_called():

@@ -1,0 +1,128 @@
+"""Blocks that would not compute what their model does are refused."""
+
+import numpy as np
+import pytest
+import torch
+from test_models import build, refused
+from torch import nn
+
+from blpipe.models.build import plain_names
+from blpipe.seeds import derive_seed, fixed_randomness
+
+
+class Traced(nn.Module):
+    """Three layers, and a number between two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(size, 8) for size in (128, 8, 8))
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("mean", torch.ones(1))
+        self.calls = 0
+
+    def forward(self, x):
+        return self.last(self.second(self.between(self.first(x.flatten(1)))).relu())
+
+    def between(self, x):
+        return x
+
+
+class CountsItsCalls(Traced):
+    def between(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class AsksWhatItIsGiven(Traced):
+    def between(self, x):
+        return x * 2 if torch.is_tensor(x) else x
+
+
+class UpdatesAChainOfABuffer(Traced):
+    def between(self, x):
+        self.mean.mul_(0.9).add_(x.detach().mean())
+        return x
+
+
+class KeepsItsNormFrozen(Traced):
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def between(self, x):
+        return self.norm(x)
+
+
+class FrozenSequence(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(128, 8), nn.BatchNorm1d(8))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[2].eval()
+        return self
+
+
+class HasAHook(Traced):
+    def __init__(self):
+        super().__init__()
+        self.register_forward_hook(lambda module, given, output: 2 * output)
+
+
+class SwitchesGradientsOff(Traced):
+    def between(self, x):
+        with torch.no_grad():
+            return self.norm(x)
+
+
+class SwitchesAutocastOn(Traced):
+    def between(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return x @ x.mT @ x
+
+
+class DrawsFromNumPy(Traced):
+    def between(self, x):
+        return x * float(np.random.rand())
+
+
+class WritesToAView(Traced):
+    def between(self, x):
+        x = x.clone()
+        x.tensor_split(2, 1)[0].mul_(3.0)
+        return x
+
+
+class Spectral(Traced):
+    """Which changes its buffers in training, as it may."""
+
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.spectral_norm(self.second)
+
+
+@pytest.mark.parametrize("model", [CountsItsCalls, AsksWhatItIsGiven, UpdatesAChainOfABuffer, KeepsItsNormFrozen,
+                                   FrozenSequence, HasAHook])
+def test_blocks_that_compute_something_else_than_their_model_are_refused(model):
+    refused(r"^model: in (training|evaluation) its blocks compute something else than it does\. Tracing sees neither ",
+            target=f"test_compare:{model.__name__}")
+
+
+@pytest.mark.parametrize(("model", "reason"), [
+    (SwitchesGradientsOff, "switches gradients or autocast on or off"),
+    (SwitchesAutocastOn, "switches gradients or autocast on or off"),
+    (DrawsFromNumPy, "draws random numbers that do not depend on the input"),
+    (WritesToAView, "overwrites a tensor of which a view is used later")])
+def test_what_tracing_would_lose_is_refused_with_its_place(model, reason):
+    refused(rf"^model: cannot be traced.*{reason}", target=f"test_compare:{model.__name__}")
+
+
+@pytest.mark.parametrize("model", [Traced, Spectral])
+def test_comparing_leaves_a_model_as_it_was_built(model):
+    blocks = build(target=f"test_compare:{model.__name__}")
+    with fixed_randomness(derive_seed(0, "model")):
+        plain = model()
+    assert blocks.training
+    state = {plain_names(blocks)[name]: tensor for name, tensor in blocks.state_dict().items()}
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
