@@ -120,6 +120,16 @@ def test_shapes_come_from_the_first_image_that_can_be_read(root):
         opened(root)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_an_image_of_more_than_eight_bits_is_refused_rather_than_clipped(root, mode):
+    path = image(root, "train", 0).with_suffix(".tif")
+    image(root, "train", 0).unlink()
+    Image.new(mode, (8, 8), 1000).save(path)
+    with pytest.raises(ConfigError, match=rf"mode {mode} is more than 8 bits a channel; convert it to 8; mend "):
+        opened(root)
+    assert opened(root, bad_samples="skip").spec.shape == (3, 8, 8)
+
+
 def test_where_nothing_can_be_read_that_is_an_error(root):
     for path in (root / "test").glob("*/*"):
         truncate(path)

@@ -178,3 +178,12 @@ def test_randomness_inside_a_dataset_follows_seed_epoch_and_step(monkeypatch):
     assert equal(plain.test_batches(4), parallel.test_batches(4))
     assert not equal(whole, plain.train_batches(0, 2, 2, False))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@worker_warnings
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_with_a_gradient_are_taken_without(workers, monkeypatch):
+    samples = [((torch.ones(3, 4, 4).requires_grad_() * number), number % 2) for number in range(4)]
+    data = opened_target((Listed(samples, classes="ab"), Listed(samples)), monkeypatch, workers=workers)
+    x, _ = next(data.train_batches(0, 0, 4, False))
+    assert not x.requires_grad

@@ -403,3 +403,21 @@ def test_a_bf16_wire_makes_backlink_faster_over_a_slow_link_and_not_torchs_sched
     assert half["backlink d=1"] < 0.7 * full["backlink d=1"]
     assert half["1F1B"] == full["1F1B"]
     assert half["GPipe"] == full["GPipe"]
+
+
+@pytest.mark.parametrize("link", [{"reach": "all", "length": "all"}, {"delay": 8},
+                                  {"reach": "all", "length": "all", "delay": 1, "delay_unit": "microbatch"}])
+def test_no_stage_is_busy_for_longer_than_a_step_however_late_its_errors_are(link):
+    network, data = network_of(model={"name": "mlp", "args": {"hidden": [32] * 9}}, partition__stages=10,
+                               train__microbatches=2, method__link=link)
+    forecaster = Forecaster(profile(network, CPU), network.config, Connection(1e-12, 1e15))
+    assert forecaster.compare(10)[0].efficiency == pytest.approx(1.0)
+
+
+def test_other_numbers_of_devices_than_speeds_are_named_for_are_all_alike():
+    speeds = {"stages": 2, "strategy": "balanced", "speeds": [1.0, 0.25]}
+    plain, slower = (network_of(model=MLP, partition=partition)[0] for partition in (
+        {"stages": 2, "strategy": "balanced"}, speeds))
+    three = [Forecaster(profile(network, CPU), network.config, CONNECTIONS["cpu"]).compare(3)
+             for network in (plain, slower)]
+    assert three[0] == three[1]

@@ -203,9 +203,10 @@ def test_it_goes_without_what_cannot_run_again(changes, key):
     ({"method": "greedy", "runtime__cuda_graphs": True}, "use runtime.cuda_graphs=false, more microbatches or")])
 def test_a_stage_that_runs_out_of_memory_says_what_needs_less(changes, ways):
     config = parse_config(small_config("large", **changes))
-    plan = SimpleNamespace(config=config, block_names=lambda index: ["stem", "layer1_0"])
+    plan = SimpleNamespace(config=config, replica=1, stages=[[], []], block_names=lambda index: ["stem", "layer1_0"])
     assert ways in str(blame(plan, 1, "step 3", torch.OutOfMemoryError("CUDA out of memory")))
-    assert "use " not in str(blame(plan, 1, "step 3", RuntimeError("shapes do not match")))
+    assert str(blame(plan, 1, "step 3", RuntimeError("shapes do not match"))) == (
+        "stage 2 (rank 3, blocks stem…layer1_0) failed at step 3: RuntimeError: shapes do not match")
 
 
 @pytest.mark.parametrize(("name", "change"), [("late", "train.recompute=true"), ("in_time", "train.recompute=true"),

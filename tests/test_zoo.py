@@ -160,3 +160,13 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_remedy(tmp_path, monk
     with pytest.raises(ConfigError, match=r"^model\.args\.weights: cannot fetch https://\S+: no route to host; put the "
                                           r"file there yourself: \S+/hub/checkpoints/shufflenetv2_x0\.5-\w+\.pth$"):
         build(SMALL, weights="DEFAULT")
+
+
+@pytest.mark.parametrize(("name", "args"), [("googlenet", {"num_classes": 4}), ("inception_v3", {}),
+                                            ("inception_v3", {"aux_logits": True})])
+def test_pretrained_models_go_without_their_auxiliary_classifiers(name, args, monkeypatch):
+    weights = torchvision.models.get_model(name, init_weights=False).state_dict()
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: weights)
+    state = torchvision_model(f"torchvision/{name}", {"weights": "DEFAULT", **args}, 5).state_dict()
+    assert any("aux" in key.lower() for key in state) == args.get("aux_logits", False)
+    assert state["fc.weight"].shape[0] == args.get("num_classes", 1000)

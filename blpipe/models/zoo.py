@@ -38,11 +38,12 @@ def torchvision_model(name: str, args: Mapping[str, Any], classes: int) -> nn.Mo
     weights = _weights(known[name], args.pop("weights", None))
     if weights is None:
         return _plain(builder, args, classes)
-    auxiliary = args.pop("aux_logits", True)  # weights come with them
     own = len(weights.meta["categories"])
     wanted = args.pop("num_classes", own)
-    model = _pretrained(builder, weights, args)
-    if not auxiliary:
+    without = args.get("aux_logits") is False  # the weights come with them
+    model = _pretrained(builder, weights, {name: value for name, value in args.items()
+                                           if name != "aux_logits" or not without})
+    if without:
         _remove_auxiliary(model)
     if wanted != own:
         _renew(model, _plain(builder, args, wanted))
