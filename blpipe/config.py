@@ -29,6 +29,12 @@ class NormalizeConfig(Section):
     std: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(strict=False)
 
 
+def _alpha(value: float) -> float:
+    if value == 0.0 or 1e-3 <= value <= 1e3:
+        return value
+    raise ValueError("must be 0, for none, or from 0.001 to 1000")
+
+
 class AugmentConfig(Section):
     """Augmentation of training images: reflect-pad by `crop` pixels and crop back; flip left-right.
 
@@ -39,9 +45,14 @@ class AugmentConfig(Section):
 
     crop: NotNegative = 0
     flip: bool = False
-    mixup: Annotated[float, Field(ge=0.0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+    mixup: Annotated[float, AfterValidator(_alpha)] = 0.0
+    cutmix: Annotated[float, AfterValidator(_alpha)] = 0.0
     transforms: tuple[Named, ...] = Field(default=(), strict=False)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
 
 
 class DataConfig(Named):

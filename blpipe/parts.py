@@ -1,6 +1,6 @@
 """What the parts of a stage must be like, whatever they compute: blocks, head and loss."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -28,12 +28,12 @@ def check_kept(blocks: list[str], *parts: nn.Module) -> None:
                                   "lose; build it without max_norm")
 
 
-def check_reached_by_name(blocks: list[str], stage: nn.Sequential) -> None:
-    """That a late link can put other weights in the place of all parameters. Raises ConfigError."""
-    for name, module in stage.named_modules():
+def check_reached_by_name(blocks: list[str], tail: nn.Sequential) -> None:
+    """That a late link can put other weights in the place of all that it trains. Raises ConfigError."""
+    for name, module in tail.named_modules():
         for key, value in vars(module).items():
             own = key not in EVERY_MODULE and not type(module).__module__.startswith("torch.")
-            if own and any(isinstance(leaf, nn.Parameter) for leaf in tree_leaves(value)):
+            if own and any(isinstance(leaf, nn.Parameter) and leaf.requires_grad for leaf in tree_leaves(value)):
                 raise ConfigError(f"model: {name} in the stage {blocks_text(blocks)} keeps a parameter in {key!r} too, "
                                   "past which a late link cannot put the weights of its forward; keep it under its "
                                   "registered name alone, or in an nn.ParameterList")
@@ -48,10 +48,14 @@ def check_own(stage: int, parts: Mapping[str, nn.Module], others: Iterable[nn.Mo
         others: of the stages before.
 
     Raises:
-        ConfigError: they share a parameter or a buffer.
+        ConfigError: they share a parameter that is trained.
     """
-    taken = {id(tensor) for part in others for tensor in (*part.parameters(), *part.buffers())}
+    taken = set(map(id, _trained(others)))
     for key, part in parts.items():
-        if any(id(tensor) in taken for tensor in (*part.parameters(), *part.buffers())):
-            raise ConfigError(f"{key}: stage {stage + 1} has the tensors of an earlier stage's; have the target make a "
-                              "new module each time")
+        if any(id(parameter) in taken for parameter in _trained([part])):
+            raise ConfigError(f"{key}: stage {stage + 1} has the parameters of an earlier stage's; have the target "
+                              "make a new module each time")
+
+
+def _trained(parts: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    return (p for part in parts for p in part.parameters() if p.requires_grad)

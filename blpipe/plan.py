@@ -123,7 +123,7 @@ class Plan:
     def mixing(self) -> Mixing | None:
         """Of training images with each other; None without."""
         augment = self.config.data.augment
-        return Mixing(augment, self.config.seed, self.data.shape) if augment.mixup or augment.cutmix else None
+        return Mixing(augment, self.config.seed, self.data.shape) if augment.mixes else None
 
     @cached_property
     def step_sizes(self) -> list[tuple[int, ...]]:
@@ -252,8 +252,8 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
         head = _checked_head(plan, k) if not last and config.method.name != "bp" else nn.Identity()
         build_optimizer(config.optimizer, stage.parameters(), [p for part in (head, loss) for p in part.parameters()])
         check_kept(plan.block_names(k), stage, head, loss)
-        if config.method.linked and config.method.link.delay:
-            check_reached_by_name(plan.block_names(k), stage)
+        if plan.links[k].hops_in and config.method.link.delay:
+            check_reached_by_name(plan.block_names(k), stage[len(stage) - plan.links[k].tail:])
         check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, judges)
         judges += head, loss
     return plan

@@ -1,5 +1,7 @@
 """Blocks that would not compute what their model does are refused."""
 
+from threading import Lock
+
 import numpy as np
 import pytest
 import torch
@@ -118,7 +120,31 @@ def test_what_tracing_would_lose_is_refused_with_its_place(model, reason):
     refused(rf"^model: cannot be traced.*{reason}", target=f"test_compare:{model.__name__}")
 
 
-@pytest.mark.parametrize("model", [Traced, Spectral])
+class HasAnAuxiliaryBranch(Traced):
+    """Which draws random numbers and changes buffers, in training."""
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        auxiliary = self.norm(nn.functional.dropout(x, 0.5, self.training))
+        x = self.last(nn.functional.dropout(x, 0.5, self.training))
+        return (x, auxiliary) if self.training else x
+
+
+class DropsAndAttends(Traced):
+    def between(self, x):
+        x = nn.functional.dropout(x, 0.5, self.training).view(-1, 1, 2, 4)
+        return nn.functional.scaled_dot_product_attention(x, x, x).flatten(1)
+
+
+class HoldsALock(Traced):
+    """And so cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = Lock()
+
+
+@pytest.mark.parametrize("model", [Traced, Spectral, HasAnAuxiliaryBranch, DropsAndAttends, HoldsALock])
 def test_comparing_leaves_a_model_as_it_was_built(model):
     blocks = build(target=f"test_compare:{model.__name__}")
     with fixed_randomness(derive_seed(0, "model")):

@@ -338,7 +338,8 @@ configs = st.fixed_dictionaries(
         "seed": st.integers(0, 2**70),
         "data": part.flatmap(lambda data: st.fixed_dictionaries({}, optional={
             "root": texts.filter(lambda text: "\0" not in text),
-            "augment": st.fixed_dictionaries({"crop": st.integers(0, 9), "flip": st.booleans(), "mixup": positive,
+            "augment": st.fixed_dictionaries({"crop": st.integers(0, 9), "flip": st.booleans(),
+                                              "mixup": st.floats(0.1, 9.0), "cutmix": st.just(0.0),
                                               "transforms": st.lists(part | texts, max_size=3)}),
             "normalize": st.fixed_dictionaries({"mean": st.lists(numbers, max_size=3),
                                                 "std": st.lists(positive, max_size=3)})}).map(lambda d: data | d)),

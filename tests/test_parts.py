@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import metrics_of, small_config, train_locally
+from conftest import metrics_of, small_config, train_in_processes, train_locally
 from test_transport import Sent
 from torch import distributed, nn
 
@@ -50,11 +50,15 @@ class Weighted(nn.Module):
         return nn.functional.cross_entropy(logits * self.weight, targets)
 
 
-WEIGHT = nn.Parameter(torch.ones(()))
+WEIGHT, CLASS_WEIGHTS = nn.Parameter(torch.ones(())), torch.ones(4)
 
 
 def same_loss():
     return Weighted(WEIGHT)
+
+
+def same_class_weights():
+    return nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
 
 
 def dropping_loss():
@@ -76,6 +80,8 @@ def test_a_parameter_that_a_late_link_could_not_replace_is_refused():
     refused(r"^model: 0 in the stage 0 keeps a parameter in 'weights' too, past which a late link cannot put ",
             **listed)
     planned(**listed, method__link={"delay": 0})
+    planned(**listed | {"partition": {"cuts": ["2"]}})  # in the body, which no link trains
+    planned(**listed, method="greedy")
     planned(model={"name": "mlp"}, partition={"stages": 2})
 
 
@@ -86,9 +92,48 @@ def test_an_embedding_that_bounds_its_norms_is_refused():
 
 @pytest.mark.parametrize(("key", "target"), [("head", "same_head"), ("loss", "same_loss")])
 def test_stages_that_would_share_a_head_or_a_loss_are_refused(key, target):
-    refused(rf"^method\.{key}: stage [23] has the tensors of an earlier stage's; have the target make a new ",
+    refused(rf"^method\.{key}: stage [23] has the parameters of an earlier stage's; have the target make a new ",
             model={"name": "mlp", "args": {"hidden": [6, 6, 6]}}, **{f"method__{key}": {
                 "target": f"test_parts:{target}"}})
+
+
+def test_stages_may_share_what_is_not_trained():
+    planned(model={"name": "mlp"}, method__loss={"target": "test_parts:same_class_weights"})
+
+
+class Bfloat16(nn.Module):
+    """What it gives is another type than without values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(128, 6)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x.flatten(1))
+
+
+class Float32(nn.Linear):
+    """Takes any type."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def autocasting_net():
+    return [Bfloat16(), Float32(6, 4)]
+
+
+def test_a_stage_whose_output_is_not_as_planned_ends_a_run_in_processes(tmp_path):
+    tree = small_config("unplanned", model={"target": "test_parts:autocasting_net"}, partition__stages=2,
+                        method__head={"target": "test_parts:float_head"}, train__epochs=1)
+    train_locally(tree, tmp_path)
+    with pytest.raises(AssertionError, match=r"stage 1 .*: ValueError: it gives bfloat16 \[16, 6\], and did not when "):
+        train_in_processes([tree], 2, tmp_path)
+
+
+def float_head(boundary):
+    return Float32(6, 4)
 
 
 def test_a_message_that_is_not_as_planned_is_not_sent(monkeypatch):

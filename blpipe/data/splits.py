@@ -16,6 +16,8 @@ from blpipe.errors import ConfigError, UserError, one_line
 from blpipe.seeds import derive_seed, fixed_randomness
 from blpipe.text import dtype_name
 
+_GRACE_SECONDS = 30.0  # between SIGTERM and the end of a worker whose process has not let it go
+
 Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
 """One batch to fetch: what the seed of all that is random in fetching it derives from, and indices, int64 [B]."""
 
@@ -154,7 +156,7 @@ class DatasetSplit:
 
 def _outlive_sigterm(worker: int) -> None:
     """SIGTERM comes to all processes of a run, which still needs its batches to end between two steps."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS))
 
 
 class _Batches(Dataset[Any]):

@@ -29,6 +29,7 @@ def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], devic
     Its queues give and take at once, and hold as many buffers as those between processes.
     """
     stage.train(True)
+    own = 0.5 if plan.config.data.augment.mixes else None
     size, before, after = steps[0].sizes[0], _maps_last(plan, index - 1), _maps_last(plan, index)
     given = plan.activation(size, index - 1) if index else plan.input(size)
     ahead = errors_ahead(plan.delay, plan.config.train.microbatches, len(plan.links[index].hops_in))
@@ -36,7 +37,7 @@ def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], devic
     errors_in = _Inbox((plan.error(size, index),), ahead, device, after)
     ports = Ports(inbox, _Outbox(after), errors_in, _Outbox(before), _Sum())
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
-                     lambda step: Factors(link=link_factor, own=0.5 if plan.mixing else None), lambda op: None):
+                     lambda step: Factors(link=link_factor, own=own), lambda op: None):
         pass
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from blpipe import launch
 from blpipe.config_types import Named
 from blpipe.data import DataSpec
 from blpipe.errors import ConfigError, one_line
@@ -45,7 +46,8 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
             raise ConfigError(f"model: cannot be made into blocks: {type(error).__name__}: {one_line(error)}; return "
                               "the blocks yourself, as an nn.Sequential, a list or a dict") from error
     out_of_place(blocks)
-    if config.name is None and _has_forward(built) and type(built) is not nn.Sequential:
+    # The first process does so for all: they build the same.
+    if config.name not in BUILT_IN and _has_forward(built) and type(built) is not nn.Sequential and launch.rank() == 0:
         check_same(built, blocks, data)
     return blocks
 
