@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code, or raises SystemExit with it."""
     if launch.under_torchrun():
         # Once one process has ended, torchrun ends the others: first let them find out and say what happened.
-        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS))
+        launch.outlive_sigterm(_GRACE_SECONDS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows another
             stream.reconfigure(errors="replace")

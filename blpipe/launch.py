@@ -1,6 +1,7 @@
 """How this process was started, from torchrun's environment. Imports nothing heavy."""
 
 import os
+import signal
 
 
 def under_torchrun() -> bool:
@@ -16,6 +17,11 @@ def world_size() -> int | None:
 def rank() -> int:
     """This process's rank; 0 without torchrun."""
     return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
+def outlive_sigterm(seconds: float) -> None:
+    """From now on, SIGTERM ends this process only after so many seconds."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, seconds))
 
 
 def restarted_run() -> str | None:

@@ -20,10 +20,12 @@ def check_kept(blocks: list[str], *parts: nn.Module) -> None:
                 raise ConfigError(f"model: {name} {where} is a {type(value).__name__} in the state_dict, and a "
                                   "checkpoint holds tensors alone; register it as a buffer, or leave it out")
         for name, module in part.named_modules():
-            if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                continue
+            if module.sparse:
                 raise ConfigError(f"model: {name} {where} has sparse gradients, which stages do not add up; build it "
                                   "with sparse=False")
-            if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if module.max_norm is not None:
                 raise ConfigError(f"model: {name} {where} writes to its weight in forward, which a late link would "
                                   "lose; build it without max_norm")
 

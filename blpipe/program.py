@@ -23,6 +23,7 @@ due in, which belongs to the program that goes on from there.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -205,6 +206,9 @@ class Sum(Inbox, Outbox, Protocol):
     """Adds up what the replicas of a stage put, tensor by tensor; each gets the sums."""
 
 
+_STEPS_AT_HAND = 64
+
+
 class Factors(NamedTuple):
     """What one step is done with: factors on the learning rate, and on the links of its microbatches.
 
@@ -234,6 +238,7 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
     `on_op` is called before each op. Activations travel with the targets: (x, targets).
     """
     batch_sizes = {step.index: step.samples for step in steps}
+    factors = lru_cache(_STEPS_AT_HAND)(factors)  # asked for with every microbatch, of several steps in turn
     for op in program:
         on_op(op)
         match op.kind:

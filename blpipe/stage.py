@@ -174,6 +174,16 @@ class Stage:
         """Run the blocks on one microbatch, for `bp`: the graph goes on through x and the output."""
         return self.precision.run(self._run_blocks, x)
 
+    def loss_with_graph(self, logits: Tensor, targets: Tensor, own: float | None) -> Tensor:
+        """The last stage's loss on one microbatch, counted, for `bp`: the graph goes on from the logits.
+
+        Args:
+            own: see `local_backward`.
+        """
+        loss = mixed_loss(self.loss, logits, targets, logits, own)
+        self.tally.add(loss, logits, main_targets(targets, own))
+        return loss
+
     def local_backward(self, targets: Tensor, share: float, own: float | None = None) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
 

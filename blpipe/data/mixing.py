@@ -1,7 +1,6 @@
 """Mixing of training images with each other: torchvision's MixUp and CutMix."""
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +44,8 @@ class Mixing:
         ways = (v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)
         self._ways = [way(alpha=alpha) for way, alpha in ways if alpha]
         self._seed, self._image = seed, torch.empty(shape, device="meta")
-        self.of_step = lru_cache(2)(self._draw)  # asked for at every microbatch
 
-    def _draw(self, step: int) -> Mix:
+    def of_step(self, step: int) -> Mix:
         """For a step of the run, from 0: the same for all of its microbatches."""
         with seeded(derive_seed(self._seed, "mix", step)):
             way = self._ways[int(torch.randint(len(self._ways), ()))]

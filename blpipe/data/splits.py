@@ -1,6 +1,5 @@
 """A split: raw samples and their targets, fetched batch by batch, from memory or from a map-style Dataset."""
 
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from blpipe import launch
 from blpipe.config import DataConfig
 from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
@@ -156,7 +156,7 @@ class DatasetSplit:
 
 def _outlive_sigterm(worker: int) -> None:
     """SIGTERM comes to all processes of a run, which still needs its batches to end between two steps."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS))
+    launch.outlive_sigterm(_GRACE_SECONDS)
 
 
 class _Batches(Dataset[Any]):

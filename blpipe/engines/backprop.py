@@ -15,7 +15,6 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from blpipe.engines.common import factors
 from blpipe.engines.feed import Feed
 from blpipe.errors import PeerLostError
-from blpipe.losses import main_targets, mixed_loss
 from blpipe.plan import Plan, Step, TensorSpec
 from blpipe.stage import Stage
 from blpipe.transport.queues import ReceiveQueue, SendQueue
@@ -103,6 +102,4 @@ class Backprop:
         return torch.empty(spec.shape, dtype=spec.dtype, device="meta", requires_grad=spec.dtype.is_floating_point)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        loss = mixed_loss(self.stage.loss, logits, targets, logits, self._own)
-        self.stage.tally.add(loss, logits, main_targets(targets, self._own))
-        return loss * self._share
+        return self.stage.loss_with_graph(logits, targets, self._own) * self._share

@@ -38,7 +38,7 @@ from blpipe.engines.common import (
 )
 from blpipe.engines.feed import Feed, TrainFeed, test_microbatches
 from blpipe.graphs import recorder_on
-from blpipe.losses import Tally, main_targets, mixed_loss
+from blpipe.losses import Tally
 from blpipe.plan import Plan, Step
 from blpipe.program import Op, Ports, evaluation_program, execute, train_program
 from blpipe.stage import Stage
@@ -235,8 +235,7 @@ class LocalEngine:
                             with stage.stream:
                                 x = stage.forward_with_graph(x)
                         with stage.stream:
-                            loss = mixed_loss(stage.loss, x, targets, x, now.own)
-                        stage.tally.add(loss, x, main_targets(targets, now.own))
+                            loss = stage.loss_with_graph(x, targets, now.own)
                         (loss * (size / own.samples)).backward()
                     self._losses.note(len(stages) - 1, stage, index)
                 self._add_up(lambda stage: stage.to_share(), lambda stage, sums: stage.update.take_shared(sums))
