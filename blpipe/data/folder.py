@@ -80,7 +80,7 @@ def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] |
     if config.root is None:
         raise ConfigError(f"{key}.root: is required for imagefolder: the folder with train/CLASS/* and "
                           "test/CLASS/*")
-    root = Path(config.root).expanduser()
+    root = Path(config.root)
     test_name = "test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val"
     train_paths, train_names = _scan(root / "train", key)
     test_paths, test_names = _scan(root / test_name, key)

@@ -72,7 +72,7 @@ def arrays(config: DataConfig, seed: int, key: str) -> Source:
     """
     if config.root is None:
         raise ConfigError(f"{key}.root: is required for arrays: the .npz file with {', '.join(ARRAYS)}")
-    found = _read_npz(Path(config.root).expanduser(), f"{key}.root")
+    found = _read_npz(Path(config.root), f"{key}.root")
     train_x, train_y, test_x, test_y = (torch.from_numpy(found[name]) for name in ARRAYS)
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if len(x) != len(y):
