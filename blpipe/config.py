@@ -1,4 +1,4 @@
-"""The config: every key, nested, typed and frozen, with what must hold between keys."""
+"""The config: every key, nested, typed and frozen. What must hold between keys is in config_rules.py."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -96,15 +96,6 @@ class PartitionConfig(Section):
                              "leave stages out")
         if self.cuts is None and self.stages is None:
             raise ValueError("give stages (how many) or cuts (the block that each later stage begins with)")
-        if self.speeds is not None and len(self.speeds) != self.stage_count:
-            raise ValueError(f"{len(self.speeds)} speeds for {self.stage_count} stages; give one a stage, or none")
-        if self.target is not None and self.strategy != "even":
-            raise ValueError(f"give a target or strategy: {self.strategy}, not both; a target needs no strategy")
-        if self.args and self.target is None and self.strategy in ("even", "balanced"):
-            raise ValueError(f"args {self.args} are for a target, or for a strategy that a package registered; leave "
-                             "them out")
-        if self.memory_limit is not None and self.strategy != "balanced":
-            raise ValueError("memory_limit needs strategy: balanced, which finds the cuts that keep it")
         return self
 
     @property
@@ -341,68 +332,3 @@ class Config(Section):
     def processes(self) -> int:
         """Of the pipeline engine: one for each stage of each replica."""
         return self.partition.stage_count * self.train.replicas
-
-    @model_validator(mode="after")
-    def _one_for_each_stage(self) -> "Config":
-        stages = self.partition.stage_count
-        for key, value, count in (("head", self.method.head, stages - 1), ("loss", self.method.loss, stages),
-                                  ("link.weight", self.method.link.weight, stages - 1)):
-            if isinstance(value, tuple) and len(value) != count:
-                which = "one for each" if count == stages else "one for each but the last"
-                raise ValueError(f"method.{key}: a list of {len(value)} for {stages} stages; give {count}, {which}, "
-                                 "or one value for all")
-        return self
-
-    @model_validator(mode="after")
-    def _lists_need_fixed_stages(self) -> "Config":
-        for key, value in (("head", self.method.head), ("loss", self.method.loss)):
-            if self.partition.unsettled and isinstance(value, tuple) and any(part != value[0] for part in value):
-                raise ValueError(f"method.{key}: a list needs stages that are fixed, and partition.strategy balanced "
-                                 f"looks for them; give one {key}, or partition.cuts")
-        return self
-
-    @model_validator(mode="after")
-    def _every_block_learns(self) -> "Config":
-        method = self.method
-        if method.name != "bp" and method.local_weight == 0.0 and self.partition.stage_count > 1 and not method.linked:
-            raise ValueError("method.local_weight: 0, and no link: only the last stage would learn; set "
-                             "method.local_weight=1, or a link of weight, length and reach above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _recomputed_as_it_is(self) -> "Config":
-        graphs = self.runtime.cuda_graphs and self.method.name != "bp"
-        for key, on in (("train.compile", self.train.compile), ("runtime.cuda_graphs", graphs)):
-            if self.train.recompute and on:
-                raise ValueError(f"train.recompute: true, which goes without {key}; set one of them to false")
-        return self
-
-    @model_validator(mode="after")
-    def _one_error_to_join(self) -> "Config":
-        link = self.method.link
-        if link.joint and not link.off and (link.reach != 1 or link.normalize):
-            key, value = ("reach", 1) if link.reach != 1 else ("normalize", "false")
-            raise ValueError(f"method.link.joint: true joins the local loss and the next stage's error as they are; "
-                             f"set method.link.{key}={value}, or leave method.link.joint out")
-        return self
-
-    @model_validator(mode="after")
-    def _sent_as_it_is(self) -> "Config":
-        if self.train.wire == "bf16" and self.method.name == "bp":
-            raise ValueError("train.wire: bf16, but torch's schedules send the activations of bp as they are; leave "
-                             "train.wire out")
-        return self
-
-    @model_validator(mode="after")
-    def _clipped_by_stage(self) -> "Config":
-        clip = self.optimizer.clip_norm
-        if clip is not None and self.method.name == "bp" and self.partition.stage_count > 1:
-            raise ValueError(f"optimizer.clip_norm: {clip} would clip each stage by itself, which changes bp with the "
-                             "partition; leave it out, or train bp in one stage")
-        return self
-
-    @model_validator(mode="after")
-    def _traceable(self) -> "Config":
-        if self.runtime.trace and self.method.name == "bp":
-            raise ValueError("runtime.trace traces stage programs, and method bp runs none; set runtime.trace=false")
-        return self

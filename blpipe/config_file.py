@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from blpipe.config import Config
+from blpipe.config_rules import conflicts
 from blpipe.config_types import EACH, ONE, Section
 from blpipe.errors import ConfigError, one_line, printable
 
@@ -86,8 +87,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """Check a nested dictionary of keys. Raises ConfigError with every problem found."""
-    return parse_as(Config, tree)
+    """Check a nested dictionary of keys: each by itself, and if all are right, together.
+
+    Raises:
+        ConfigError: with every problem found, each on its own line with its key path.
+    """
+    config = parse_as(Config, tree)
+    problems = [*conflicts(config)]
+    if problems:
+        raise ConfigError(*problems)
+    return config
 
 
 def parse_as(kind: type[S], tree: dict[str, Any]) -> S:
@@ -142,15 +151,30 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def set_key(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the key at `path` ("key.sub") of a nested dictionary; sections on the way there are copied, or made."""
-    keys = path.split(".")
-    for key in keys[:-1]:
-        below = tree.get(key)
-        if isinstance(below, str):  # the short form of {name: …}
-            below = {"name": below}
-        tree[key] = dict(below) if isinstance(below, dict) else {}
-        tree = tree[key]
-    tree[keys[-1]] = value
+    """Set the key at `path` ("key.sub", in a list "key.0") of a nested dictionary; sections on the way are copied, or
+    made.
+
+    Raises:
+        ConfigError: the path goes through a list, and not by the number of one of its values.
+    """
+    keys, section = path.split("."), tree
+    place: Any = keys[0]
+    for depth, key in enumerate(keys[1:], start=1):
+        below = section[place] if isinstance(section, list) else section.get(place)
+        if isinstance(below, list) and not (key.isdecimal() and int(key) < len(below)):
+            name = ".".join(keys[:depth])
+            raise ConfigError(f"{printable(path)}: {printable(name)} is a list of {len(below)}; give the number of one, "
+                              f"such as {printable(name)}.0, or the whole list")
+        section[place] = _copied(below)
+        section = section[place]
+        place = int(key) if isinstance(section, list) else key
+    section[place] = value
+
+
+def _copied(section: Any) -> Any:
+    if isinstance(section, str):  # the short form of {name: …}
+        return {"name": section}
+    return section.copy() if isinstance(section, dict | list) else {}
 
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
@@ -163,8 +187,6 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
         return f"{path}: is required, and not given"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "valid list")
     value = error["input"]
-    if not error["loc"]:  # of two sections together; the message names the keys
-        return message
     if error["type"] == "literal_error":
         close = get_close_matches(_shown(value).strip("'"), re.findall(r"'([^']+)'", message), n=1)
         message += f" (did you mean {close[0]!r}?)" if close else ""

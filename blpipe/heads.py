@@ -242,6 +242,6 @@ def build_head(config: Named, boundary: Boundary, seed: int, name: str, key: str
     with fixed_randomness(derive_seed(seed, "head", name)):
         head = call(key, builder, boundary, **config.args)
     if not isinstance(head, nn.Module):
-        raise ConfigError(f"{key}.target: it returned a {type(head).__name__}; return an nn.Module")
+        raise ConfigError(f"{key}: it returned a {type(head).__name__}; return an nn.Module")
     out_of_place(head)
     return head

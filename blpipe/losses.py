@@ -181,7 +181,7 @@ def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str
     with fixed_randomness(derive_seed(seed, "loss", name)):
         loss = call(key, partial(builder, boundary=boundary) if takes_x else builder, **config.args)
     if not callable(loss):
-        raise ConfigError(f"{key}.target: it returned a {type(loss).__name__}; "
+        raise ConfigError(f"{key}: it returned a {type(loss).__name__}; "
                           f"return a function of (logits, targets{', x' if takes_x else ''})")
     if not (takes_x and isinstance(loss, nn.Module)):
         loss = LocalLoss(loss, takes_x)

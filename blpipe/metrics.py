@@ -61,8 +61,8 @@ class RunLog:
         assert epoch.reports is not None
         last_step = (epoch.index + 1) * len(self._plan.step_sizes) - 1
         lr = self._plan.config.optimizer.lr * factors(self._plan, last_step).lr
-        rows = [{"epoch": epoch.index + 1, "stage": number, "lr": lr,
-                 "samples_per_second": self._plan.samples_per_epoch / report.train_seconds, **asdict(report)}
+        rows = [{"epoch": epoch.index + 1, "stage": number, "blocks": blocks_text(self._plan.block_names(number - 1)),
+                 "lr": lr, "samples_per_second": self._plan.samples_per_epoch / report.train_seconds, **asdict(report)}
                 for number, report in enumerate(epoch.reports, start=1)]
         self._rows += rows
         return [*self._append(rows), *self._draw(rows, last_step + 1)]
@@ -115,10 +115,10 @@ class RunLog:
             "train_seconds": seconds,
             "steps": plan.config.train.epochs * len(plan.step_sizes),
             "stages": [row | {
-                "busy_seconds": self._total(number, "busy_seconds"),
-                "wait_seconds": self._total(number, "wait_seconds"),
-                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in self._rows if r["stage"] == number),
-            } for number, row in enumerate(stage_rows(plan), start=1)],
+                "busy_seconds": _total(rows, "busy_seconds"),
+                "wait_seconds": _total(rows, "wait_seconds"),
+                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows),
+            } for row, rows in zip(stage_rows(plan), map(self._rows_like, last), strict=True)],
             "versions": {"blpipe": blpipe.__version__, "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
         }
@@ -132,9 +132,14 @@ class RunLog:
             self._board.close()
         return result
 
-    def _total(self, stage: int, key: str) -> float | None:
-        values = [row[key] for row in self._rows if row["stage"] == stage]
-        return None if None in values else sum(values)
+    def _rows_like(self, last: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those of the same stage of the same blocks; a run that went on may have had others."""
+        return [row for row in self._rows if all(row.get(key) == last.get(key) for key in ("stage", "blocks"))]
+
+
+def _total(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows]
+    return None if None in values else sum(values)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -185,6 +185,19 @@ def test_a_run_goes_on_with_other_stages_and_more_epochs(folder, capsys):
         assert run("export", str(path), "--out", "model.pt") == 0
 
 
+def test_a_result_adds_up_the_seconds_of_its_own_stages(folder):
+    assert run("train", "--resume", "runs/small", "partition={cuts: ['3']}", "train.epochs=3") == 0
+    rows = [json.loads(line) for line in (folder / "runs/small/metrics.jsonl").read_text().splitlines()]
+    stages = json.loads((folder / "runs/small/result.json").read_text())["stages"]
+    for number, stage in enumerate(stages, start=1):
+        before, *own = [row for row in rows if row["stage"] == number]
+        assert len(own) == 2
+        assert before["blocks"] != own[0]["blocks"]
+        for key in ("busy_seconds", "wait_seconds"):
+            assert stage[key] == sum(row[key] for row in own)
+        assert stage["peak_memory_bytes"] == max(row["peak_memory_bytes"] for row in own)
+
+
 def test_eval_and_export_take_any_checkpoint(folder, capsys):
     first, last = checkpoints(Path("runs/small"))
     weights = []

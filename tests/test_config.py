@@ -143,6 +143,19 @@ def test_an_override_below_a_short_form_keeps_its_name(load):
     assert (config.model.name, config.model.args) == ("mlp", {"hidden": [4]})
 
 
+def test_an_override_below_a_list_keeps_the_rest_of_it(load):
+    config = load(SMALLEST_YAML, "partition={stages: 3}", "method.head=[conv, linear]", "method.head.0.args.hidden=3",
+                  "method.head.1=mlp_sr")
+    assert [(head.name, head.args) for head in config.method.head] == [("conv", {"hidden": 3}), ("mlp_sr", {})]
+
+
+@pytest.mark.parametrize("key", ["args.hidden", "2", "-1.args"])
+def test_an_override_below_a_list_needs_a_number_that_it_has(load, key):
+    with pytest.raises(ConfigError, match=re.escape(f"method.head.{key}: method.head is a list of 2; give the number of "
+                                                    "one, such as method.head.0, or the whole list")):
+        load(SMALLEST_YAML, "method.head=[conv, linear]", f"method.head.{key}=3")
+
+
 def test_an_override_fills_an_empty_section(load):
     assert load(SMALLEST_YAML + "train:\n", "train.epochs=3").train.epochs == 3
 
@@ -246,17 +259,26 @@ def test_a_part_has_either_a_name_or_a_target(part):
 
 
 @pytest.mark.parametrize(("partition", "message"), [
-    ({"cuts": ["a"], "stages": 3}, "1 cuts make 2 stages, but stages is 3; leave stages out"),
-    ({"cuts": ["a"], "target": "b:c"}, "give cuts or a target, not both"),
-    ({"target": "b:c"}, "give stages (how many) or cuts (the block that each later stage begins with)"),
-    ({}, "give stages (how many) or cuts (the block that each later stage begins with)"),
-    ({"stages": 2, "target": "b:c", "strategy": "balanced"}, "give a target or strategy: balanced, not both; a "
-                                                                "target needs no strategy"),
-    ({"stages": 2, "args": {"by": "size"}}, "args {'by': 'size'} are for a target, or for a strategy that a package "
-                                            "registered; leave them out"),
+    ({"cuts": ["a"], "stages": 3}, "partition: 1 cuts make 2 stages, but stages is 3; leave stages out"),
+    ({"cuts": ["a"], "target": "b:c"}, "partition: give cuts or a target, not both"),
+    ({"target": "b:c"}, "partition: give stages (how many) or cuts (the block that each later stage begins with)"),
+    ({}, "partition: give stages (how many) or cuts (the block that each later stage begins with)"),
+    ({"stages": 2, "target": "b:c", "strategy": "balanced"},
+     "partition.strategy: balanced, but there is a target too, which needs no strategy; leave one of them out"),
+    ({"stages": 2, "args": {"by": "size"}}, "partition.args: {'by': 'size'} are for a target, or for a strategy that a "
+                                            "package registered; leave them out"),
 ])
 def test_a_partition_that_contradicts_itself_is_refused(partition, message):
-    assert problems(partition=partition) == (f"partition: {message}",)
+    assert problems(partition=partition) == (message,)
+
+
+def test_all_conflicts_between_keys_are_told_at_once():
+    said = problems(partition={"stages": 2, "speeds": [1], "memory_limit": "1GiB", "args": {"a": 1}},
+                    method={"name": "bp", "head": ["conv", "conv"]}, optimizer={"clip_norm": 1},
+                    train={"recompute": True, "compile": True, "wire": "bf16"}, runtime={"trace": True})
+    keys = ["partition.speeds", "partition.args", "partition.memory_limit", "method.head", "train.recompute",
+            "train.wire", "optimizer.clip_norm", "runtime.trace"]
+    assert [re.split("[: ]", line)[0] for line in said] == keys
 
 
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 1\n", "train: {epochs: 1, epochs: 2}\n",

@@ -239,7 +239,7 @@ def test_a_head_of_the_users_own_gets_the_boundary_and_its_args():
 
 
 def test_a_target_that_makes_no_module_is_refused():
-    with pytest.raises(ConfigError, match=r"^method\.head\.target: it returned a str; return an nn\.Module$"):
+    with pytest.raises(ConfigError, match=r"^method\.head: it returned a str; return an nn\.Module$"):
         build_target("own_text")
 
 
@@ -284,7 +284,7 @@ def test_label_smoothing_out_of_range_is_refused(label_smoothing):
 @pytest.mark.parametrize(("loss", "message"), [
     ({"name": "cross_entrophy"}, r"^method\.loss\.name: unknown 'cross_entrophy' \(did you mean 'cross_entropy'\?\)"),
     ({"args": {"smoothing": 0.1}}, r"^method\.loss\.args: .*'smoothing'; it takes label_smoothing$"),
-    ({"target": "test_heads_losses:own_text"}, r"^method\.loss\.target: it returned a str; return a function of "),
+    ({"target": "test_heads_losses:own_text"}, r"^method\.loss: it returned a str; return a function of "),
 ])
 def test_a_loss_that_cannot_be_built_is_refused(loss, message):
     with pytest.raises(ConfigError, match=message):

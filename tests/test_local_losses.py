@@ -270,7 +270,7 @@ def test_the_tensors_of_a_loss_are_found():
 
 @pytest.mark.parametrize(("config", "message"), [
     ({"target": "test_local_losses:text"},
-     r"^method\.loss\.2\.target: it returned a str; return a function of \(logits, targets, x\)$"),
+     r"^method\.loss\.2: it returned a str; return a function of \(logits, targets, x\)$"),
     ({"name": "supcom"}, r"^method\.loss\.2\.name: unknown 'supcom' \(did you mean 'supcon'\?\); .* or "
                          r"method\.loss\.2\.target for your own$"),
     ({"name": "supcon", "args": {"a": 1}}, r"^method\.loss\.2\.args: .*'a'; it takes temperature, weight$"),

@@ -230,6 +230,7 @@ class LocalEngine:
             try:
                 for own, feed, stages in zip(step, feeds, self.replicas.values(), strict=True):
                     for size in own.sizes:
+                        stage = stages[0]
                         x, targets = feed.get()
                         for stage in stages.values():
                             with stage.stream:

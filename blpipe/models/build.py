@@ -67,10 +67,10 @@ def as_blocks(built: Any) -> nn.Sequential:
     elif isinstance(built, nn.Module):
         blocks = blocks_of(built)
     else:
-        raise ConfigError(f"model.target: it returned a {type(built).__name__}; return an nn.Module, or a list or "
+        raise ConfigError(f"model: it returned a {type(built).__name__}; return an nn.Module, or a list or "
                           "dict of modules: the blocks in order")
     if len(blocks) == 0:
-        raise ConfigError("model.target: it returned no blocks; return at least one module")
+        raise ConfigError("model: it returned no blocks; return at least one module")
     for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
         if is_lazy(tensor):
             raise ConfigError(f"model: {name} has no shape yet; give its layer the size of its input, instead of a "
@@ -105,9 +105,9 @@ def _has_forward(built: Any) -> bool:
 def _checked(modules: dict[Any, Any]) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if not isinstance(module, nn.Module):
-            raise ConfigError(f"model.target: its block {name!r} is a {type(module).__name__}, not an nn.Module")
+            raise ConfigError(f"model: its block {name!r} is a {type(module).__name__}, not an nn.Module")
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.Sequential(), name):
-            raise ConfigError(f"model.target: the block name {name!r} must be a text without dots, and no name that "
+            raise ConfigError(f"model: the block name {name!r} must be a text without dots, and no name that "
                               "nn.Module uses itself")
     return modules
 

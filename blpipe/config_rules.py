@@ -1,0 +1,74 @@
+"""What must hold between the keys of a config, each of which is right by itself."""
+
+from collections.abc import Iterator
+
+from blpipe.config import Config
+
+
+def conflicts(config: Config) -> Iterator[str]:
+    """Every pair of keys that do not go together, on one line each: the key, its value and the remedy."""
+    yield from _of_partition(config)
+    yield from _of_lists(config)
+    yield from _of_links(config)
+    yield from _of_recomputing(config)
+    if config.method.name == "bp":
+        yield from _of_bp(config)
+
+
+def _of_partition(config: Config) -> Iterator[str]:
+    partition = config.partition
+    if partition.speeds is not None and len(partition.speeds) != partition.stage_count:
+        yield (f"partition.speeds: {len(partition.speeds)} speeds for {partition.stage_count} stages; give one a stage, "
+               "or none")
+    if partition.target is not None and partition.strategy != "even":
+        yield (f"partition.strategy: {partition.strategy}, but there is a target too, which needs no strategy; leave "
+               "one of them out")
+    if partition.args and partition.target is None and partition.strategy in ("even", "balanced"):
+        yield (f"partition.args: {partition.args} are for a target, or for a strategy that a package registered; leave "
+               "them out")
+    if partition.memory_limit is not None and partition.strategy != "balanced":
+        yield ("partition.memory_limit: needs partition.strategy=balanced, which finds the cuts that keep it; set that, "
+               "or leave it out")
+
+
+def _of_lists(config: Config) -> Iterator[str]:
+    """Lists with a part or a number for each stage."""
+    method, stages = config.method, config.partition.stage_count
+    for key, value, count in (("head", method.head, stages - 1), ("loss", method.loss, stages),
+                              ("link.weight", method.link.weight, stages - 1)):
+        if isinstance(value, tuple) and len(value) != count:
+            which = "one for each" if count == stages else "one for each but the last"
+            yield (f"method.{key}: a list of {len(value)} for {stages} stages; give {count}, {which}, or one value for "
+                   "all")
+    for key, parts in (("head", method.head), ("loss", method.loss)):
+        if config.partition.unsettled and isinstance(parts, tuple) and any(part != parts[0] for part in parts):
+            yield (f"method.{key}: a list needs stages that are fixed, and partition.strategy balanced looks for them; "
+                   f"give one {key}, or partition.cuts")
+
+
+def _of_links(config: Config) -> Iterator[str]:
+    method, link = config.method, config.method.link
+    if method.name != "bp" and method.local_weight == 0.0 and config.partition.stage_count > 1 and not method.linked:
+        yield ("method.local_weight: 0, and no link: only the last stage would learn; set method.local_weight=1, or a "
+               "link of weight, length and reach above 0")
+    if link.joint and not link.off and (link.reach != 1 or link.normalize):
+        key, value = ("reach", 1) if link.reach != 1 else ("normalize", "false")
+        yield (f"method.link.joint: true joins the local loss and the next stage's error as they are; set "
+               f"method.link.{key}={value}, or leave method.link.joint out")
+
+
+def _of_recomputing(config: Config) -> Iterator[str]:
+    graphs = config.runtime.cuda_graphs and config.method.name != "bp"
+    for key, on in (("train.compile", config.train.compile), ("runtime.cuda_graphs", graphs)):
+        if config.train.recompute and on:
+            yield f"train.recompute: true, which goes without {key}; set one of them to false"
+
+
+def _of_bp(config: Config) -> Iterator[str]:
+    if config.train.wire == "bf16":
+        yield "train.wire: bf16, but torch's schedules send the activations of bp as they are; leave train.wire out"
+    if config.optimizer.clip_norm is not None and config.partition.stage_count > 1:
+        yield (f"optimizer.clip_norm: {config.optimizer.clip_norm} would clip each stage by itself, which changes bp "
+               "with the partition; leave it out, or train bp in one stage")
+    if config.runtime.trace:
+        yield "runtime.trace traces stage programs, and method bp runs none; set runtime.trace=false"
