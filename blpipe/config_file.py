@@ -163,8 +163,8 @@ def set_key(tree: dict[str, Any], path: str, value: Any) -> None:
         below = section[place] if isinstance(section, list) else section.get(place)
         if isinstance(below, list) and not (key.isdecimal() and int(key) < len(below)):
             name = ".".join(keys[:depth])
-            raise ConfigError(f"{printable(path)}: {printable(name)} is a list of {len(below)}; give the number of one, "
-                              f"such as {printable(name)}.0, or the whole list")
+            raise ConfigError(f"{printable(path)}: {printable(name)} is a list of {len(below)}; give the number of one "
+                              f"of them, such as {printable(name)}.0, or the whole list")
         section[place] = _copied(below)
         section = section[place]
         place = int(key) if isinstance(section, list) else key

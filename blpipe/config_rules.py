@@ -18,8 +18,8 @@ def conflicts(config: Config) -> Iterator[str]:
 def _of_partition(config: Config) -> Iterator[str]:
     partition = config.partition
     if partition.speeds is not None and len(partition.speeds) != partition.stage_count:
-        yield (f"partition.speeds: {len(partition.speeds)} speeds for {partition.stage_count} stages; give one a stage, "
-               "or none")
+        yield (f"partition.speeds: {len(partition.speeds)} speeds for {partition.stage_count} stages; give one a "
+               "stage, or none")
     if partition.target is not None and partition.strategy != "even":
         yield (f"partition.strategy: {partition.strategy}, but there is a target too, which needs no strategy; leave "
                "one of them out")
@@ -27,8 +27,8 @@ def _of_partition(config: Config) -> Iterator[str]:
         yield (f"partition.args: {partition.args} are for a target, or for a strategy that a package registered; leave "
                "them out")
     if partition.memory_limit is not None and partition.strategy != "balanced":
-        yield ("partition.memory_limit: needs partition.strategy=balanced, which finds the cuts that keep it; set that, "
-               "or leave it out")
+        yield ("partition.memory_limit: needs partition.strategy=balanced, which finds the cuts that keep it; set "
+               "that, or leave it out")
 
 
 def _of_lists(config: Config) -> Iterator[str]:

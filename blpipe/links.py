@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from blpipe.config import MethodConfig
+from blpipe.config_types import WirePrecision
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class Links:
         weight: λ.
         local_weight: α.
         joint: whether the tail takes its local gradient together with the error.
+        late: whether errors come after the step that follows their forward.
+        take: whether each of them trains the stage, or the last to come alone.
+        keep: the tail's graph until its errors are there, or its input alone.
+        normalize: whether a link gradient is scaled to the norm of the local one.
+        wire: the precision of errors under way.
     """
 
     hops_in: tuple[int, ...] = ()
@@ -25,6 +32,11 @@ class Links:
     weight: float = 1.0
     local_weight: float = 1.0
     joint: bool = False
+    late: bool = True
+    take: Literal["every", "farthest"] = "every"
+    keep: Literal["graph", "recompute"] = "graph"
+    normalize: bool = False
+    wire: WirePrecision = "full"
 
 
 def hops(method: MethodConfig, stages: int) -> list[tuple[int, ...]]:
@@ -43,13 +55,14 @@ def hops(method: MethodConfig, stages: int) -> list[tuple[int, ...]]:
 
 def stage_links(method: MethodConfig, sizes: Sequence[int]) -> list[Links]:
     """What goes back through each of the stages with these numbers of blocks."""
-    links, before = [], tuple[int, ...]()
+    link, links, before = method.link, [], tuple[int, ...]()
     for k, (size, hops_in) in enumerate(zip(sizes, hops(method, len(sizes)), strict=True)):
         last = k == len(sizes) - 1
-        length = size if method.link.length == "all" else min(method.link.length, size)
+        length = size if link.length == "all" else min(link.length, size)
         alpha = 1.0 if last else method.local_weight
-        links.append(Links(hops_in, before, length if hops_in else 0, 0.0 if last else method.link.stage_weight(k),
-                           alpha, joint=method.link.joint and bool(hops_in and alpha)))
+        links.append(Links(hops_in, before, length if hops_in else 0, 0.0 if last else link.stage_weight(k), alpha,
+                           link.joint and bool(hops_in and alpha), link.delay > 0, link.take, link.keep, link.normalize,
+                           link.wire))
         before = hops_in
     return links
 

@@ -190,24 +190,25 @@ def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str
 
 
 def mixed_loss(loss: Callable[..., Tensor], logits: Tensor, targets: Tensor, x: Tensor,
-               own: Tensor | float | None) -> Tensor:
+               mix_ratio: Tensor | float | None) -> Tensor:
     """The loss of images that are mixed with the one before each: of their own labels and the other's, in shares.
 
     It is linear in the targets where `loss` is, as cross-entropy is: then it is that of mixed labels.
 
     Args:
-        own: the share of their own; None where they are not mixed.
+        mix_ratio: the share of their own; None where they are not mixed.
     """
     value: Tensor = loss(logits, targets, x)
-    if own is None:
+    if mix_ratio is None:
         return value
     other = loss(logits, targets.roll(1, 0), x)
-    return other + (value - other) * (own.to(value.dtype) if isinstance(own, Tensor) else own)
+    share = mix_ratio.to(value.dtype) if isinstance(mix_ratio, Tensor) else mix_ratio
+    return other + (value - other) * share
 
 
-def main_targets(targets: Tensor, own: float | None) -> Tensor:
+def main_targets(targets: Tensor, mix_ratio: float | None) -> Tensor:
     """The label of each image that has the larger share in it; see `mixed_loss`."""
-    return targets if own is None or own >= 0.5 else targets.roll(1, 0)
+    return targets if mix_ratio is None or mix_ratio >= 0.5 else targets.roll(1, 0)
 
 
 class Tally:

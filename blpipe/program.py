@@ -47,7 +47,7 @@ class Kind(Enum):
     LINK_BACKWARD = "link backward"
     HOLD_LINK = "hold link"  # a link backward whose gradient waits for its step
     ADD_HELD = "add held link"
-    SHARE = "share gradients"  # with the other replicas of the stage
+    ALL_REDUCE = "all-reduce gradients"  # over the replicas of the stage
     STEP = "step"
     EVALUATE = "evaluate"
 
@@ -66,12 +66,12 @@ class Op(NamedTuple):
 
 @dataclass(frozen=True)
 class Role:
-    """What a stage exchanges with its neighbours, and whether it shares gradients with replicas of itself."""
+    """What a stage exchanges with its neighbours, and whether gradients are summed over replicas of it."""
 
     sends: bool    # activations, to the next stage
     hops_out: tuple[int, ...]  # errors of each microbatch for the stage before: 1 is its own, others it passes on
     hops_in: tuple[int, ...]   # errors of each microbatch from the next stage
-    shares: bool = False
+    replicated: bool = False
 
 
 class _Link(NamedTuple):
@@ -115,8 +115,8 @@ def train_program(steps: Sequence[Step], role: Role, delay: int, start: int = 0,
         flush = _pop_due(awaiting, inf) if delay == 0 or step is steps[-1] else []
         if not done:
             yield from _links(flush, role, start)
-            if role.shares:
-                yield Op(Kind.SHARE, step.index)
+            if role.replicated:
+                yield Op(Kind.ALL_REDUCE, step.index)
             yield Op(Kind.STEP, step.index)
     yield from _links([link for link in _pop_due(awaiting, inf) if link.step >= start], role, start, hold=True)
 
@@ -212,12 +212,12 @@ _STEPS_AT_HAND = 64
 class Factors(NamedTuple):
     """What one step is done with: factors on the learning rate, and on the links of its microbatches.
 
-    own: the share of an image's own label in its loss, where images are mixed.
+    mix_ratio: the share of an image's own label in its loss, where images are mixed.
     """
 
     lr: float = 1.0
     link: float = 1.0
-    own: float | None = None
+    mix_ratio: float | None = None
 
 
 @dataclass
@@ -255,7 +255,7 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 ports.outbox.put(x, targets)
                 del x  # what is sent is not held here until the next batch, nor are errors below
             case Kind.LOCAL_BACKWARD:
-                error = stage.local_backward(targets, len(targets) / batch_sizes[op.step], factors(op.step).own)
+                error = stage.local_backward(targets, len(targets) / batch_sizes[op.step], factors(op.step).mix_ratio)
                 del targets  # they share their buffer with the input
             case Kind.SEND_ERROR:
                 assert ports.errors_out is not None and error is not None
@@ -272,11 +272,11 @@ def execute(program: Iterator[Op], stage: Stage, ports: Ports, steps: Sequence[S
                 del link_error
             case Kind.ADD_HELD:
                 stage.add_held((op.step, op.microbatch), op.hop)
-            case Kind.SHARE:
+            case Kind.ALL_REDUCE:
                 assert ports.replicas is not None
-                ports.replicas.put(*stage.to_share())
+                ports.replicas.put(*stage.to_reduce())
                 while not ports.replicas.has_message():
                     yield
-                stage.update.take_shared(ports.replicas.get())
+                stage.update.take_reduced(ports.replicas.get())
             case Kind.STEP:
                 stage.step(op.step, factors(op.step).lr)

@@ -18,55 +18,24 @@ After "BackLink: Supervised Local Training with Backward Links" (arXiv 2205.0714
 abstract could be read: the formula for α = 1, r = 1 is our reading of it; α and r are ours.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
-from blpipe.config import LinkConfig
 from blpipe.config_types import WirePrecision
 from blpipe.device import Precision, narrowed, widened
-from blpipe.gradients import (
-    Within,
-    copies_of,
-    edge_of,
-    first_names,
-    gradients_of,
-    norm_of,
-    ratio,
-    trainable_copies_of,
-    weighted,
-    with_tensors,
-)
+from blpipe.gradients import edge_of, gradients_of, norm_of, ratio, weighted
 from blpipe.graphs import Recorder, Runner
 from blpipe.links import Links
 from blpipe.losses import Tally, main_targets, mixed_loss
 from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
+from blpipe.tail import Tail, TailRun
 from blpipe.update import Update
-
-
-@dataclass
-class TailRun:
-    """A forward of the tail, kept until its last link backward."""
-
-    runner: Runner                 # runs what is computed on this microbatch
-    parameters: dict[str, Tensor]  # the live ones, or the snapshot that it ran with
-    h: Tensor                      # its input, a leaf: the body's graph ends before it
-    graph: GradientEdge | None     # of its output
-    dtype: torch.dtype             # of its output
-    buffers: dict[str, Tensor]     # for recomputing: the tail's buffers as they were
-    random_state: list[Tensor] | None = None  # for recomputing: where the random stream stood
-    again: bool = False            # whether the graph was given up, and the tail must run again
-    local_norm: Tensor | None = None  # for normalising: the norm of its local gradient
-    local_error: Tensor | None = None  # for a joint backward: ∂L_k/∂x_k
-
 
 Held = tuple[int, int, int]
 """Step, microbatch and hop of a link whose gradients are held."""
@@ -86,105 +55,62 @@ class InFlight:
 class Stage:
     """Blocks, a head, a local loss and an optimizer. Tensors are [microbatch, …] on the stage's device.
 
-    A microbatch goes through `forward`, `local_backward` and, for each hop, `link_backward` once that error is
-    there, each hop in the order of the forwards; `step` ends a batch. A link that arrives after a step needs
-    the weights of its own forward: with `link.delay` ≥ 1 the tail runs on a snapshot of its parameters, made
-    once a step (or for each microbatch that is recorded), and the gradients are added to the live ones.
+    A microbatch goes through `forward`, `local_backward` and, for each hop, `link_backward` once that error is there,
+    each hop in the order of the forwards; `step` ends a batch.
 
     Args:
         blocks: the stage's part of the model.
         head: from the stage's output to logits; `nn.Identity()` for the last stage, None for a stage that has
             no local loss (`bp`).
         loss: of (logits, targets, x_k); not called where there is no head.
-        links: which errors come and go, and what they weigh.
-        link: their delay, which of them train the stage, and how they are treated.
-        optimizer: over the parameters of blocks, head and loss; None if they have none.
-        clip_norm: what their gradients' norm is scaled down to where it is larger; None to leave it.
+        update: of the weights of all three, at the end of a batch.
+        links: which errors come and go, and how they train the stage.
         stream: this stage's random numbers.
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
         recompute: whether a block keeps its input alone, and runs again in its backward.
         compile: whether torch.compile compiles blocks and head, for training.
-        skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
-            waits for the device in every step.
         recorder: of what is computed on each microbatch; None to run everything as it is.
-        leads: whether it is the one that other replicas of this stage take their buffers from.
     """
 
-    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, *, links: Links,
-                 link: LinkConfig, optimizer: torch.optim.Optimizer | None, stream: RandomStream,
-                 clip_norm: float | None = None, precision: Precision | None = None, wire: WirePrecision = "full",
-                 recompute: bool = False, compile: bool = False, skip_nonfinite: bool = False,
-                 recorder: Recorder | None = None, leads: bool = True):
-        self.blocks, self.head, self.loss = blocks, head, loss
-        self.precision = precision or Precision()
-        self.body, self.tail = blocks[:len(blocks) - links.tail], blocks[len(blocks) - links.tail:]
-        self.links, self.link, self.wire = links, link, wire
+    def __init__(self, blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module, update: Update, links: Links,
+                 stream: RandomStream, *, precision: Precision | None = None, wire: WirePrecision = "full",
+                 recompute: bool = False, compile: bool = False, recorder: Recorder | None = None):
+        self.blocks, self.head, self.loss, self.update, self.links = blocks, head, loss, update, links
+        self.stream, self.precision, self.wire = stream, precision or Precision(), wire
         compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
         called: Callable[[nn.Sequential], nn.Sequential] = Recomputed if recompute else lambda part: part
-        self._run_blocks, self._run_body = compiled(called(blocks)), compiled(called(self.body))
+        self.body = blocks[:len(blocks) - links.tail]
+        self.tail = Tail(blocks[len(blocks) - links.tail:], links, stream, self.precision, recompute, compiled)
+        self.run_blocks, self._run_body = compiled(called(blocks)), compiled(called(self.body))
         self._run_head: Any = compiled(head) if head is not None else None
-        tail = called(self.tail)
-        self._run_tail, self._run_tail_with = compiled(tail), compiled(with_tensors(tail))
-        # When the tail runs again, its backward follows at once, and begins with the last block.
-        self._run_tail_again = with_tensors(Recomputed(self.tail, last=False)) if recompute else self._run_tail_with
-        self._within_tail = with_tensors(Within(self.tail))
-        self._first_names = first_names(self.tail)
-        self.stream = stream
         self._recorder = recorder or Recorder()
         judges = [loss, *([] if head is None else [head])]
         self._head_live = [*dict.fromkeys(p for part in judges for p in part.parameters() if p.requires_grad)]
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
-        self._tail_live: dict[str, Tensor] = {name: p for name, p in self.tail.named_parameters() if p.requires_grad}
-        self.update = Update(self.parts, optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, leads=leads)
-        self._sums = self.update.sums
-        self._snapshot: dict[str, Tensor] | None = None
+        self._sums = update.sums
         self._flight: InFlight | None = None
-        self._awaiting: dict[int, deque[TailRun]] = {hop: deque() for hop in links.hops_in}
         self.held: dict[Held, dict[str, Tensor]] = {}
         self.tally = Tally()
-        self._built = self.update.buffers()
-        self.update.begin(self.tally)
+        self._built = update.buffers()
+        update.begin(self.tally)
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """Over the parameters of all parts; None if they have none."""
-        return self.update.optimizer
-
-    @property
-    def parts(self) -> list[nn.Module]:
+    def parts(self) -> Sequence[nn.Module]:
         """All that has parameters and buffers: blocks, loss, and head where there is one."""
-        return [self.blocks, self.loss, *([] if self.head is None else [self.head])]
+        return self.update.parts
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on one microbatch; returns x_k, detached, as it goes to the next stage."""
         assert self._flight is None, "a forward before the local backward of the last one"
-        runner, run = self._recorder.begin(x), None
+        runner = self._recorder.begin(x)
         with self.stream:
             x, h = runner.run("body", partial(self._run_body_from, runner), x)
-            out = h
-            if self.links.hops_in:
-                random_state = self.stream.read() if self.link.keep == "recompute" else None
-                run, out = runner.run("tail", partial(self._forward_of_tail, h, runner))
-                run.random_state = random_state
+            run, out = self.tail.forward(h, runner) if self.links.hops_in else (None, h)
         self._flight = InFlight(x, h, out, run, runner)
         return narrowed(out.detach(), self.wire)
 
-    def forward_with_graph(self, x: Tensor) -> Tensor:
-        """Run the blocks on one microbatch, for `bp`: the graph goes on through x and the output."""
-        return self.precision.run(self._run_blocks, x)
-
-    def loss_with_graph(self, logits: Tensor, targets: Tensor, own: float | None) -> Tensor:
-        """The last stage's loss on one microbatch, counted, for `bp`: the graph goes on from the logits.
-
-        Args:
-            own: see `local_backward`.
-        """
-        loss = mixed_loss(self.loss, logits, targets, logits, own)
-        self.tally.add(loss, logits, main_targets(targets, own))
-        return loss
-
-    def local_backward(self, targets: Tensor, share: float, own: float | None = None) -> Tensor | None:
+    def local_backward(self, targets: Tensor, share: float, mix_ratio: float | None = None) -> Tensor | None:
         """Backpropagate the local loss L_k through head, tail and body; the blocks take α of their gradient.
 
         With a joint backward the tail takes it in `link_backward`; here the error only passes through the tail.
@@ -192,7 +118,7 @@ class Stage:
         Args:
             targets: int64 [microbatch, …].
             share: this microbatch's share of the batch: the loss is a mean over the batch.
-            own: the share of each image's own label in its loss; see `mixed_loss`.
+            mix_ratio: the share of each image's own label in its loss; see `mixed_loss`.
 
         Returns:
             The error for the stage before, ∂L_k/∂x_{k-1}; None if it wants none.
@@ -200,11 +126,10 @@ class Stage:
         assert self._flight is not None and self.head is not None
         flight, self._flight = self._flight, None
         trained, sends = self._body_live if self.links.local_weight else [], 1 in self.links.hops_out
-        wanted = sends or self.links.local_weight != 0.0 or self.link.normalize
-        error = self._head_backward(flight, targets, share, own, wanted)
+        wanted = sends or self.links.local_weight != 0.0 or self.links.normalize
+        error = self._head_backward(flight, targets, share, mix_ratio, wanted)
         if flight.tail_run is not None:
             error = self._local_backward_of_tail(flight.tail_run, error, bool(trained) or sends)
-            self._awaiting[self.links.hops_in[0]].append(flight.tail_run)
         if error is not None:
             backward = partial(gradients_of, edge_of(flight.h), trained, flight.x if sends else None, error)
             gradients, error = flight.runner.run("local backward of the body", backward)
@@ -224,57 +149,46 @@ class Stage:
         Returns:
             The error for the stage before, e_{k-1}^{hop+1}; None if it wants none.
         """
-        run, later = self._oldest(hop)
+        run, later = self.tail.oldest(hop)
+        if not later:
+            self._recorder.end(run.runner)
         weight: float | Tensor = self.links.weight * factor
-        takes = (self.links.weight != 0.0 or self.links.joint) and (self.link.take == "every" or not later)
-        trains = takes and (weight != 0.0 or self.links.joint)
+        takes = (self.links.weight != 0.0 or self.links.joint) and (self.links.take == "every" or not later)
+        trains = takes and (bool(weight) or self.links.joint)
         passes = hop + 1 in self.links.hops_out
         recorded = takes and run.runner.repeats  # even where λ is 0 for now: with the rest of its microbatch, or never
         if not trains and not passes and not recorded:
             return None
         if self.links.joint:
             error, weight = self._joined(run, error, weight), 1.0
-        parameters = list(run.parameters.values()) if trains or recorded else []
-        with self.stream.rewound_to(run.random_state) if run.again and run.random_state else nullcontext():
-            backward = partial(self._backward_of_tail, run, parameters, passes, later and not run.again)
-            gradients, error_before = run.runner.run(f"link backward {hop}", backward, error)
+        gradients, error_before = self.tail.link_backward(run, error, hop, trains or recorded, passes, later)
         if run.local_norm is not None and trains:
             weight = weight * ratio(run.local_norm, norm_of(gradients))
         summands = weighted(gradients if trains else (), weight)
         if held_as is not None:
             self._hold((*held_as, hop), summands, run.runner)
         else:
-            self._sums.add(self._tail_live.values() if trains else (), summands, run.runner.repeats)
+            self._sums.add(self.tail.live.values() if trains else (), summands, run.runner.repeats)
         return self._sent(error_before, run.h, run.runner) if passes else None
 
     def add_held(self, held_as: tuple[int, int], hop: int) -> None:
         """Add the gradients of a link that were held, now that their step has come."""
         gradients = self.held.pop((*held_as, hop), {})
-        self._sums.add(self._tail_live.values(), [gradients.get(name) for name in self._tail_live])
+        self._sums.add(self.tail.live.values(), [gradients.get(name) for name in self.tail.live])
 
-    def to_share(self) -> list[Tensor]:
-        """See `Update.to_share`."""
-        return self.update.to_share(self.tally)
+    def to_reduce(self) -> list[Tensor]:
+        """See `Update.to_reduce`."""
+        return self.update.to_reduce(self.tally)
 
     def step(self, index: int, lr_factor: float) -> None:
         """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
         self.update.step(index, lr_factor, self.tally)
-        self._snapshot = None
-
-    def _oldest(self, hop: int) -> tuple[TailRun, bool]:
-        """The oldest run of the tail that awaits this hop's error, and whether it awaits another one after it."""
-        run = self._awaiting[hop].popleft()
-        later = [other for other in self.links.hops_in if other > hop]
-        if later:
-            self._awaiting[later[0]].append(run)
-        else:
-            self._recorder.end(run.runner)
-        return run, bool(later)
+        self.tail.stepped()
 
     def _hold(self, key: Held, gradients: Iterable[Tensor | None], runner: Runner) -> None:
         """Keep the gradients of the tail until their step; none where the link trains nothing."""
         self.held[key] = {name: gradient.clone() if runner.repeats else gradient
-                          for name, gradient in zip(self._tail_live, gradients, strict=False) if gradient is not None}
+                          for name, gradient in zip(self.tail.live, gradients, strict=False) if gradient is not None}
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -303,63 +217,39 @@ class Stage:
         x = widened(x.detach(), self.wire).requires_grad_(bool(self.links.hops_out))
         return x, self.precision.run(self._run_body, x)
 
-    def _forward_of_tail(self, h: Tensor, runner: Runner) -> tuple[TailRun, Tensor]:
-        parameters = self._tail_live  # the link's backward comes before the step that changes them
-        if self.link.delay > 0 and runner.repeats:
-            parameters = trainable_copies_of(self._tail_live)
-        elif self.link.delay > 0:
-            parameters = self._snapshot = self._snapshot or trainable_copies_of(self._tail_live)
-        cut = h.detach().requires_grad_(h.requires_grad)
-        buffers = copies_of(dict(self.tail.named_buffers())) if self.link.keep == "recompute" else {}
-        run = self._run_tail if parameters is self._tail_live else self._having(parameters, self._run_tail_with)
-        before = cut._version
-        out = self.precision.run(run, cut)
-        if self.link.keep == "recompute" and cut._version != before:
-            raise ValueError("a block writes to its input, which method.link.keep=recompute runs it on again; have it "
-                             "make a new tensor")
-        return TailRun(runner, parameters, cut, edge_of(out), out.dtype, buffers), out
-
-    def _having(self, tensors: dict[str, Tensor], run: Callable[..., Any]) -> Callable[[Any], Any]:
-        """`run`, which is `with_tensors`, with these in place of the tail's own."""
-        return partial(run, {name: tensors[first] for name, first in self._first_names.items() if first in tensors})
-
-    def _head_backward(self, flight: InFlight, targets: Tensor, share: float, own: float | None,
+    def _head_backward(self, flight: InFlight, targets: Tensor, share: float, mix_ratio: float | None,
                        wanted: bool) -> Tensor | None:
         """Returns ∂L_k/∂x_k if wanted; nothing else of the head's graph is held while the blocks' backward runs."""
         backward = partial(self._head_gradients, flight.out, wanted)
         with self.stream:
-            shares = (share,) if own is None else (share, own)
-            loss, logits, gradients, error = flight.runner.run("head", backward, targets, *shares)
-        self.tally.add(loss, logits, main_targets(targets, own))
+            numbers = (share,) if mix_ratio is None else (share, mix_ratio)
+            loss, logits, gradients, error = flight.runner.run("head", backward, targets, *numbers)
+        self.tally.add(loss, logits, main_targets(targets, mix_ratio))
         self._sums.add(self._head_live, gradients, flight.runner.repeats)
         return error
 
     def _head_gradients(self, out: Tensor, wanted: bool, targets: Tensor, share: Tensor | float,
-                        own: Tensor | float | None = None,
+                        mix_ratio: Tensor | float | None = None,
                         ) -> tuple[Tensor, Tensor, Sequence[Tensor | None], Tensor | None]:
         """The local loss, the logits, the gradients of head and loss, and ∂L_k/∂x_k if wanted."""
         cut = out.detach().requires_grad_(wanted and out.requires_grad)
         logits = self.precision.run(self._run_head, cut)
-        loss = mixed_loss(self.loss, logits, targets, cut, own)
+        loss = mixed_loss(self.loss, logits, targets, cut, mix_ratio)
         gradients, error = gradients_of(edge_of(loss * share), self._head_live, cut, None)
         if wanted and error is None:  # a head may ignore its input
             error = torch.zeros_like(cut)
         return loss.detach(), logits.detach(), gradients, error
 
-    def _local_backward_of_tail(self, run: TailRun, error: Tensor | None, goes_on: bool) -> Tensor | None:
+    def _local_backward_of_tail(self, run: TailRun, error: Tensor | None, into_body: bool) -> Tensor | None:
         """Returns ∂L_k/∂h, or None if nothing before the tail wants it."""
-        alpha, keep = self.links.local_weight, self.link.keep == "graph"
+        alpha = self.links.local_weight
         if self.links.joint:
             run.local_error, alpha = error, 0.0
-        parameters = list(run.parameters.values()) if alpha or self.link.normalize else []
-        backward = partial(self._backward_of_tail, run, parameters, goes_on, keep, error)
-        gradients, error = run.runner.run("local backward of the tail", backward)
-        if not keep:
-            run.graph, run.again = None, True
-        if self.link.normalize:
+        gradients, error = self.tail.local_backward(run, error, bool(alpha) or self.links.normalize, into_body)
+        if self.links.normalize:
             run.local_norm = norm_of(gradients)
         if alpha:
-            self._sums.add(self._tail_live.values(), weighted(gradients, alpha), run.runner.repeats)
+            self._sums.add(self.tail.live.values(), weighted(gradients, alpha), run.runner.repeats)
         return error
 
     def _joined(self, run: TailRun, error: Tensor, weight: float | Tensor) -> Tensor:
@@ -371,21 +261,8 @@ class Stage:
         assert local is not None and linked is not None
         return local + linked if weight else local  # an error that weighs nothing may be infinite
 
-    def _backward_of_tail(self, run: TailRun, parameters: Sequence[Tensor], goes_on: bool, keep: bool,
-                          error: Tensor | None) -> tuple[Sequence[Tensor | None], Tensor | None]:
-        """The gradients of these parameters, and of the tail's input if it goes on from there."""
-        tensors, x, graph = run.parameters, run.h, run.graph
-        if run.again:  # bit for bit: the same weights, buffers and random numbers; the live ones stay
-            tensors = {**run.parameters, **copies_of(run.buffers)}  # a forward may write to buffers
-            x = run.h.detach().requires_grad_(goes_on)
-            graph = edge_of(self.precision.run(self._having(tensors, self._run_tail_again), x))
-        error = error.to(run.dtype) if error is not None else None
-        backward = partial(gradients_of, graph, parameters, x if goes_on else None, error, keep)
-        # A block may run again in its backward: with the weights of its forward, not those that are live by now.
-        return backward() if tensors is self._tail_live else self._having(tensors, self._within_tail)(backward)
-
     def _sent(self, error: Tensor | None, x: Tensor, runner: Runner) -> Tensor:
         """An error as it goes to the stage before, where it may wait longer than a runner keeps it."""
         error = torch.zeros_like(x) if error is None else error
-        sent = narrowed(error, self.link.wire)
+        sent = narrowed(error, self.links.wire)
         return sent.clone() if sent is error and runner.repeats else sent

@@ -25,7 +25,7 @@ class Update:
 
     def __init__(self, parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None, *,
                  clip_norm: float | None = None, skip_nonfinite: bool = False, leads: bool = True):
-        self._parts, self.optimizer, self._clip_norm = parts, optimizer, clip_norm
+        self.parts, self.optimizer, self._clip_norm = parts, optimizer, clip_norm
         self._skip_nonfinite, self._leads = skip_nonfinite, leads
         self._base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self.sums = GradientSums()
@@ -45,7 +45,7 @@ class Update:
         """Begin with the values of the one that leads."""
         self._take(self._values(), sums)
 
-    def to_share(self, tally: Tally) -> list[Tensor]:
+    def to_reduce(self, tally: Tally) -> list[Tensor]:
         """What the replicas of the stage add up before a step: losses, which parameters have gradients, these, and
         buffers, from the one that leads, as in torch's DistributedDataParallel.
         """
@@ -59,7 +59,7 @@ class Update:
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
         return [*self._losses_of_all, *given, *gradients, *self._led(self.buffers())]
 
-    def take_shared(self, sums: Sequence[Tensor]) -> None:
+    def take_reduced(self, sums: Sequence[Tensor]) -> None:
         """Go on with the sums of what all replicas gave: then they step alike."""
         rest, trained = iter(sums), self._trained()
         self._losses_of_all = [next(rest) for _ in self._losses_of_all]
@@ -87,7 +87,7 @@ class Update:
 
     def buffers(self) -> list[Tensor]:
         """Of all parts."""
-        return [buffer for part in self._parts for buffer in part.buffers()]
+        return [buffer for part in self.parts for buffer in part.buffers()]
 
     def _optimize(self, optimizer: torch.optim.Optimizer, lr_factor: float) -> None:
         for group, lr in zip(optimizer.param_groups, self._base_lrs, strict=True):
@@ -127,7 +127,7 @@ class Update:
                 _set(tensor, each.clone().view(tensor.dtype).view(tensor.shape))  # a clone, as types need alignment
 
     def _values(self) -> list[Tensor]:
-        return [*(p for part in self._parts for p in part.parameters()), *self.buffers()]
+        return [*(p for part in self.parts for p in part.parameters()), *self.buffers()]
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []

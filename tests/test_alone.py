@@ -35,7 +35,7 @@ def learned(engine):
     for stage in engine.stages.values():
         for part in (stage.blocks, stage.head, stage.loss):
             found += part.state_dict().values()
-        for state in stage.optimizer.state.values():
+        for state in stage.update.optimizer.state.values():
             found += (value for value in state.values() if isinstance(value, torch.Tensor))
         found += stage.stream.state
     return found

@@ -151,8 +151,8 @@ def test_an_override_below_a_list_keeps_the_rest_of_it(load):
 
 @pytest.mark.parametrize("key", ["args.hidden", "2", "-1.args"])
 def test_an_override_below_a_list_needs_a_number_that_it_has(load, key):
-    with pytest.raises(ConfigError, match=re.escape(f"method.head.{key}: method.head is a list of 2; give the number of "
-                                                    "one, such as method.head.0, or the whole list")):
+    with pytest.raises(ConfigError, match=re.escape(f"method.head.{key}: method.head is a list of 2; give the number "
+                                                    "of one of them, such as method.head.0, or the whole list")):
         load(SMALLEST_YAML, "method.head=[conv, linear]", f"method.head.{key}=3")
 
 

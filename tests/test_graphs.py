@@ -17,7 +17,7 @@ from blpipe import graphs
 from blpipe.engines import local
 from blpipe.errors import RecordingError, StageError
 from blpipe.graphs import Graph, Recording, recorder_on
-from blpipe.stage import TailRun
+from blpipe.tail import TailRun
 
 RECORDED = {name: changes for name, changes in METHODS.items() if name != "bp"} | {
     "recomputed": {"method__link": {"delay": 1, "length": 2, "keep": "recompute", "normalize": True},

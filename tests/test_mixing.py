@@ -39,11 +39,11 @@ def test_images_and_their_loss_are_those_of_torchvision(key, way, smoothing):
         mix = mixing(**{key: 0.7}).of_step(step)
         mixed_x, soft_y = by_torchvision(way, 0.7, step, x, y, 5)
         assert torch.equal(mix.of(x), mixed_x)
-        torch.testing.assert_close(mixed_loss(loss, logits, y, x, mix.own),
+        torch.testing.assert_close(mixed_loss(loss, logits, y, x, mix.ratio),
                                    F.cross_entropy(logits, soft_y, label_smoothing=smoothing))
-        assert torch.equal(main_targets(y, mix.own), soft_y.argmax(1))
+        assert torch.equal(main_targets(y, mix.ratio), soft_y.argmax(1))
         tally = Tally()
-        tally.add(torch.zeros(()), soft_y, main_targets(y, mix.own))
+        tally.add(torch.zeros(()), soft_y, main_targets(y, mix.ratio))
         assert tally.accuracy == 1.0
 
 
@@ -51,11 +51,11 @@ def test_a_step_has_one_of_the_ways_and_the_same_one_each_time():
     drawn = [mixing(**BOTH).of_step(step) for step in range(200)]
     cut = ["box" in mix.drawn for mix in drawn]
     assert 70 < sum(cut) < 130
-    assert all(0.0 <= mix.own <= 1.0 for mix in drawn)
+    assert all(0.0 <= mix.ratio <= 1.0 for mix in drawn)
     again = mixing(**BOTH)
     assert [again.of_step(step).drawn for step in reversed(range(200))] == [mix.drawn for mix in reversed(drawn)]
     other = mixing(1, **BOTH)
-    assert [other.of_step(step).own for step in range(200)] != [mix.own for mix in drawn]
+    assert [other.of_step(step).ratio for step in range(200)] != [mix.ratio for mix in drawn]
 
 
 def test_drawing_leaves_the_random_stream_alone():

@@ -60,7 +60,7 @@ def test_each_stage_has_its_own_head_and_loss():
 def test_the_parameters_of_a_loss_are_trained_and_are_the_optimizers_last():
     stage = build_stage(plan_of(), 0, CPU)
     parts = [p for part in (stage.blocks, stage.head, stage.loss) for p in part.parameters()]
-    assert [id(p) for group in stage.optimizer.param_groups for p in group["params"]] == [id(p) for p in parts]
+    assert [id(p) for group in stage.update.optimizer.param_groups for p in group["params"]] == [id(p) for p in parts]
     before = [p.detach().clone() for p in stage.loss.parameters()]
     stage.train(True)
     stage.forward(torch.randn(8, 2, 8, 8))

@@ -182,7 +182,7 @@ def replicas_after_a_batch(poisoned=None, **changes):
         stage.local_backward(targets, 0.5)
         if poisoned == "loss":
             stage.tally.loss_sum = stage.tally.loss_sum + poison
-        end.put(*stage.to_share())
+        end.put(*stage.to_reduce())
     return stages, ends
 
 
@@ -191,7 +191,7 @@ def test_buffers_are_those_of_the_first():
     first, second = ([buffer.clone() for buffer in stage.update.buffers()] for stage in stages)
     assert not all(map(torch.equal, first, second))
     for stage, end in zip(stages, ends, strict=True):
-        stage.update.take_shared(end.get())
+        stage.update.take_reduced(end.get())
         assert all(map(torch.equal, stage.update.buffers(), first))
 
 
@@ -200,7 +200,7 @@ def test_a_step_in_which_one_of_them_is_not_finite_is_skipped_by_all(poisoned):
     stages, ends = replicas_after_a_batch(poisoned, train__on_nonfinite="skip")
     new = build_stage(prepared(small_config("new"))[2], 2, torch.device("cpu"))
     for stage, end in zip(stages, ends, strict=True):
-        stage.update.take_shared(end.get())
+        stage.update.take_reduced(end.get())
         stage.step(5, 1.0)
         assert stage.tally.skipped == [5]
         for name, tensor in new.blocks.state_dict().items():

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from blpipe.config import LinkConfig
 from blpipe.device import use_compiler
 from blpipe.links import Links
 from blpipe.losses import cross_entropy
 from blpipe.seeds import RandomStream
 from blpipe.stage import Stage
+from blpipe.update import Update
 
 CPU = torch.device("cpu")
 KEPT = [("graph", False), ("recompute", False), ("graph", True), ("recompute", True)]
@@ -46,9 +46,9 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, reco
     made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
             "adamw": lambda: torch.optim.AdamW(parameters, lr=0.1),
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
-    return Stage(blocks, head, cross_entropy(), links=Links((1,), (1,), tail, **links),
-                 link=LinkConfig(length=tail, delay=delay, keep=keep), optimizer=made, stream=RandomStream(1, CPU),
-                 clip_norm=clip_norm, recompute=recompute, compile=compile, skip_nonfinite=skip_nonfinite)
+    update = Update([blocks, head], made, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite)
+    return Stage(blocks, head, cross_entropy(), update, Links((1,), (1,), tail, late=delay > 0, keep=keep, **links),
+                 RandomStream(1, CPU), recompute=recompute, compile=compile)
 
 
 def microbatch(seed):
@@ -72,7 +72,7 @@ def test_a_delayed_link_gradient_is_that_at_the_weights_of_its_own_forward(keep,
     tail = before[1:]
     expected = torch.autograd.grad(tail(h), list(tail.parameters()), error)
     live = list(stage.blocks[1:].parameters())
-    assert set(live) <= {parameter for group in stage.optimizer.param_groups for parameter in group["params"]}
+    assert set(live) <= {parameter for group in stage.update.optimizer.param_groups for parameter in group["params"]}
     assert not torch.equal(live[0], next(tail.parameters()))
     for parameter, gradient in zip(live, expected, strict=True):
         assert torch.equal(parameter.grad, gradient)
@@ -87,7 +87,7 @@ def test_a_joint_backward_gives_the_sum_of_both_gradients_and_sends_the_local_er
     for stage in (twice, once):
         stage.forward(x)
         sent.append(stage.local_backward(targets, 1.0))
-        assert (stage is once) == all(p.grad is None for p in stage.tail.parameters())
+        assert (stage is once) == all(p.grad is None for p in stage.tail.blocks.parameters())
         assert all(p.grad is not None for p in stage.body.parameters())
         assert stage.link_backward(error, factor=factor) is None
     torch.testing.assert_close(*sent)
@@ -157,12 +157,12 @@ def test_the_snapshot_is_made_once_a_step():
         x, targets = microbatch(seed)
         stage.forward(x)
         stage.local_backward(targets, 0.5)
-        runs.append(stage._awaiting[1][-1].parameters)
+        runs.append(stage.tail._awaiting[1][-1].parameters)
     assert runs[0] is runs[1]
     stage.step(0, 1.0)
     stage.forward(x)
     stage.local_backward(targets, 1.0)
-    assert stage._awaiting[1][-1].parameters is not runs[0]
+    assert stage.tail._awaiting[1][-1].parameters is not runs[0]
 
 
 def test_frozen_parameters_stay_and_the_rest_learns():
@@ -180,8 +180,8 @@ def test_frozen_parameters_stay_and_the_rest_learns():
 
 def make_frozen_copy(stage):
     parameters = [p for p in (*stage.blocks.parameters(), *stage.head.parameters()) if p.requires_grad]
-    return Stage(stage.blocks, stage.head, stage.loss, links=stage.links, link=stage.link,
-                 optimizer=torch.optim.SGD(parameters, lr=0.1), stream=stage.stream)
+    return Stage(stage.blocks, stage.head, stage.loss, Update(stage.parts, torch.optim.SGD(parameters, lr=0.1)),
+                 stage.links, stage.stream)
 
 
 def test_a_recomputed_tail_has_the_buffers_of_its_own_forward():
@@ -190,9 +190,8 @@ def test_a_recomputed_tail_has_the_buffers_of_its_own_forward():
     for keep, recompute in KEPT:
         torch.manual_seed(0)
         blocks = nn.Sequential(nn.Linear(5, 5), *(torch.nn.utils.spectral_norm(nn.Linear(5, 5)) for _ in range(2)))
-        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1,), (1,), 2),
-                      link=LinkConfig(delay=1, keep=keep), optimizer=torch.optim.SGD(blocks.parameters(), lr=0.1),
-                      stream=RandomStream(1, CPU), recompute=recompute)
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), Update([blocks], None),
+                      Links((1,), (1,), 2, keep=keep), RandomStream(1, CPU), recompute=recompute)
         for seed in range(2):
             x, targets = microbatch(seed)
             stage.forward(x)
@@ -230,9 +229,9 @@ def test_fused_optimizers_see_every_gradient_in_its_parameters_layout(optimizer,
         torch.manual_seed(0)
         blocks, head = nn.Sequential(Transposed()), nn.Linear(5, 3)
         kwargs = {"momentum": 0.9, "nesterov": True} if optimizer is torch.optim.SGD else {}
-        stage = Stage(blocks, head, cross_entropy(), links=Links((1,) * tail, (1,), tail), link=LinkConfig(delay=0),
-                      optimizer=optimizer([*blocks.parameters(), *head.parameters()], lr=0.1, fused=fused, **kwargs),
-                      stream=RandomStream(1, CPU))
+        made = optimizer([*blocks.parameters(), *head.parameters()], lr=0.1, fused=fused, **kwargs)
+        stage = Stage(blocks, head, cross_entropy(), Update([blocks, head], made),
+                      Links((1,) * tail, (1,), tail, late=False), RandomStream(1, CPU))
         for seed in range(3):
             x, targets = microbatch(seed)
             stage.forward(x)
@@ -251,9 +250,8 @@ def test_a_tail_that_is_recomputed_for_every_hop_is_the_same_each_time():
     for keep, recompute in KEPT:
         torch.manual_seed(0)
         blocks = nn.Sequential(*(torch.nn.utils.spectral_norm(nn.Linear(5, 5)) for _ in range(2)))
-        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), links=Links((1, 2), (1, 2), 2),
-                      link=LinkConfig(delay=1, keep=keep, reach=2), optimizer=None, stream=RandomStream(1, CPU),
-                      recompute=recompute)
+        stage = Stage(blocks, nn.Linear(5, 3), cross_entropy(), Update([blocks], None),
+                      Links((1, 2), (1, 2), 2, keep=keep), RandomStream(1, CPU), recompute=recompute)
         x, targets = microbatch(0)
         stage.forward(x)
         stage.local_backward(targets, 1.0)
@@ -266,13 +264,13 @@ def test_a_tail_that_is_recomputed_for_every_hop_is_the_same_each_time():
 def test_the_norm_of_all_gradients_together_is_clipped():
     def first_step(clip_norm):
         stage = make_stage(delay=0, clip_norm=clip_norm)
-        before = [p.detach().clone() for p in stage.optimizer.param_groups[0]["params"]]
+        before = [p.detach().clone() for p in stage.update.optimizer.param_groups[0]["params"]]
         x, targets = microbatch(0)
         stage.forward(x)
         stage.local_backward(targets, 1.0)
         stage.link_backward(torch.ones(8, 5))
         stage.step(0, 1.0)
-        pairs = zip(before, stage.optimizer.param_groups[0]["params"], strict=True)
+        pairs = zip(before, stage.update.optimizer.param_groups[0]["params"], strict=True)
         return torch.cat([((old - new) / 0.5).detach().flatten() for old, new in pairs])  # the first: lr · gradient
 
     free, clipped = first_step(None), first_step(0.1)

@@ -210,17 +210,18 @@ def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
     state = {f"model/{stored}": own[name] for name, stored in plain.items()}
     for prefix, part in _own_parts(plan, index, stage):
         state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
-    if stage.optimizer is not None:
+    if stage.update.optimizer is not None:
         names = _optimized(plan, index, stage)
         state |= {f"optimizer/{names[parameter]}/{key}": value
-                  for parameter, values in stage.optimizer.state.items()
+                  for parameter, values in stage.update.optimizer.state.items()
                   for key, value in values.items() if isinstance(value, Tensor)}
     return state
 
 
 def _load_held(checkpoint: Path, stage: Stage, replica: int) -> None:
     plain_name = plain_names(stage.blocks)
-    own = {plain_name[name]: name for name, _ in stage.tail.named_parameters()}  # a layer in two blocks: its first name
+    # Of a layer in two blocks, its first name.
+    own = {plain_name[name]: name for name, _ in stage.tail.blocks.named_parameters()}
     stage.held = {}
     for key, gradient in read(checkpoint, lambda key: key.startswith("held/") and key.split("/", 2)[2] in own).items():
         _, link, plain = key.split("/", 2)
@@ -239,17 +240,17 @@ def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn
 
 
 def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tensor]) -> None:
-    if stage.optimizer is None:
+    if stage.update.optimizer is None:
         return
-    loaded, name_of = stage.optimizer.state_dict(), _optimized(plan, index, stage)
-    names = [name_of[parameter] for group in stage.optimizer.param_groups for parameter in group["params"]]
+    loaded, name_of = stage.update.optimizer.state_dict(), _optimized(plan, index, stage)
+    names = [name_of[parameter] for group in stage.update.optimizer.param_groups for parameter in group["params"]]
     loaded["state"] = {
         number: {key.removeprefix(f"optimizer/{name}/"): tensor for key, tensor in state.items()
                  if key.startswith(f"optimizer/{name}/")}
         for number, name in enumerate(names)}
     loaded["state"] = {number: values for number, values in loaded["state"].items() if values}
-    stage.optimizer.load_state_dict(loaded)
-    for parameter, values in stage.optimizer.state.items():  # laid out as the weights are, as it was when saved
+    stage.update.optimizer.load_state_dict(loaded)
+    for parameter, values in stage.update.optimizer.state.items():  # laid out as the weights are, as it was when saved
         values |= {key: torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
                    for key, value in values.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 

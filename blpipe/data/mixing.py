@@ -13,10 +13,10 @@ from blpipe.seeds import derive_seed, seeded
 class Mix(NamedTuple):
     """How each image of a step is mixed with the one before it in its microbatch, the first one with the last.
 
-    own: the share of an image's own label; the rest is the other's.
+    ratio: the share of an image's own label; the rest is the other's.
     """
 
-    own: float
+    ratio: float
     transform: Any
     drawn: Mapping[str, Any]
 

@@ -29,7 +29,7 @@ def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], devic
     Its queues give and take at once, and hold as many buffers as those between processes.
     """
     stage.train(True)
-    own = 0.5 if plan.config.data.augment.mixes else None
+    mix_ratio = 0.5 if plan.config.data.augment.mixes else None
     size, before, after = steps[0].sizes[0], _maps_last(plan, index - 1), _maps_last(plan, index)
     given = plan.activation(size, index - 1) if index else plan.input(size)
     ahead = errors_ahead(plan.delay, plan.config.train.microbatches, len(plan.links[index].hops_in))
@@ -37,7 +37,7 @@ def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], devic
     errors_in = _Inbox((plan.error(size, index),), ahead, device, after)
     ports = Ports(inbox, _Outbox(after), errors_in, _Outbox(before), _Sum())
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
-                     lambda step: Factors(link=link_factor, own=own), lambda op: None):
+                     lambda step: Factors(link=link_factor, mix_ratio=mix_ratio), lambda op: None):
         pass
 
 
@@ -66,7 +66,7 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
     """
     before = [tensor.detach().clone() for tensor in _tensors(stage)]
     stream = stage.stream.state
-    optimizer = deepcopy(stage.optimizer.state_dict()) if stage.optimizer is not None else {}
+    optimizer = deepcopy(stage.update.optimizer.state_dict()) if stage.update.optimizer is not None else {}
     for sizes in dict.fromkeys(plan.step_sizes):
         for size in dict.fromkeys(sizes):
             count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0), recorded=True)
@@ -82,8 +82,8 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
     for tensor, values in zip(_tensors(stage), before, strict=True):
         tensor.detach().copy_(values)
     stage.stream.state = stream
-    if stage.optimizer is not None:
-        stage.optimizer.load_state_dict(optimizer)
+    if stage.update.optimizer is not None:
+        stage.update.optimizer.load_state_dict(optimizer)
     stage.train(True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

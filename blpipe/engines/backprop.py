@@ -6,6 +6,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from blpipe.engines.common import factors
 from blpipe.engines.feed import Feed
 from blpipe.errors import PeerLostError
+from blpipe.losses import main_targets, mixed_loss
 from blpipe.plan import Plan, Step, TensorSpec
 from blpipe.stage import Stage
 from blpipe.transport.queues import ReceiveQueue, SendQueue
@@ -23,12 +25,28 @@ from blpipe.transport.world import World
 Schedule = Schedule1F1B | ScheduleGPipe
 
 
+def forward_with_graph(stage: Stage, x: Tensor) -> Tensor:
+    """Run a stage's blocks on one microbatch: the graph goes on through x and the output."""
+    return stage.precision.run(stage.run_blocks, x)
+
+
+def loss_with_graph(stage: Stage, logits: Tensor, targets: Tensor, mix_ratio: float | None) -> Tensor:
+    """The last stage's loss on one microbatch, counted: the graph goes on from the logits.
+
+    Args:
+        mix_ratio: see `Stage.local_backward`.
+    """
+    loss = mixed_loss(stage.loss, logits, targets, logits, mix_ratio)
+    stage.tally.add(loss, logits, main_targets(targets, mix_ratio))
+    return loss
+
+
 class _Part(nn.Module):
     """A stage's blocks, run as it does."""
 
     def __init__(self, stage: Stage):
         super().__init__()
-        self.blocks, self._run = stage.blocks, stage.forward_with_graph
+        self.blocks, self._run = stage.blocks, partial(forward_with_graph, stage)
 
     def forward(self, x: Tensor) -> Tensor:
         """[microbatch, …] to the stage's output, contiguous: torch's schedules send it as it is."""
@@ -47,7 +65,7 @@ class Backprop:
         self.first, self.last = world.stage == 0, world.stage == world.stages - 1
         self._schedules: dict[tuple[int, int], Schedule] = {}
         self._share = 1.0
-        self._own: float | None = None
+        self._mix_ratio: float | None = None
         # torch carries activations only; the targets go straight from the first stage to the last.
         several = world.stages > 1
         self._targets_out: SendQueue | None = world.control_sender(world.stages - 1) if several and self.first else None
@@ -55,7 +73,7 @@ class Backprop:
 
     def train_step(self, step: Step, feed: Feed | None) -> None:
         """Accumulate the gradients of one batch; `feed` is the first stage's."""
-        self._own = factors(self.plan, step.index).own
+        self._mix_ratio = factors(self.plan, step.index).mix_ratio
         for size, count in sorted(Counter(step.sizes).items(), reverse=True):
             if (size, count) not in self._schedules:
                 self._schedules[size, count] = self._new_schedule(size, count)
@@ -102,4 +120,4 @@ class Backprop:
         return torch.empty(spec.shape, dtype=spec.dtype, device="meta", requires_grad=spec.dtype.is_floating_point)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.stage.loss_with_graph(logits, targets, self._own) * self._share
+        return loss_with_graph(self.stage, logits, targets, self._mix_ratio) * self._share

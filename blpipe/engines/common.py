@@ -23,6 +23,7 @@ from blpipe.program import Factors, Kind, Op, Role, always
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
 from blpipe.trace import Span, SpanLog
+from blpipe.update import Update
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -249,19 +250,19 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     if not last and config.method.name != "bp":
         head = _on(device, plan.build_head(index), config.train.channels_last)
     loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity(), config.train.channels_last)
-    judges = [p for part in (head, loss) if part is not None for p in part.parameters()]
+    parts = [blocks, loss, *([] if head is None else [head])]
     links = plan.links[index]
     waits = links.tail if links.joint else 0  # blocks whose first gradients come with the first error
     early = list(blocks[:len(blocks) - waits].parameters())
     late = [p for p in blocks.parameters() if all(p is not other for other in early)]
-    return Stage(blocks, head, loss, links=links, link=config.method.link,
-                 optimizer=build_optimizer(config.optimizer, early, late, judges),
-                 clip_norm=config.optimizer.clip_norm,
-                 stream=RandomStream(derive_seed(config.seed, "stage", index, *plan.share.labels), device),
+    judges = [p for part in reversed(parts[1:]) for p in part.parameters()]
+    optimizer = build_optimizer(config.optimizer, early, late, judges)
+    update = Update(parts, optimizer, clip_norm=config.optimizer.clip_norm,
+                    skip_nonfinite=config.train.on_nonfinite == "skip", leads=plan.replica == 0)
+    return Stage(blocks, head, loss, update, links,
+                 RandomStream(derive_seed(config.seed, "stage", index, *plan.share.labels), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
-                 recompute=config.train.recompute, compile=config.train.compile,
-                 skip_nonfinite=config.train.on_nonfinite == "skip",
-                 recorder=recorder, leads=plan.replica == 0)
+                 recompute=config.train.recompute, compile=config.train.compile, recorder=recorder)
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
@@ -274,7 +275,7 @@ def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
 def role(plan: Plan, index: int) -> Role:
     """What the stage with this index, from 0, exchanges with its neighbours."""
     return Role(index < len(plan.stages) - 1, plan.links[index].hops_out, plan.links[index].hops_in,
-                shares=plan.config.train.replicas > 1)
+                replicated=plan.config.train.replicas > 1)
 
 
 def factors(plan: Plan, step: int) -> Factors:
@@ -282,7 +283,7 @@ def factors(plan: Plan, step: int) -> Factors:
     length = len(plan.step_sizes), plan.config.train.epochs
     return Factors(lr_factor(plan.config.schedule, step, *length),
                    lr_factor(plan.config.method.link.schedule, step, *length),
-                   plan.mixing.of_step(step).own if plan.mixing else None)
+                   plan.mixing.of_step(step).ratio if plan.mixing else None)
 
 
 def seconds_since(started: float, device: torch.device) -> float:

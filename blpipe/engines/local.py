@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from blpipe.data import Data
+from blpipe.engines.backprop import forward_with_graph, loss_with_graph
 from blpipe.engines.common import (
     TRACED_STEPS,
     GoesOn,
@@ -228,18 +229,18 @@ class LocalEngine:
             if not goes_on(index):
                 return
             try:
-                for own, feed, stages in zip(step, feeds, self.replicas.values(), strict=True):
-                    for size in own.sizes:
+                for part, feed, stages in zip(step, feeds, self.replicas.values(), strict=True):
+                    for size in part.sizes:
                         stage = stages[0]
                         x, targets = feed.get()
                         for stage in stages.values():
                             with stage.stream:
-                                x = stage.forward_with_graph(x)
+                                x = forward_with_graph(stage, x)
                         with stage.stream:
-                            loss = stage.loss_with_graph(x, targets, now.own)
-                        (loss * (size / own.samples)).backward()
+                            loss = loss_with_graph(stage, x, targets, now.mix_ratio)
+                        (loss * (size / part.samples)).backward()
                     self._losses.note(len(stages) - 1, stage, index)
-                self._add_up(lambda stage: stage.to_share(), lambda stage, sums: stage.update.take_shared(sums))
+                self._add_up(lambda stage: stage.to_reduce(), lambda stage, sums: stage.update.take_reduced(sums))
                 for stage in self._seated.values():
                     stage.step(index, now.lr)
             except Exception as error:

@@ -204,8 +204,8 @@ class PipelineEngine:
                 backprop.train_step(step, feed)
                 self._losses.note(self.index, self.stage, step.index)
                 if self._sum is not None:
-                    self._sum.put(*self.stage.to_share())
-                    self.stage.update.take_shared(self._sum.get())
+                    self._sum.put(*self.stage.to_reduce())
+                    self.stage.update.take_reduced(self._sum.get())
                 self.stage.step(step.index, factors(self.plan, step.index).lr)
                 on_step()
             backprop.drain()

@@ -120,7 +120,7 @@ def _schedule(name: str, train: TrainConfig) -> Method:
     def program(stage: int, stages: int, steps: int) -> Iterator[Op]:
         for op in SCHEDULES[name](stage, stages, steps, train.microbatches):
             if op.kind is Kind.STEP and train.replicas > 1:
-                yield Op(Kind.SHARE, op.step)
+                yield Op(Kind.ALL_REDUCE, op.step)
             yield op
 
     def seconds(cost: StageCost) -> dict[Enum, float]:
@@ -201,7 +201,8 @@ class Forecaster:
         costs = self._stage_costs(method, starts)
         speeds = self._speeds(count)
         seconds = [{kind: float(value) / speeds[k] for kind, value in method.seconds(cost).items()}
-                   | {Kind.SHARE: self._share_seconds(method, starts[k], ends[k])} for k, cost in enumerate(costs)]
+                   | {Kind.ALL_REDUCE: self._all_reduce_seconds(method, starts[k], ends[k])}
+                   for k, cost in enumerate(costs)]
         most_hops = max(int(cost.hops) for cost in costs)
         errors = errors_ahead(method.delay, self.config.train.microbatches, most_hops)
         ahead = ACTIVATIONS_AHEAD, max(1, errors)  # torch's schedules take one gradient at a time
@@ -225,7 +226,7 @@ class Forecaster:
         return MethodForecast(method.name, len(starts), seconds, train.batch_size / seconds, slowest / seconds,
                               self.one_device().seconds_per_step / seconds)
 
-    def _share_seconds(self, method: Method, start: int, end: int) -> float:
+    def _all_reduce_seconds(self, method: Method, start: int, end: int) -> float:
         """What adding up the gradients of a stage's replicas takes, those of its head with them."""
         params, head = self.costs.sums["param_bytes"], self.costs.heads[end - 1]
         size = int(params[end] - params[start])

@@ -12,7 +12,7 @@ from blpipe.program import Kind
 from blpipe.trace import Span
 
 _COLOURS = {Kind.FORWARD: "#4c78a8", Kind.LOCAL_BACKWARD: "#f2a33c", Kind.LINK_BACKWARD: "#59a14f",
-            Backward.FULL: "#f2a33c", Kind.SHARE: "#b07aa1", Kind.STEP: "#555555"}  # of what a config's own method does
+            Backward.FULL: "#f2a33c", Kind.ALL_REDUCE: "#b07aa1", Kind.STEP: "#555555"}  # of the config's method
 _MOST_ROWS = 64  # stages drawn; more would not be told apart
 
 
