@@ -11,8 +11,7 @@ from blpipe.errors import ConfigError
 from blpipe.models.build import out_of_place
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, fixed_randomness
-
-Shape = tuple[int, ...]
+from blpipe.specs import Shape
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from blpipe.config import Config
 from blpipe.config_types import WirePrecision
-from blpipe.data import DataSpec, Mixing, Share
+from blpipe.data import Mixing
 from blpipe.errors import ConfigError, one_line
 from blpipe.heads import Boundary, build_head, channels_first
 from blpipe.links import Links, stage_links
@@ -20,25 +20,10 @@ from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import check_stage_count, partition
 from blpipe.parts import check_kept, check_own, check_reached_by_name
-from blpipe.shapes import TensorSpec, channels_last, layer_calls, trace_module, trace_shapes
+from blpipe.shapes import channels_last, layer_calls, trace_module, trace_shapes
+from blpipe.specs import DataSpec, Share, TensorSpec
+from blpipe.steps import Step, batch_sizes, evaluation_sizes, step_sizes, training_sizes
 from blpipe.text import blocks_text, dtype_name
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step of a replica: its number in the run, from 0, and the sizes of its microbatches.
-
-    elsewhere: how many samples of the batch other replicas have.
-    """
-
-    index: int
-    sizes: tuple[int, ...]
-    elsewhere: int = 0
-
-    @property
-    def samples(self) -> int:
-        """Of the batch, in all replicas."""
-        return sum(self.sizes) + self.elsewhere
 
 
 @dataclass(frozen=True)
@@ -159,7 +144,7 @@ class Plan:
 
     def input(self, size: int) -> TensorSpec:
         """What the first stage reads, for `size` samples."""
-        return TensorSpec((size, *self.data.shape), getattr(torch, self.data.dtype))
+        return self.data.batch(size)
 
     def activation(self, size: int, stage: int) -> TensorSpec:
         """An activation on its way, in training, from the stage with this index, from 0, for `size` samples."""
@@ -257,38 +242,6 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
         check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, judges)
         judges += head, loss
     return plan
-
-
-def batch_sizes(samples: int, config: Config) -> list[int]:
-    """The samples of every step of an epoch; the last batch, if kept, may be smaller."""
-    full, rest = divmod(samples, config.train.batch_size)
-    return [config.train.batch_size] * full + ([rest] if rest and not config.train.drop_last else [])
-
-
-def step_sizes(samples: int, config: Config, replica: int = 0) -> list[tuple[int, ...]]:
-    """The sizes of a replica's microbatches in every step of an epoch."""
-    return [_microbatches(batch, config, replica) for batch in batch_sizes(samples, config)]
-
-
-def _microbatches(batch: int, config: Config, replica: int) -> tuple[int, ...]:
-    """The sizes of a replica's microbatches of a batch of so many samples."""
-    micro, share = config.train.microbatch_size, Share(replica, config.train.replicas)
-    full, rest = divmod(len(range(batch)[share.of(batch)]), micro)
-    return (micro,) * full + ((rest,) if rest else ())
-
-
-def training_sizes(data: DataSpec, config: Config) -> list[int]:
-    """The sizes of all microbatches of all replicas, each once, the largest first."""
-    sizes = {size for batch in {*batch_sizes(data.train_samples, config)} for replica in range(config.train.replicas)
-             for size in _microbatches(batch, config, replica)}
-    return sorted(sizes, reverse=True)
-
-
-def evaluation_sizes(samples: int, config: Config) -> list[int]:
-    """The batch sizes of an evaluation: every sample once."""
-    size = config.train.eval_batch_size or config.train.batch_size
-    full, rest = divmod(samples, size)
-    return [size] * full + ([rest] if rest else [])
 
 
 def notices(plan: Plan) -> list[str]:

@@ -31,8 +31,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from blpipe.plan import Step
 from blpipe.stage import Stage
+from blpipe.steps import Step
 
 
 class Kind(Enum):

@@ -16,7 +16,7 @@ from blpipe.checkpoint.folders import manifest
 from blpipe.checkpoint.saver import Saver
 from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
-from blpipe.data import Data, DataSpec, open_data
+from blpipe.data import Data, open_data
 from blpipe.device import set_up
 from blpipe.engines.common import Engine, check_weights
 from blpipe.errors import StoppedError, UserError, one_line
@@ -37,6 +37,7 @@ from blpipe.program import steps_ahead
 from blpipe.progress import Progress
 from blpipe.resume import Beginning
 from blpipe.run_folder import How, claimed, is_being_restarted, make_ready, run_folder_of
+from blpipe.specs import DataSpec
 from blpipe.trace import write_trace
 from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, train
 from blpipe.transport.horizon import Horizon

@@ -10,23 +10,15 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from blpipe.data import DataSpec
 from blpipe.errors import ConfigError, one_line
-from blpipe.heads import Shape
 from blpipe.models.build import named_blocks
+from blpipe.specs import DataSpec, Shape, TensorSpec
 
 _CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d,
                    nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 EVERY_MODULE = vars(nn.Module()).keys()
 """What a module has besides what its class gives it."""
-
-
-class TensorSpec(NamedTuple):
-    """Shape and dtype of one tensor, batch included."""
-
-    shape: Shape
-    dtype: torch.dtype
 
 
 def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool,
@@ -40,7 +32,7 @@ def trace_shapes(model: nn.Sequential, data: DataSpec, size: int, training: bool
     Raises:
         ConfigError: a block that cannot take what the one before it gives, or gives no tensor.
     """
-    spec = TensorSpec((size, *data.shape), getattr(torch, data.dtype))
+    spec = data.batch(size)
     specs: OrderedDict[str, TensorSpec] = OrderedDict()
     known: dict[Hashable, str] = {}
     for name, block in named_blocks(model):

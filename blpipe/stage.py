@@ -31,10 +31,10 @@ from blpipe.device import Precision, narrowed, widened
 from blpipe.gradients import edge_of, gradients_of, norm_of, ratio, weighted
 from blpipe.graphs import Recorder, Runner
 from blpipe.links import Links
-from blpipe.losses import Tally, main_targets, mixed_loss
 from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
 from blpipe.tail import Tail, TailRun
+from blpipe.tally import Tally, main_targets, mixed_loss
 from blpipe.update import Update
 
 Held = tuple[int, int, int]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blpipe.gradients import GradientSums, norm_of, weighted
-from blpipe.losses import Tally
+from blpipe.tally import Tally
 
 
 class Update:

@@ -16,11 +16,11 @@ from blpipe.checkpoint.folders import newest_intact
 from blpipe.checkpoint.state import model_state
 from blpipe.config import PartitionConfig
 from blpipe.config_file import parse_config
-from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models.build import as_blocks
 from blpipe.partition import partition
 from blpipe.plan import make_plan
+from blpipe.specs import DataSpec
 
 
 def line(mark: str) -> int:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blpipe.config import DataConfig
-from blpipe.data import SETS, DataSpec, open_data
+from blpipe.data import SETS, open_data
 from blpipe.data.prepare import augment, moves
 from blpipe.errors import ConfigError
 from blpipe.seeds import generator
+from blpipe.specs import DataSpec
 
 # ---- batches: order, resumption, completeness
 

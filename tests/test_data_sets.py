@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blpipe.data import Data, DataSpec
+from blpipe.data import Data
 from blpipe.errors import ConfigError, UserError
 from blpipe.seeds import generator
+from blpipe.specs import DataSpec
 
 # ---- the sets by name
 

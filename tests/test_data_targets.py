@@ -7,10 +7,10 @@ from data_under_test import Listed, Noisy, X, Y, equal, opened_target, refused, 
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from blpipe.data import DataSpec
 from blpipe.data.prepare import augment, moves
 from blpipe.errors import ConfigError, UserError
 from blpipe.seeds import derive_seed, generator
+from blpipe.specs import DataSpec
 
 
 def as_dataset(x, y, **attributes) -> Listed:

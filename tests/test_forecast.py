@@ -24,8 +24,9 @@ from blpipe.forecast.memory import Rehearsal, estimated_bytes
 from blpipe.forecast.simulate import CONNECTIONS, Connection
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
 from blpipe.links import Links
-from blpipe.plan import Step, make_network, make_plan
+from blpipe.plan import make_network, make_plan
 from blpipe.program import Factors, Ports, errors_ahead, execute, train_program
+from blpipe.steps import Step
 
 CPU = torch.device("cpu")
 MLP = {"name": "mlp", "args": {"hidden": [32] * 6, "batch_norm": False}}

@@ -12,7 +12,8 @@ from torch import nn
 from blpipe.config import HeadConfig, LossConfig
 from blpipe.errors import ConfigError
 from blpipe.heads import Boundary, PoolToFeatures, blocks, build_head, conv, linear, mlp_sr
-from blpipe.losses import Tally, build_loss, cross_entropy
+from blpipe.losses import build_loss, cross_entropy
+from blpipe.tally import Tally
 
 MAPS = [(4, 1, 1), (4, 1, 3), (4, 2, 2), (4, 3, 3), (4, 2, 8), (4, 8, 8)]
 SHAPES = [*MAPS, (5, 4), (1, 4), (4,)]

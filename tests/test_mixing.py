@@ -12,8 +12,9 @@ from blpipe.config import AugmentConfig
 from blpipe.config_file import parse_config
 from blpipe.data import Mixing
 from blpipe.errors import ConfigError
-from blpipe.losses import Tally, cross_entropy, main_targets, mixed_loss
+from blpipe.losses import cross_entropy
 from blpipe.seeds import derive_seed, generator, seeded
+from blpipe.tally import Tally, main_targets, mixed_loss
 
 IMAGE = (3, 8, 8)
 BOTH = {"mixup": 0.4, "cutmix": 1.0}

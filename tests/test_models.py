@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from blpipe.config_types import Named
-from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar
 from blpipe.models.build import as_blocks, out_of_place
+from blpipe.specs import DataSpec
 
 SPEC = DataSpec((2, 8, 8), "float32", (), 5, 20, 10)
 

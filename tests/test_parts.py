@@ -11,7 +11,7 @@ from blpipe.data import open_data
 from blpipe.errors import ConfigError, StageError
 from blpipe.parts import check_kept
 from blpipe.plan import make_plan
-from blpipe.shapes import TensorSpec
+from blpipe.specs import TensorSpec
 from blpipe.transport.queues import SendQueue
 
 

@@ -8,12 +8,13 @@ from torch import nn
 
 from blpipe.config import Config, LinkConfig, MethodConfig
 from blpipe.config_file import parse_config
-from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.links import Links, stage_links
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar
-from blpipe.plan import Plan, Step, evaluation_sizes, make_plan, notices, step_sizes, trace_shapes
-from blpipe.shapes import TensorSpec
+from blpipe.plan import Plan, make_plan, notices
+from blpipe.shapes import trace_shapes
+from blpipe.specs import DataSpec, TensorSpec
+from blpipe.steps import Step, evaluation_sizes, step_sizes
 
 IMAGES = DataSpec((3, 8, 8), "float32", (), 4, 24, 10)
 TOKENS = DataSpec((6,), "int64", (6,), 9, 24, 10)

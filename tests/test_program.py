@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from blpipe.config import LinkConfig, MethodConfig
 from blpipe.links import hops
-from blpipe.plan import Step
 from blpipe.program import Kind, Op, Role, errors_ahead, evaluation_program, steps_ahead, train_program
+from blpipe.steps import Step
 
 LINKED = Role(sends=True, hops_out=(1,), hops_in=(1,))
 PROPERTY = settings(deadline=None, max_examples=120)

@@ -23,10 +23,12 @@ from blpipe import launch
 from blpipe.checkpoint.folders import checkpoints
 from blpipe.checkpoint.state import read
 from blpipe.config_file import load_config, parse_config
-from blpipe.data import Share, open_data
+from blpipe.data import open_data
 from blpipe.engines.common import build_stage, train_epoch
 from blpipe.errors import ConfigError, UserError
-from blpipe.plan import make_plan, step_sizes
+from blpipe.plan import make_plan
+from blpipe.specs import Share
+from blpipe.steps import step_sizes
 from blpipe.trainer import choose_engine, open_local
 from blpipe.transport.memory import MemorySum
 

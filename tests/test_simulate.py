@@ -7,8 +7,8 @@ import pytest
 
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.simulate import Connection, simulate
-from blpipe.plan import Step
 from blpipe.program import Kind, Role, train_program
+from blpipe.steps import Step
 from blpipe.trace import write_trace
 
 FREE = Connection(latency=0.0, bandwidth=float("inf"))

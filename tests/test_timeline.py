@@ -4,8 +4,8 @@ import pytest
 from conftest import REPOSITORY
 
 from blpipe.forecast.simulate import Connection, simulate
-from blpipe.plan import Step
 from blpipe.program import Kind, Role, train_program
+from blpipe.steps import Step
 
 COST = {Kind.FORWARD: 1, Kind.LOCAL_BACKWARD: 2, Kind.LINK_BACKWARD: 1}
 LETTER = {Kind.FORWARD: "F", Kind.LOCAL_BACKWARD: "B", Kind.LINK_BACKWARD: "L"}

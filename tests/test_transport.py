@@ -13,7 +13,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from blpipe.config_file import parse_config
 from blpipe.errors import ConfigError, PeerLostError, UserError
-from blpipe.plan import TensorSpec
+from blpipe.specs import TensorSpec
 from blpipe.trainer import choose_engine
 from blpipe.transport import world
 from blpipe.transport.memory import MemoryQueue

@@ -10,13 +10,13 @@ from blpipe.checkpoint.folders import newest_intact
 from blpipe.checkpoint.state import model_state
 from blpipe.config_file import parse_config
 from blpipe.config_types import Named
-from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.models import build_model
 from blpipe.models.blocks import blocks_of
 from blpipe.models.zoo import torchvision_model
 from blpipe.plan import make_plan
 from blpipe.runs import export_run
+from blpipe.specs import DataSpec
 
 DATA = DataSpec((3, 32, 32), "float32", (), 5, 4, 4)
 SMALL = "shufflenet_v2_x0_5"

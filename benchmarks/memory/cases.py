@@ -8,8 +8,8 @@ from typing import Any, Literal
 from benchmarks.methods import BACKLINK, JOINT, LAST_LOSS, late
 from blpipe.config import Config
 from blpipe.config_file import parse_config
-from blpipe.data import DataSpec
 from blpipe.models.resnet_cifar import resnet_cifar
+from blpipe.specs import DataSpec
 
 Part = Literal["local", "pipeline", "microbatches"]
 Cut = Literal["even", "least", "limit"]

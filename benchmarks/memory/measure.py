@@ -21,7 +21,6 @@ from benchmarks.memory import one_f_one_b
 from benchmarks.memory.cases import BP, GOAL, GREEDY, Case, Size, Task
 from blpipe.balance import best_starts
 from blpipe.config import Config
-from blpipe.data.spec import EVERYTHING, DataSpec, Share
 from blpipe.engines.alone import rehearsed_steps
 from blpipe.engines.common import train_epoch
 from blpipe.engines.local import LocalEngine
@@ -33,6 +32,7 @@ from blpipe.forecast.stages import settle, stage_cost
 from blpipe.partition import even_starts
 from blpipe.plan import Network, Plan, make_network, make_plan
 from blpipe.shapes import likeness
+from blpipe.specs import EVERYTHING, DataSpec, Share
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the b
 from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import build_stage
 from blpipe.engines.feed import Feed
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan
+from blpipe.steps import Step
 from blpipe.transport.queues import Layout
 
 STEPS = 2  # in the second one the optimizer's state is there

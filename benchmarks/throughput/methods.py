@@ -16,13 +16,14 @@ from benchmarks.throughput.settings import REPLICAS, Cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
 from blpipe.config_file import parse_config
-from blpipe.data import Share, open_data
+from blpipe.data import open_data
 from blpipe.device import transfer
 from blpipe.engines.common import train_epoch
 from blpipe.engines.pipeline import PipelineEngine
 from blpipe.optim import build_optimizer
 from blpipe.plan import Plan
 from blpipe.program import Factors, Kind, Op, Ports, execute, train_program
+from blpipe.specs import Share
 from blpipe.transport.memory import MemorySum
 from blpipe.transport.messages import as_sent
 from blpipe.transport.world import World

@@ -14,7 +14,8 @@ from torch.distributed.pipelining import (
 from torch.nn.functional import cross_entropy
 
 from blpipe.optim import build_optimizer
-from blpipe.plan import Plan, TensorSpec
+from blpipe.plan import Plan
+from blpipe.specs import TensorSpec
 
 
 class Schedule(NamedTuple):

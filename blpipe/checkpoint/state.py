@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from blpipe.checkpoint.folders import config_of, damaged, manifest
 from blpipe.engines.common import Engine, SoFar
 from blpipe.errors import UserError, one_line
-from blpipe.losses import Tally
 from blpipe.models.build import plain_names
 from blpipe.plan import Plan
 from blpipe.stage import Held, Stage
+from blpipe.tally import Tally
 
 
 def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:

@@ -14,16 +14,16 @@ from blpipe.data import prepare, sets
 from blpipe.data.folder import imagefolder
 from blpipe.data.mixing import Mixing
 from blpipe.data.source import Source, check_alike, check_labels, check_test_labels, keep_first
-from blpipe.data.spec import EVERYTHING, DataSpec, Share
 from blpipe.data.splits import DatasetSplit, Request
 from blpipe.data.target import from_target
 from blpipe.data.transforms import with_transforms
 from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, fixed_randomness, generator
+from blpipe.specs import EVERYTHING, DataSpec, Share
 from blpipe.text import human_bytes
 
-__all__ = ["SETS", "Data", "DataSpec", "Mixing", "Share", "open_data"]
+__all__ = ["SETS", "Data", "Mixing", "open_data"]
 
 SETS: Mapping[str, Callable[..., Any]] = {
     "arrays": sets.arrays, "cifar10": sets.cifar10, "cifar100": sets.cifar100, "digits": sets.digits,

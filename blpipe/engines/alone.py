@@ -15,9 +15,10 @@ from blpipe.device import transfer
 from blpipe.engines.common import role
 from blpipe.engines.feed import train_microbatches
 from blpipe.graphs import WARM_UP
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan
 from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
 from blpipe.stage import Stage
+from blpipe.steps import Step
 from blpipe.transport.messages import IN_FLIGHT, Layout, layout_of, message_bytes, views
 from blpipe.transport.sums import Packed
 

@@ -16,9 +16,11 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from blpipe.engines.common import factors
 from blpipe.engines.feed import Feed
 from blpipe.errors import PeerLostError
-from blpipe.losses import main_targets, mixed_loss
-from blpipe.plan import Plan, Step, TensorSpec
+from blpipe.plan import Plan
+from blpipe.specs import TensorSpec
 from blpipe.stage import Stage
+from blpipe.steps import Step
+from blpipe.tally import main_targets, mixed_loss
 from blpipe.transport.queues import ReceiveQueue, SendQueue
 from blpipe.transport.world import World
 

@@ -16,12 +16,13 @@ from blpipe.device import Precision, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
 from blpipe.gradients import norm_of
 from blpipe.graphs import Recorder
-from blpipe.losses import Tally
 from blpipe.optim import build_optimizer, lr_factor
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan
 from blpipe.program import Factors, Kind, Op, Role, always
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
+from blpipe.steps import Step
+from blpipe.tally import Tally
 from blpipe.trace import Span, SpanLog
 from blpipe.update import Update
 

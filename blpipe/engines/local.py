@@ -39,10 +39,11 @@ from blpipe.engines.common import (
 )
 from blpipe.engines.feed import Feed, TrainFeed, test_microbatches
 from blpipe.graphs import recorder_on
-from blpipe.losses import Tally
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan
 from blpipe.program import Op, Ports, evaluation_program, execute, train_program
 from blpipe.stage import Stage
+from blpipe.steps import Step
+from blpipe.tally import Tally
 from blpipe.trace import Span, SpanLog
 from blpipe.transport.memory import MemoryQueue, MemorySum
 

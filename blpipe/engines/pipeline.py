@@ -29,8 +29,7 @@ from blpipe.engines.common import (
 )
 from blpipe.engines.feed import Feed, TrainFeed, test_microbatches
 from blpipe.graphs import recorder_on
-from blpipe.losses import Tally
-from blpipe.plan import Plan, Step, TensorSpec
+from blpipe.plan import Plan
 from blpipe.program import (
     ACTIVATIONS_AHEAD,
     Inbox,
@@ -42,6 +41,9 @@ from blpipe.program import (
     execute,
     train_program,
 )
+from blpipe.specs import TensorSpec
+from blpipe.steps import Step
+from blpipe.tally import Tally
 from blpipe.trace import Span, SpanLog
 from blpipe.transport.world import World
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.flop_counter import FlopCounterMode
 
 from blpipe.config import LossConfig, OptimizerConfig, TrainConfig
-from blpipe.data import Data, Share
+from blpipe.data import Data
 from blpipe.device import Precision, use_channels_last
 from blpipe.errors import ConfigError
 from blpipe.forecast.ledger import Ledger, without_values
@@ -26,7 +26,8 @@ from blpipe.losses import LocalLoss, build_loss
 from blpipe.models.build import named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.plan import Network
-from blpipe.shapes import TensorSpec, likeness
+from blpipe.shapes import likeness
+from blpipe.specs import Share, TensorSpec
 
 # Nominal speeds for estimates: (floating-point operations, bytes of memory traffic) a second.
 NOMINAL = {"cpu": (5e10, 1e10), "cuda": (4e13, 2e12)}
@@ -133,7 +134,7 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
                 known[key] = trial.measure(device, known[key], config.optimizer)
         return known[key]
 
-    inputs = [TensorSpec((size, *network.data.shape), getattr(torch, network.data.dtype)), *network.outputs[size]]
+    inputs = [network.data.batch(size), *network.outputs[size]]
     blocks = [cost_of(block, likeness(block), given, first if i == 0 else None)
               for i, ((_, block), given) in enumerate(zip(named_blocks(network.model), inputs, strict=False))]
 

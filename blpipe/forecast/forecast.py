@@ -22,8 +22,9 @@ from blpipe.forecast.simulate import Connection, Timeline, simulate
 from blpipe.forecast.stages import StageCost, seconds_table, stage_cost
 from blpipe.links import Links, fitting, stage_links
 from blpipe.partition import even_starts
-from blpipe.plan import Plan, Step
+from blpipe.plan import Plan
 from blpipe.program import ACTIVATIONS_AHEAD, Kind, Op, Role, errors_ahead, train_program
+from blpipe.steps import Step
 
 # Steps simulated, of which the later half is counted; a schedule that ends each step drained needs few, one whose
 # errors come back late more, as its stages do all of their work from then on alone.

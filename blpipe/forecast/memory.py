@@ -20,8 +20,9 @@ from blpipe.forecast.ledger import Ledger, Pool, without_values
 from blpipe.graphs import Recorder
 from blpipe.links import Links, fitting, stage_links
 from blpipe.optim import build_optimizer
-from blpipe.plan import Network, Plan, Step, make_plan
+from blpipe.plan import Network, Plan, make_plan
 from blpipe.program import ACTIVATIONS_AHEAD, errors_ahead
+from blpipe.steps import Step
 from blpipe.transport.messages import IN_FLIGHT
 
 Result = TypeVar("Result")

@@ -9,7 +9,6 @@ from torch.nn.parameter import is_lazy
 
 from blpipe import launch
 from blpipe.config_types import Named
-from blpipe.data import DataSpec
 from blpipe.errors import ConfigError, one_line
 from blpipe.models.blocks import TracedBlock, blocks_of, out_of_place
 from blpipe.models.compare import check_same
@@ -19,6 +18,7 @@ from blpipe.models.vgg_cifar import vgg_cifar
 from blpipe.models.zoo import PREFIX, torchvision_model
 from blpipe.plugins import call, resolve, takes
 from blpipe.seeds import derive_seed, fixed_randomness
+from blpipe.specs import DataSpec
 
 BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from blpipe.data import DataSpec
 from blpipe.errors import ConfigError
 from blpipe.seeds import fixed_randomness
+from blpipe.specs import DataSpec
 
 
 def check_same(model: nn.Module, blocks: nn.Sequential, data: DataSpec) -> None:

@@ -11,7 +11,7 @@ from math import prod
 
 from torch import Tensor
 
-from blpipe.plan import TensorSpec
+from blpipe.specs import TensorSpec
 
 Layout = tuple[TensorSpec, ...]
 IN_FLIGHT = 2  # messages of a queue under way, before its sender waits for one to arrive

@@ -1,29 +1,19 @@
-"""What the rest of the system must know about the data without reading any."""
+"""Shapes, types and sizes: what must be known of tensors and data before there are any."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import torch
 
-class Share(NamedTuple):
-    """What one of the pipeline's replicas takes of every batch."""
-
-    replica: int = 0
-    replicas: int = 1
-
-    def of(self, samples: int) -> slice:
-        """Of so many samples: as many as every other replica, or one more in the first ones."""
-        each, more = divmod(samples, self.replicas)
-        start = self.replica * each + min(self.replica, more)
-        return slice(start, start + each + (self.replica < more))
-
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """What makes its random numbers others than the first replica's."""
-        return (self.replica,) if self.replica else ()
+Shape = tuple[int, ...]
 
 
-EVERYTHING = Share()
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one tensor, batch included."""
+
+    shape: Shape
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -46,6 +36,10 @@ class DataSpec:
     train_samples: int
     test_samples: int
 
+    def batch(self, size: int) -> TensorSpec:
+        """So many samples together."""
+        return TensorSpec((size, *self.shape), getattr(torch, self.dtype))
+
     def to_json(self) -> dict[str, Any]:
         """A dictionary that `json` can write."""
         return asdict(self) | {"shape": list(self.shape), "target_shape": list(self.target_shape)}
@@ -55,3 +49,24 @@ class DataSpec:
         """The spec that `to_json` made `fields` from."""
         shapes = {name: tuple(fields[name]) for name in ("shape", "target_shape")}
         return cls(**{**fields, **shapes})
+
+
+class Share(NamedTuple):
+    """What one of the pipeline's replicas takes of every batch."""
+
+    replica: int = 0
+    replicas: int = 1
+
+    def of(self, samples: int) -> slice:
+        """Of so many samples: as many as every other replica, or one more in the first ones."""
+        each, more = divmod(samples, self.replicas)
+        start = self.replica * each + min(self.replica, more)
+        return slice(start, start + each + (self.replica < more))
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Of its random numbers, so that replicas draw others than the first one; none for the first."""
+        return (self.replica,) if self.replica else ()
+
+
+EVERYTHING = Share()
