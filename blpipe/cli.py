@@ -71,8 +71,8 @@ def _main(arguments: argparse.Namespace) -> int:
 def load_commands() -> ModuleType:
     """The commands, with torch and all that they need: seconds, for which --help and usage errors need not wait.
 
-    What modules hold is no garbage. Without a search for some while they load, and at the end, a process takes a third
-    less time to start and to leave, and the searches while it trains do not go through them either.
+    What modules hold lives as long as the process. Freezing it keeps the garbage collector from scanning it: a process
+    starts and ends in a third less time, and the scans while it trains are shorter too.
     """
     gc.disable()
     try:

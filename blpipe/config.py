@@ -133,12 +133,15 @@ def _count_or_all(value: Any, info: ValidationInfo) -> Any:
 class LinkConfig(Section):
     """The backward link: how far, how late and how strongly errors go back.
 
-    delay_unit: what the delay counts. weight: λ, one number or one for each stage but the last. schedule: a
-    factor on it over training.
-    reach: how many stages back an error travels; take: whether each of them trains a stage, or the farthest
-    alone. joint: one backward takes the local gradient through the tail together with the error, when that is
-    there. normalize: scale a link gradient to the norm of the local one. wire: the precision of errors under way.
-    keep: the tail's graph until its errors are there, or its input alone, to run it again.
+    length: how many of a stage's last blocks an error runs through, or `all`.
+    delay: d, how late an error is; delay_unit: in batches or microbatches.
+    weight: λ, one number or one for each stage but the last; schedule: a factor on it over training.
+    reach: r, how many stages back an error travels, or `all`.
+    take: whether each of these errors trains a stage, or only the farthest.
+    joint: whether one backward takes the local gradient through the tail together with the error.
+    normalize: whether a link gradient is scaled to the norm of the local one.
+    wire: the precision of errors that are sent.
+    keep: the tail's graph until its errors are there, or only its input, to run it again.
     """
 
     length: Annotated[Any, AfterValidator(_count_or_all)] = 1
@@ -244,10 +247,12 @@ class OptimizerConfig(ByName):
 class TrainConfig(Section):
     """Epochs and batches, and how they are computed.
 
-    replicas: how many copies of the pipeline share every batch. microbatches: of a replica's share. recompute: whether
-    a block keeps its input alone, and runs again in its backward. compile: whether blocks and heads are compiled. wire:
-    the precision of activations under way. on_nonfinite: what becomes of a step in which a stage's loss is NaN or
-    infinite.
+    replicas: how many copies of the pipeline share every batch.
+    microbatches: into how many a replica's share of a batch is cut.
+    recompute: whether a block stores only its input, and reruns its forward during its backward.
+    compile: whether blocks and heads are compiled.
+    wire: the precision of activations that are sent.
+    on_nonfinite: what becomes of a step in which a stage's loss is NaN or infinite.
     """
 
     epochs: Positive = 10

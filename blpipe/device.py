@@ -72,8 +72,8 @@ def use_deterministic_algorithms() -> None:
 def use_compiler() -> None:
     """Set torch.compile up for stages.
 
-    Links go through a tail's graph a second time, whose buffers the first must then not give away. All stages share
-    their code, so that the usual number of variants of it is too small; beyond it, nothing would be compiled.
+    A link backward goes through the graph that the local backward has been through, so that must not give its buffers
+    away. All stages share their code, so torch's limit on variants of it is too small; beyond it, nothing is compiled.
     """
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
@@ -107,12 +107,12 @@ class Precision:
 
 
 def widened(x: Tensor, wire: WirePrecision) -> Tensor:
-    """A tensor that was under way, as a stage computes with it."""
+    """A received tensor, in the precision that a stage computes in."""
     return x.float() if wire == "bf16" and x.dtype == torch.bfloat16 else x
 
 
 def narrowed(x: Tensor, wire: WirePrecision) -> Tensor:
-    """A tensor as it goes under way."""
+    """A tensor in the precision in which it is sent."""
     return x.to(torch.bfloat16) if wire == "bf16" else x
 
 

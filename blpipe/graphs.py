@@ -26,7 +26,7 @@ WARM_UP = 2  # microbatches that run as they are, so that libraries have started
 class Runner(Protocol):
     """How a stage runs the parts of what it computes on one microbatch.
 
-    repeats: whether results are overwritten when it runs a later microbatch, the earlier one being through.
+    repeats: whether results live in memory that is overwritten when it runs a later microbatch.
     """
 
     repeats: bool

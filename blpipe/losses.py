@@ -24,7 +24,7 @@ class LocalLoss(nn.Module):
 
     def __init__(self, function: Callable[..., Tensor], takes_x: bool):
         super().__init__()
-        # What else a function holds, copies of this module share.
+        # A lambda, which copies of this module share with whatever the user's function holds.
         self.function = function if isinstance(function, nn.Module) else lambda *given: function(*given)
         self.takes_x = takes_x
 

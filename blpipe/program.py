@@ -89,19 +89,19 @@ def always(step: int) -> bool:
 
 
 def train_program(steps: Sequence[Step], role: Role, delay: int, start: int = 0,
-                  goes_on: Callable[[int], bool] = always) -> Iterator[Op]:
+                  should_run: Callable[[int], bool] = always) -> Iterator[Op]:
     """The ops of one stage over the steps of an epoch, drained at the end.
 
     Args:
         delay: in microbatches.
         start: the step to begin with; those before it have been done, and what they left is held.
-        goes_on: whether a step is to be done, asked before each; the program ends before the first that is not.
+        should_run: whether a step is to be done, asked before each; the program ends before the first that is not.
     """
     awaiting: list[_Link] = []  # a heap
     counter = count()
     for step in steps:
         done = step.index < start
-        if not done and not goes_on(step.index):
+        if not done and not should_run(step.index):
             break
         for micro in range(len(step.sizes)):
             now = next(counter)

@@ -1,4 +1,5 @@
-"""Blocks that keep their input alone, and run again in their backward: activation checkpointing (Chen et al., 2016)."""
+"""Activation checkpointing (Chen et al., 2016): blocks store only their input, and rerun their forward during backward.
+"""
 
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext

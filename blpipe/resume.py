@@ -21,7 +21,7 @@ _OF_EVALUATION = ("data", "train.eval_batch_size", "train.precision", "train.cha
 
 
 @dataclass(frozen=True)
-class Beginning:
+class StartPoint:
     """Where a run begins.
 
     Args:
@@ -35,7 +35,7 @@ class Beginning:
     last: Path | None = None
 
 
-def find(path: Path, best: bool = False) -> Beginning:
+def find(path: Path, best: bool = False) -> StartPoint:
     """The checkpoint that `path` names: a run folder's newest intact one, or the one that it is the folder of.
 
     Args:
@@ -49,15 +49,15 @@ def find(path: Path, best: bool = False) -> Beginning:
         raise UserError(f"--best: {path} is one checkpoint; give its run folder, or leave --best out")
     if checkpoint:
         check(checkpoint)
-        return Beginning(checkpoint)
+        return StartPoint(checkpoint)
     config_of_run(path)
     if best:
         found = best_of(path)
         check(found)
-        return Beginning(found, [f"{found.name} is the best of those that were kept"])
+        return StartPoint(found, [f"{found.name} is the best of those that were kept"])
     last = checkpoints(path)[-1:]
     newest, problems = newest_intact(path)
-    return Beginning(newest, [f"{problem}; {newest.name} is used" for problem in problems], *last)
+    return StartPoint(newest, [f"{problem}; {newest.name} is used" for problem in problems], *last)
 
 
 def run_of(path: Path) -> Path:
@@ -110,7 +110,7 @@ def evaluated_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
     return config
 
 
-def go_on(config: Config, path: Path) -> tuple[Config, Beginning]:
+def resume_from(config: Config, path: Path) -> tuple[Config, StartPoint]:
     """Go on from the checkpoint that `path` names; returns the config with the cuts that were found for it.
 
     Raises:
@@ -126,34 +126,34 @@ def go_on(config: Config, path: Path) -> tuple[Config, Beginning]:
     changes = _changes(saved, config)
     refused = _but(_CHANGEABLE, changes)
     if refused:
-        raise ConfigError(*(f"{change.key}: {change.now!r}, but {change.before!r} in {found.checkpoint}; set it back, "
-                            "or train anew under another name" for change in refused))
+        raise ConfigError(*(f"{change.key}: {_told(change.now)}, but {_told(change.before)} in {found.checkpoint}; set "
+                            "it back, or train anew under another name" for change in refused))
     return config, replace(found, notes=found.notes + [
-        f"{change.key}: {change.now!r}, was {change.before!r} before" for change in changes])
+        f"{change.key}: {_told(change.now)}, was {_told(change.before)} before" for change in changes])
 
 
-def go_on_if_there(config: Config, run: Path) -> tuple[Config, Beginning]:
-    """As `go_on` where the run folder holds a checkpoint; else the same run begins anew."""
-    return go_on(config, run) if checkpoints(run) else (config, Beginning())
+def resume_if_there(config: Config, run: Path) -> tuple[Config, StartPoint]:
+    """As `resume_from` where the run folder holds a checkpoint; else the same run begins anew."""
+    return resume_from(config, run) if checkpoints(run) else (config, StartPoint())
 
 
-def refuse_other_lengths(beginning: Beginning, plan: Plan) -> None:
+def refuse_other_lengths(start_point: StartPoint, plan: Plan) -> None:
     """Compare the steps that the checkpoint has behind it with those of the run that goes on.
 
     Raises:
         ConfigError: an epoch has other steps than before, or more is done than is to be; or nothing is left to train
             and the stages would be others, which nobody would evaluate.
     """
-    if beginning.checkpoint is None:
+    if start_point.checkpoint is None:
         return
-    found, per_epoch = manifest(beginning.checkpoint), len(plan.step_sizes)
+    found, per_epoch = manifest(start_point.checkpoint), len(plan.step_sizes)
     steps = plan.config.train.epochs * per_epoch
     if found.steps_per_epoch not in (None, per_epoch):
         raise ConfigError(f"data: an epoch has {per_epoch} steps, but {found.steps_per_epoch} in "
-                          f"{beginning.checkpoint}; give the data that it had, or train anew under another name")
+                          f"{start_point.checkpoint}; give the data that it had, or train anew under another name")
     if found.steps_done > steps:
         raise ConfigError(f"train.epochs: {plan.config.train.epochs} are {steps} steps, but {found.steps_done} are "
-                          f"done in {beginning.checkpoint}; give more, or resume from an earlier checkpoint")
+                          f"done in {start_point.checkpoint}; give more, or resume from an earlier checkpoint")
     if found.steps_done >= steps and found.stages != [plan.block_names(k) for k in range(len(plan.stages))]:
         raise ConfigError(f"partition: the run is done, with {len(found.stages)} stages"
                           f"{', cut elsewhere' * (len(found.stages) == len(plan.stages))}; give it more epochs, or "
@@ -180,6 +180,10 @@ class _Change:
     key: str
     before: Any
     now: Any
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else repr(value)
 
 
 def _changes(before: Config, now: Config) -> list[_Change]:

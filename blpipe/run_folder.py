@@ -14,7 +14,7 @@ from blpipe.config import Config
 from blpipe.config_file import dump_config
 from blpipe.errors import ConfigError
 from blpipe.files import write_text
-from blpipe.resume import Beginning, is_of
+from blpipe.resume import StartPoint, is_of
 
 _LOCK, _LAUNCH = ".lock", ".launch"  # the latter holds the name of the launch that made the folder ready
 _PARTS = ("checkpoints", "tensorboard", "trace.json", "result.json", "metrics.jsonl", "config.yaml")
@@ -22,8 +22,8 @@ _PARTS = ("checkpoints", "tensorboard", "trace.json", "result.json", "metrics.js
 
 
 @dataclass(frozen=True)
-class How:
-    """How a run meets what its folder holds: see `train_run`."""
+class StartOptions:
+    """What becomes of what a run folder holds: see `train_run`."""
 
     overwrite: bool = False
     resume_from: Path | None = None
@@ -36,7 +36,7 @@ def run_folder_of(config: Config) -> Path:
 
 
 @contextmanager
-def claimed(config: Config, how: How, beginning: Beginning) -> Iterator[Path]:
+def claimed(config: Config, options: StartOptions, start_point: StartPoint) -> Iterator[Path]:
     """The run folder, this process's alone, which holds nothing that is to be kept. Raises ConfigError."""
     run = run_folder_of(config)
     with _writing_to(run):
@@ -46,7 +46,7 @@ def claimed(config: Config, how: How, beginning: Beginning) -> Iterator[Path]:
         with _writing_to(run):
             _take(lock, run)  # one that is another process's is not ours to remove
         try:
-            _refuse_another_run(run, config, how, beginning)
+            _refuse_another_run(run, config, options, start_point)
             yield run
         finally:
             with suppress(OSError):
@@ -54,14 +54,14 @@ def claimed(config: Config, how: How, beginning: Beginning) -> Iterator[Path]:
                     shutil.rmtree(run)
 
 
-def make_ready(run: Path, config: Config, beginning: Beginning) -> None:
+def make_ready(run: Path, config: Config, start_point: StartPoint) -> None:
     """Remove what is not to be gone on with, and write the config. Raises ConfigError."""
     with _writing_to(run):
-        if beginning.checkpoint is None:
+        if start_point.checkpoint is None:
             for path in _parts(run):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         else:
-            forget_after(run, beginning.checkpoint)
+            forget_after(run, start_point.checkpoint)
             (run / "result.json").unlink(missing_ok=True)  # of the run that had ended
         write_text(run / "config.yaml", dump_config(config))
         write_text(run / _LAUNCH, launch.run_name())
@@ -90,11 +90,12 @@ def _take(lock: TextIO, run: Path) -> None:
                           "name=…") from None
 
 
-def _refuse_another_run(run: Path, config: Config, how: How, beginning: Beginning) -> None:
-    own = (how.auto_resume or is_being_restarted(run)) and is_of(run, config) and not any(run.glob("checkpoints/[!.]*"))
-    if beginning.last is not None and [path.name for path in checkpoints(run)[-1:]] != [beginning.last.name]:
+def _refuse_another_run(run: Path, config: Config, options: StartOptions, start_point: StartPoint) -> None:
+    same = (options.auto_resume or is_being_restarted(run)) and is_of(run, config)
+    own = same and not any(run.glob("checkpoints/[!.]*"))
+    if start_point.last is not None and [path.name for path in checkpoints(run)[-1:]] != [start_point.last.name]:
         raise ConfigError(f"name: another process has trained in {run} meanwhile; start again, to go on from there")
-    if not _parts(run) or how.overwrite or beginning.checkpoint or own:
+    if not _parts(run) or options.overwrite or start_point.checkpoint or own:
         return
     go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""
     raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another name=…")

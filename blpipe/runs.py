@@ -35,8 +35,8 @@ from blpipe.metrics import (
 from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.program import steps_ahead
 from blpipe.progress import Progress
-from blpipe.resume import Beginning
-from blpipe.run_folder import How, claimed, is_being_restarted, make_ready, run_folder_of
+from blpipe.resume import StartPoint
+from blpipe.run_folder import StartOptions, claimed, is_being_restarted, make_ready, run_folder_of
 from blpipe.specs import DataSpec
 from blpipe.trace import write_trace
 from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, train
@@ -60,14 +60,14 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
         StoppedError: SIGTERM; the run is saved.
     """
     set_up(config)
-    how = How(overwrite, resume_from, auto_resume)
+    options = StartOptions(overwrite, resume_from, auto_resume)
     if choose_engine(config) == "local":
-        plan, data, beginning = _prepare(config, how)
-        with claimed(plan.config, how, beginning) as folder:
-            run = _Run(plan, data, folder, beginning, _has_terminal(config))
+        plan, data, start_point = _prepare(config, options)
+        with claimed(plan.config, options, start_point) as folder:
+            run = _Run(plan, data, folder, start_point, _has_terminal(config))
             stopped = _train(open_local(plan, data), run)
     else:
-        folder, stopped = _train_in_pipeline(config, meet(config.runtime.timeout_seconds), how)
+        folder, stopped = _train_in_pipeline(config, meet(config.runtime.timeout_seconds), options)
     if stopped is not None:
         raise StoppedError(f"stopped by SIGTERM after step {stopped}, and saved; `train --resume {folder}` goes on")
 
@@ -86,7 +86,7 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
     set_up(config)
     data = open_data(config.data, config.seed)
     plan = make_plan(_for_evaluation(config, data.spec.train_samples), data.spec)
-    data.check_labels(plan.classes)
+    data.check_fits_model(plan.classes)
     engine = open_local(plan, data)
     load_weights(found, plan, engine.stages)
     engine.evaluate()
@@ -119,10 +119,10 @@ def export_run(path: Path, out: Path, best: bool = False) -> None:
 
 
 def _found(path: Path, best: bool) -> Path:
-    beginning = resume.find(path, best)
-    _tell(beginning.notes)
-    assert beginning.checkpoint is not None
-    return beginning.checkpoint
+    start_point = resume.find(path, best)
+    _tell(start_point.notes)
+    assert start_point.checkpoint is not None
+    return start_point.checkpoint
 
 
 def _tell(notes: list[str]) -> None:
@@ -136,29 +136,29 @@ class _Run:
 
     Args:
         data: in the processes of the first stage alone.
-        shown: whether progress is.
+        shown: whether to draw the progress bars.
         meeting: with the other processes; None where there is one.
     """
 
     plan: Plan
     data: Data | None
     folder: Path
-    beginning: Beginning
+    start_point: StartPoint
     shown: bool
     meeting: Meeting | None = None
 
 
-def _prepare(config: Config, how: How) -> tuple[Plan, Data, Beginning]:
+def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPoint]:
     """Check everything that can be checked; writes nothing."""
     check_tensorboard(config)
-    beginning = Beginning()
+    start_point = StartPoint()
     run = run_folder_of(config)
     if is_being_restarted(run):  # from the last checkpoint, whatever it began with
-        config, beginning = resume.go_on_if_there(config, run)
-    elif how.resume_from is not None:
-        config, beginning = resume.go_on(config, how.resume_from)
-    elif how.auto_resume:
-        config, beginning = resume.go_on_if_there(config, run)
+        config, start_point = resume.resume_if_there(config, run)
+    elif options.resume_from is not None:
+        config, start_point = resume.resume_from(config, options.resume_from)
+    elif options.auto_resume:
+        config, start_point = resume.resume_if_there(config, run)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
     if config.partition.unsettled:
@@ -166,37 +166,37 @@ def _prepare(config: Config, how: How) -> tuple[Plan, Data, Beginning]:
         costs = profile(network, device, data if config.partition.costs == "measured" else None)
         config = settle(config, network, costs)
     plan = make_plan(config, data.spec, network)
-    resume.refuse_other_lengths(beginning, plan)
-    if beginning.checkpoint is not None:
-        rows_of(run, manifest(beginning.checkpoint).steps_done // len(plan.step_sizes))
-    data.check_labels(plan.classes)
-    return plan, data, beginning
+    resume.refuse_other_lengths(start_point, plan)
+    if start_point.checkpoint is not None:
+        rows_of(run, manifest(start_point.checkpoint).steps_done // len(plan.step_sizes))
+    data.check_fits_model(plan.classes)
+    return plan, data, start_point
 
 
-def _train_in_pipeline(config: Config, meeting: Meeting, how: How) -> tuple[Path, int | None]:
+def _train_in_pipeline(config: Config, meeting: Meeting, options: StartOptions) -> tuple[Path, int | None]:
     """Returns the run folder, and what `_train` does."""
     with ExitStack() as claim:
-        run = _lead(config, meeting, how, claim) if meeting.rank == 0 else _follow(config, meeting)
+        run = _lead(config, meeting, options, claim) if meeting.rank == 0 else _follow(config, meeting)
         engine = open_pipeline(run.plan, run.data, meeting)
         stopped = _train(engine, run)
         engine.close()
     return run.folder, stopped
 
 
-def _lead(config: Config, meeting: Meeting, how: How, claim: ExitStack) -> _Run:
+def _lead(config: Config, meeting: Meeting, options: StartOptions, claim: ExitStack) -> _Run:
     """Prepare the run and tell the others, or that there is none."""
     try:
-        plan, data, beginning = _prepare(config, how)
-        folder = claim.enter_context(claimed(plan.config, how, beginning))
+        plan, data, start_point = _prepare(config, options)
+        folder = claim.enter_context(claimed(plan.config, options, start_point))
     except UserError:
         is_reporter(meeting.timeout_seconds)  # before another rank can be
         meeting.announce({"failed": True})
         raise
-    shown, found = _has_terminal(config), beginning.checkpoint
+    shown, found = _has_terminal(config), start_point.checkpoint
     meeting.announce({
         "data": data.spec.to_json(), "run": str(folder), "shown": shown, "checkpoint": found and str(found),
         "partition": plan.config.partition.model_dump()})
-    return _Run(plan, data, folder, beginning, shown, meeting)
+    return _Run(plan, data, folder, start_point, shown, meeting)
 
 
 def _follow(config: Config, meeting: Meeting) -> _Run:
@@ -209,7 +209,7 @@ def _follow(config: Config, meeting: Meeting) -> _Run:
     spec, found = DataSpec.from_json(told["data"]), told["checkpoint"]
     data = None if stage else open_data(config.data, config.seed)
     plan = make_plan(config, spec, replica=replica)
-    return _Run(plan, data, Path(told["run"]), Beginning(found and Path(found)), told["shown"], meeting)
+    return _Run(plan, data, Path(told["run"]), StartPoint(found and Path(found)), told["shown"], meeting)
 
 
 def _has_terminal(config: Config) -> bool:
@@ -219,14 +219,14 @@ def _has_terminal(config: Config) -> bool:
 
 def _train(engine: Engine, run: _Run) -> int | None:
     """Train to the end; returns the step after which SIGTERM stopped it, if it did."""
-    plan, start, notes = run.plan, 0, [*notices(run.plan), *run.beginning.notes]
-    found, per_epoch = run.beginning.checkpoint, len(run.plan.step_sizes)
+    plan, start, notes = run.plan, 0, [*notices(run.plan), *run.start_point.notes]
+    found, per_epoch = run.start_point.checkpoint, len(run.plan.step_sizes)
     if found is not None:
         start = manifest(found).steps_done
         notes += load(found, plan, engine)
     log = None
     if launch.rank() == 0:
-        make_ready(run.folder, plan.config, run.beginning)
+        make_ready(run.folder, plan.config, run.start_point)
         log = RunLog(run.folder, plan, engine.name, start // per_epoch)
         _tell(notes)
     reached = Reached(start, None, stopped=False)

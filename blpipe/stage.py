@@ -68,7 +68,7 @@ class Stage:
         stream: this stage's random numbers.
         precision: how blocks and head are run.
         wire: the precision of activations under way, in training.
-        recompute: whether a block keeps its input alone, and runs again in its backward.
+        recompute: whether a block stores only its input, and reruns its forward during its backward.
         compile: whether torch.compile compiles blocks and head, for training.
         recorder: of what is computed on each microbatch; None to run everything as it is.
     """
@@ -78,7 +78,7 @@ class Stage:
                  recompute: bool = False, compile: bool = False, recorder: Recorder | None = None):
         self.blocks, self.head, self.loss, self.update, self.links = blocks, head, loss, update, links
         self.stream, self.precision, self.wire = stream, precision or Precision(), wire
-        compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
+        compiled: Callable[[Any], Any] = _compiled if compile else lambda part: part
         called: Callable[[nn.Sequential], nn.Sequential] = Recomputed if recompute else lambda part: part
         self.body = blocks[:len(blocks) - links.tail]
         self.tail = Tail(blocks[len(blocks) - links.tail:], links, stream, self.precision, recompute, compiled)
@@ -266,3 +266,9 @@ class Stage:
         error = torch.zeros_like(x) if error is None else error
         sent = narrowed(error, self.links.wire)
         return sent.clone() if sent is error and runner.repeats else sent
+
+
+def _compiled(part: Any) -> Any:
+    """Compiled, unless it computes nothing: what torch then learns of its code holds for all parts that share that."""
+    empty = isinstance(part, nn.Module) and all(type(each) in (nn.Identity, nn.Sequential) for each in part.modules())
+    return part if empty else torch.compile(part, dynamic=False)

@@ -58,7 +58,7 @@ class Tail:
         links: which errors come, when, and what is kept until then.
         stream: the stage's random numbers.
         precision: how the blocks are run.
-        recompute: whether a block keeps its input alone, and runs again in its backward.
+        recompute: whether a block stores only its input, and reruns its forward during its backward.
         compiled: compiles what runs in training, or returns it as it is.
     """
 

@@ -57,7 +57,7 @@ class Tally:
         return math.isfinite(self.loss_sum)
 
     def take_back(self, before: "Tally") -> None:
-        """Be again what a copy of this tally is."""
+        """Restore the sums of `before`, a copy of this tally."""
         vars(self).update(vars(before))
 
     def state(self) -> list[float]:

@@ -118,7 +118,7 @@ def train(engine: Engine, plan: Plan, start: int, horizon: Horizon, on_step: OnS
         index = step // per_epoch
         end = (index + 1) * per_epoch
         until = min(end, (step // every + 1) * every) if every else end
-        step = engine.train(index, step, partial(_goes_on, until, horizon), on_step)
+        step = engine.train(index, step, partial(_should_run, until, horizon), on_step)
         epoch = None
         if step == end:
             if is_due(index + 1, config.eval_every_epochs, config.epochs):
@@ -129,5 +129,5 @@ def train(engine: Engine, plan: Plan, start: int, horizon: Horizon, on_step: OnS
             return
 
 
-def _goes_on(until: int, horizon: Horizon, step: int) -> bool:
+def _should_run(until: int, horizon: Horizon, step: int) -> bool:
     return step < until and horizon.covers(step)

@@ -134,7 +134,7 @@ class Update:
 
 
 def _is_writable(tensor: Tensor) -> bool:
-    """Not so an expanded view, whose elements are the same place."""
+    """False for an expanded view, whose elements share memory."""
     return all(stride or size == 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 

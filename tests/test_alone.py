@@ -5,7 +5,8 @@ import torch
 from conftest import small_config
 
 from blpipe.config_file import parse_config
-from blpipe.data import open_data
+from blpipe.data import Data, open_data
+from blpipe.data.mixing import Mix
 from blpipe.engines.alone import load_kernels
 from blpipe.engines.common import train_epoch
 from blpipe.engines.local import LocalEngine
@@ -89,3 +90,23 @@ def test_what_is_run_has_the_layouts_of_a_run(index):
     seen.clear()
     load_kernels(stage, run.plan, index, CPU, None)
     assert seen == before
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_images_are_mixed_in_every_way(held, monkeypatch):
+    """A step draws one of them, and a GPU would load the other's kernels in the middle of a run."""
+    run = engine({"data__augment": {"mixup": 0.2, "cutmix": 0.001}, "train__microbatches": 2})
+    mixed = set()
+    monkeypatch.setattr(Data, "is_held_there", held)
+    monkeypatch.setattr(Mix, "of", lambda mix, x: mixed.add((type(mix.transform).__name__, len(x))) or x)
+    load_kernels(run.stages[0], run.plan, 0, CPU, run.data)
+    sizes = {size for step in run.plan.step_sizes for size in step}
+    assert mixed == {(way, size) for way in ("MixUp", "CutMix") for size in sizes}
+
+
+def test_examples_of_mixing_have_a_part_of_each_image():
+    mixing = engine({"data__augment": {"mixup": 0.2, "cutmix": 0.001}}).plan.mixing
+    x = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 2, 8, 8)
+    for mix in mixing.examples():
+        assert 0.1 < mix.ratio < 0.9
+        assert not torch.equal(mix.of(x), x)

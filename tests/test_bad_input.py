@@ -429,7 +429,7 @@ def check_train(place: Path, text: Callable[[], str], patch: pytest.MonkeyPatch)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     patch.chdir(place)
-    patch.setattr(runs, "_train", lambda engine, run: make_ready(run.folder, run.plan.config, run.beginning))
+    patch.setattr(runs, "_train", lambda engine, run: make_ready(run.folder, run.plan.config, run.start_point))
     try:
         (place / "bad.yaml").write_text(text())
     except (TypeError, ValueError, yaml.YAMLError, RecursionError):  # no such file can be

@@ -147,6 +147,14 @@ def test_what_one_process_saves_goes_on_in_the_pipeline(undisturbed, in_processe
         assert_same_run(in_processes["bp"] if name == "bp" else undisturbed[name], resumed)
 
 
+def test_other_stages_count_each_for_itself_from_the_middle_of_an_epoch(tmp_path):
+    saved = train_locally(saved_config("run", **METHODS["greedy"]), tmp_path)
+    run = go_on(rewound(saved, 5, tmp_path / "from5"), "partition={stages: 2}")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, second = (row["train_loss"] for row in rows if row["epoch"] == 1)
+    assert first != second
+
+
 @pytest.mark.parametrize(("cuts", "kept", "new"), [
     (["2"], "1", None), (["1", "2", "5"], "1", "0, 4"), ([], None, None)])
 def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed):
@@ -166,7 +174,7 @@ def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed)
             assert torch.equal(after[key], fresh[key]), key
     assert {key for key in before if key.startswith("model/")} <= after.keys()
     taken = max(float(seconds[-1]) for key, seconds in before.items() if key.startswith("seconds/"))
-    assert {sums.train_seconds for sums in engine.so_far().values()} == {taken}  # for the samples/s of the epoch
+    assert {sums.train_seconds for sums in engine.epoch_sums().values()} == {taken}  # for the samples/s of the epoch
     heads = [f"those after {names} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
     assert notes[0] == (f"the checkpoint is of 3 stages, and this run has {len(cuts) + 1}; "
                         f"heads: {'; '.join(heads) or 'none'}")
@@ -324,10 +332,10 @@ def test_a_resume_without_the_rows_before_it_deletes_nothing(folder, content, ca
 HOLD = """
 import sys
 from blpipe.config_file import load_config
-from blpipe.resume import Beginning
-from blpipe.run_folder import How, claimed
+from blpipe.resume import StartPoint
+from blpipe.run_folder import StartOptions, claimed
 
-with claimed(load_config(sys.argv[1]), How(), Beginning()):
+with claimed(load_config(sys.argv[1]), StartOptions(), StartPoint()):
     print("held", flush=True)
     sys.stdin.read()
 """

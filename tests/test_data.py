@@ -10,8 +10,7 @@ from data_under_test import AUGMENT, SYNTHETIC, Listed, X, Y, equal, opened, ope
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blpipe.config import DataConfig
-from blpipe.data import SETS, open_data
+from blpipe.data import SETS
 from blpipe.data.prepare import augment, moves
 from blpipe.errors import ConfigError
 from blpipe.seeds import generator
@@ -187,25 +186,20 @@ def test_wrong_names_and_arguments_are_refused():
                             "synthetic"]
 
 
-def test_the_key_of_the_section_is_in_the_message():
-    with pytest.raises(ConfigError, match=r"^other\.root: is required"):
-        open_data(DataConfig.model_validate({"name": "arrays"}), 0, key="other")
-
-
 def test_labels_are_checked_against_the_model():
     data = opened(**SYNTHETIC)
-    data.check_labels(4)
-    data.check_labels(9)
+    data.check_fits_model(4)
+    data.check_fits_model(9)
     with pytest.raises(ConfigError, match=r"^data: train label 3 at index \d+ lies outside 0\.\.2; set "
                                           r"model\.args\.classes ≥ 4 or mend the data$"):
-        data.check_labels(3)
+        data.check_fits_model(3)
 
 
 def test_the_first_wrong_label_of_testing_is_found_too(monkeypatch):
     data = opened_target(((X[[0, 1, 2]], Y[[0, 1, 2]]), (X, Y)), monkeypatch, train_samples=2)
     with pytest.raises(ConfigError, match=r"^data: test label 2 at index 2 lies outside 0\.\.1; set "
                                           r"model\.args\.classes ≥ 3 or mend the data$"):
-        data.check_labels(2)
+        data.check_fits_model(2)
 
 
 def test_a_label_only_testing_has_is_found_by_the_check(monkeypatch):

@@ -288,7 +288,7 @@ def test_imagefolder_normalises_as_imagenet_and_keeps_the_first(tmp_path):
     torch.testing.assert_close(x, (wanted - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     assert y.tolist() == [0, 0]
     with pytest.raises(ConfigError, match=r"train label 2 at index 8 lies outside 0\.\.1"):
-        data.check_labels(2)
+        data.check_fits_model(2)
 
 
 @pytest.mark.parametrize(("size", "shape"), [(None, (5, 5)), (4, (4, 4)), ([6, 3], (6, 3))])

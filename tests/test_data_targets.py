@@ -81,7 +81,7 @@ def test_integers_are_tokens_and_stay_untouched(monkeypatch):
     assert torch.equal(x, tokens)
     assert torch.equal(y, tokens % 5)
     with pytest.raises(ConfigError, match=r"train label 4 at index \[1, 0\] lies outside 0\.\.3"):
-        data.check_labels(4)
+        data.check_fits_model(4)
     for name, section in (("augment.flip", {"augment": {"flip": True}}),
                           ("augment.crop", {"augment": {"crop": 1}}),
                           ("normalize", {"normalize": {"mean": [0.0], "std": [1.0]}})):
@@ -154,9 +154,9 @@ def test_a_bad_sample_is_named_when_it_is_fetched(monkeypatch, workers, sample, 
 def test_datasets_with_unknown_labels_are_checked_by_their_classes(monkeypatch):
     dataset = as_dataset(X, Y, classes=["a", "b", "c"])
     data = opened_target((dataset, dataset), monkeypatch)
-    data.check_labels(3)
+    data.check_fits_model(3)
     with pytest.raises(ConfigError, match=r"have 3 classes, the model 2; set model\.args\.classes ≥ 3"):
-        data.check_labels(2)
+        data.check_fits_model(2)
     refused_target(r"train label 2 at index 2 is none of the 2 classes",
                    (as_dataset(X, Y, classes=["a", "b"], targets=Y), dataset), monkeypatch)
 

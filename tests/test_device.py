@@ -12,6 +12,7 @@ from blpipe.config import DataConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.device import Precision, set_up, transfer, use_channels_last, use_precision
+from blpipe.engines.local import LocalEngine
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
 from blpipe.forecast.memory import Rehearsal
@@ -43,15 +44,19 @@ def test_batches_are_the_same_wherever_they_are_prepared():
         assert torch.equal(x, u) and torch.equal(y, v)
 
 
-def test_a_gpu_prepares_batches_without_the_hosts_tensors(monkeypatch):
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_gpu_prepares_batches_without_the_hosts_tensors(monkeypatch, place):
     """On tensors without values of a GPU that need not be there: an operation on mixed devices raises."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
     gpu = torch.device("cuda", 0)
-    data = opened()
+    data = opened(place=place)
     host = batches(data)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        prepared = batches(data.to(gpu))
+        there = data.to(gpu)
+        prepared, zeros = batches(there), there.zeros(3)
+    assert there.is_held_there is (place == "device")
+    assert (zeros.device, zeros.shape, zeros.dtype) == (gpu, (3, *data.spec.shape), torch.float32)
     for (x, y), (u, v) in zip(prepared, host, strict=True):
         assert x.device == y.device == gpu
         assert (x.shape, x.dtype, y.shape, y.dtype) == (u.shape, u.dtype, v.shape, v.dtype)
@@ -59,10 +64,11 @@ def test_a_gpu_prepares_batches_without_the_hosts_tensors(monkeypatch):
 
 def test_auto_leaves_data_on_the_host_without_a_gpu_or_room_on_it(monkeypatch):
     data = opened()
-    assert data.to(CPU) is data and data.to(META) is data
+    assert data.to(CPU).is_held_there and not data.to(META).is_held_there
     assert opened(place="device").to(META)._source.train.x.device == META
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
-    assert data.to(torch.device("cuda", 0)) is data
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the GPU need not be there
+        assert not data.to(torch.device("cuda", 0)).is_held_there
     with pytest.raises(UserError, match=r"place: device, but the samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
         opened(place="device").to(torch.device("cuda", 0))
 
@@ -73,8 +79,7 @@ def test_data_read_sample_by_sample_have_no_place_on_a_device(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / folder / "0.png")
     section = {"name": "imagefolder", "root": str(tmp_path)}
-    data = open_data(DataConfig.model_validate(section), 0)
-    assert data.to(META) is data
+    assert not open_data(DataConfig.model_validate(section), 0).to(META).is_held_there
     with pytest.raises(ConfigError, match=r"data\.place: device is for data in memory"):
         open_data(DataConfig.model_validate({**section, "place": "device"}), 0)
 
@@ -228,9 +233,34 @@ def test_what_the_config_says_is_compiled_and_nothing_else(method, tmp_path, mon
     assert compiled == []
     run = train_locally(small_config("compiled", method__name=method, train__epochs=1, train__compile=True), tmp_path)
     assert torch._functorch.config.donated_buffer is False
-    assert len(set(compiled)) == {"backlink": 3 + 2 + 3, "greedy": 3 + 3, "bp": 3}[method]  # bodies, tails, heads
+    assert len(set(compiled)) == {"backlink": 3 + 2 + 2, "greedy": 3 + 2, "bp": 3}[method]  # bodies, tails, heads
     left, right = state_of(plain), state_of(run)
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def noting(function, results):
+    def noted(*given):
+        results.append(function(*given))
+        return results[-1]
+    return noted
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own
+def test_parts_that_compute_nothing_leave_the_others_compiled(monkeypatch):
+    """The head of the last stage, and the body of a stage that is all tail; with dropout, to tell the two apart."""
+    config = parse_config(small_config("compiled", model__args={"dropout": 0.5}, partition__stages=2, train__epochs=1,
+                                       method__link={"delay": 0, "length": "all", "keep": "recompute"},
+                                       method__head="linear", train__compile=True))
+    set_up(config)
+    data, outputs = open_data(config.data, config.seed), []
+    engine = LocalEngine(make_plan(config, data.spec), data, CPU)
+    tail = engine.stages[0].tail
+    for name in ("_run", "_run_again"):
+        monkeypatch.setattr(tail, name, noting(getattr(tail, name), outputs))
+    engine.train(0, 0, lambda step: step < 3, lambda: None)
+    assert len(outputs) == 6
+    for out, again in zip(outputs[::2], outputs[1::2], strict=True):
+        assert torch.equal(out, again)
 
 
 @pytest.mark.parametrize("on", [False, True])

@@ -109,7 +109,7 @@ def main(job: dict[str, Any]) -> None:
     disturbance = Disturbance(job["seed"], rank, job["stalls"])
     disturbance.inject()
     rounds = []
-    while _goes_on(number == 0 or monotonic() - started < 60 * job["minutes"]):
+    while _should_run(number == 0 or monotonic() - started < 60 * job["minutes"]):
         disturbance.resident = []
         for position, case in enumerate(CASES):
             config = parse_config(tree(case, f"run{number}-{position}", job["epochs"], job["runs"]))
@@ -127,12 +127,12 @@ def main(job: dict[str, Any]) -> None:
     Path(job["out"], f"rank{rank}.json").write_text(json.dumps(found))
 
 
-def _goes_on(wanted: bool) -> bool:
+def _should_run(wanted: bool) -> bool:
     """What rank 0 wants."""
     meeting = meet(60.0)
     if meeting.rank == 0:
-        meeting.announce({"goes_on": wanted})
-    return meeting.listen()["goes_on"]
+        meeting.announce({"should_run": wanted})
+    return meeting.listen()["should_run"]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Batches:
         self.spec = data.spec
         self.batches = [(transfer(x, device), transfer(y, device))
                         for x, y in data.train_batches(config.seed, 0, train.batch_size, drop_last=True)]
-        self.device = device
+        self.device, self.is_held_there = device, True
 
     def train_batches(self, *asked: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """This share, the last that is asked for, of each of them, whatever the seed, the epoch and the size."""

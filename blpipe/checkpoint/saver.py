@@ -26,8 +26,8 @@ T = TypeVar("T")
 class Saver:
     """Saves checkpoints of a run, one at a time, each process its own stages.
 
-    `save` copies the state to the host, and a thread of its own writes it: nothing of training waits for files. A
-    checkpoint that cannot be written is told of, and training goes on, but the last one is an error.
+    `save` copies the state to the host, and a thread of its own writes it: nothing of training waits for files. If a
+    checkpoint cannot be written, a note is printed and training continues; for the last one it is an error.
 
     Args:
         newest: steps of the checkpoint that is there already; −1 for none.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from blpipe.checkpoint.folders import config_of, damaged, manifest
-from blpipe.engines.common import Engine, SoFar
+from blpipe.engines.common import Engine, EpochSums
 from blpipe.errors import UserError, one_line
 from blpipe.models.build import plain_names
 from blpipe.plan import Plan
@@ -61,10 +61,10 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     sums = read(checkpoint, _starting_with(("tally/", "seconds/")))
     if not same:
         taken = max(float(seconds[-1]) for key, seconds in sums.items() if key.startswith("seconds/"))
-        engine.go_on_from(dict.fromkeys(seated, SoFar(Tally(), train_seconds=taken)))
+        engine.restore_sums({seat: EpochSums(Tally(), train_seconds=taken) for seat in seated})
         return [*([] if alike else _notes_on_other_stages(saved.stages, plan)),
                 "random streams begin anew, and errors under way and gradients due later are left out"]
-    engine.go_on_from({(replica, index): SoFar(Tally.of(sums[f"tally/{_seat(index, replica)}"].tolist()),
+    engine.restore_sums({(replica, index): EpochSums(Tally.of(sums[f"tally/{_seat(index, replica)}"].tolist()),
                                                *sums[f"seconds/{_seat(index, replica)}"].tolist())
                        for replica, index in seated})
     return []
@@ -173,7 +173,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 @contextmanager
 def without_warning() -> Iterator[None]:
-    """Of DCP, where a single process saves or loads."""
+    """Silence DCP's warning that a single process saves or loads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist asks for
         yield
@@ -187,7 +187,7 @@ def state_of(plan: Plan, engine: Engine) -> dict[str, Tensor]:
             state |= _state_of_replica(index, replica, stage)
             if replica == 0:
                 state |= _state_of_stage(plan, index, stage)
-    for (replica, index), sums in engine.so_far().items():
+    for (replica, index), sums in engine.epoch_sums().items():
         state[f"tally/{_seat(index, replica)}"] = torch.tensor(sums.tally.state(), dtype=torch.float64)
         state[f"seconds/{_seat(index, replica)}"] = torch.tensor(sums.seconds, dtype=torch.float64)
     return state
@@ -228,8 +228,9 @@ def _load_held(checkpoint: Path, stage: Stage, replica: int) -> None:
         step, micro, hop, *of_replica = map(int, link.split("."))
         if of_replica != ([replica] if replica else []):
             continue
-        device = stage.blocks.get_parameter(own[plain]).device
-        stage.held.setdefault((step, micro, hop), {})[own[plain]] = gradient.to(device)
+        parameter = stage.blocks.get_parameter(own[plain])
+        held = torch.empty_like(parameter, requires_grad=False).copy_(gradient)  # laid out as it was when saved
+        stage.held.setdefault((step, micro, hop), {})[own[plain]] = held
 
 
 def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn.Module]]:

@@ -13,10 +13,11 @@ from blpipe.config import DataConfig
 from blpipe.data import prepare, sets
 from blpipe.data.folder import imagefolder
 from blpipe.data.mixing import Mixing
-from blpipe.data.source import Source, check_alike, check_labels, check_test_labels, keep_first
+from blpipe.data.source import Source, check_alike, check_fits_model, check_labels, keep_first
 from blpipe.data.splits import DatasetSplit, Request
 from blpipe.data.target import from_target
 from blpipe.data.transforms import with_transforms
+from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, fixed_randomness, generator
@@ -32,43 +33,49 @@ SETS: Mapping[str, Callable[..., Any]] = {
 
 
 class Data:
-    """A data set, ready to train on; made by `open_data`, on the host."""
+    """A data set, ready to train on; made by `open_data`.
 
-    def __init__(self, source: Source, config: DataConfig, key: str):
+    Args:
+        source: the samples as they are.
+        config: how they are prepared.
+        device: where they are prepared.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, device: torch.device):
         train = source.train
-        self._source, self._config, self._key = source, config, key
+        self._source, self._config, self.device = source, config, device
         self._augment = config.augment
         self._told: set[str] = set()
         usual = config.normalize or source
-        self._mean, self._std = (prepare.constants(values, train.device) for values in (usual.mean, usual.std))
+        self._mean, self._std = (prepare.constants(values, device) for values in (usual.mean, usual.std))
         dtype = "int64" if train.dtype == torch.int64 else "float32"
         self.spec = DataSpec(train.shape, dtype, train.target_shape, source.classes, len(train),
                              len(source.test))
 
     def to(self, device: torch.device) -> "Data":
-        """The same data, read by training on `device`: held and prepared there, as far as `data.place` says so.
+        """The same data, prepared on `device`, and also held there if `data.place` says so.
 
-        The batches are the same wherever they are prepared. `auto` is for GPUs and data sets in memory that take
-        less than half of what the GPU has free.
+        The batches are the same wherever they are prepared. `auto` holds data sets in memory on a GPU where they take
+        less than half of what it has free.
 
         Raises:
             UserError: `data.place` is `device`, and the GPU has too little memory.
         """
         needed = self._source.nbytes
         if needed is None or self._config.place == "host":
-            return self
+            return Data(self._source, self._config, device)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         if self._config.place == "auto" and (free is None or 2 * needed >= free):
-            return self
+            return Data(self._source, self._config, device)
         if free is not None and needed > free:
-            raise UserError(f"{self._key}.place: device, but the samples take {human_bytes(needed)}, and {device} has "
+            raise UserError(f"data.place: device, but the samples take {human_bytes(needed)}, and {device} has "
                             f"{human_bytes(free)} free; leave it out")
-        return Data(self._source.on(device), self._config, self._key)
+        return Data(self._source.on(device), self._config, device)
 
     @property
-    def device(self) -> torch.device:
-        """Where training batches are."""
-        return self._source.train.device
+    def is_held_there(self) -> bool:
+        """Whether the samples are held where they are prepared."""
+        return self._source.train.device == self.device
 
     def train_batches(self, seed: int, epoch: int, batch_size: int, drop_last: bool,
                       start_step: int = 0, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
@@ -78,8 +85,8 @@ class Data:
         what transforms draw, and a Dataset for itself, does.
 
         Yields:
-            x float32 [B, …], normalised, or int64 [B, …] as it is; y int64 [B, …]; where the data are. The last
-            batch is smaller where the samples do not divide, unless `drop_last`.
+            x float32 [B, …], normalised, or int64 [B, …] as it is; y int64 [B, …]; on `device`. The last batch is
+            smaller where the samples do not divide, unless `drop_last`.
 
         Raises:
             UserError: a sample cannot be read and is not skipped, or its label is not one of the classes.
@@ -95,19 +102,33 @@ class Data:
                 yield (seed, *labels), batches[step][share.of(len(batches[step]))]
 
         for step, (x, y) in enumerate(self._source.train.batches(requests()), start_step):
-            if self._augment.crop or self._augment.flip:
-                moves = prepare.moves(len(batches[step]), self._augment.crop, self._augment.flip,
-                                      generator(seed, "augment", epoch, step))
-                x = prepare.augment(x, moves[:, share.of(len(batches[step]))])
-            yield prepare.normalise(x, self._mean, self._std), y
+            moves = self._moves(len(batches[step]), generator(seed, "augment", epoch, step))
+            yield self._prepared(x, moves[:, share.of(len(batches[step]))]), transfer(y, self.device)
+
+    def zeros(self, count: int) -> Tensor:
+        """So many training samples of zeros, prepared as those of `train_batches`."""
+        train = self._source.train
+        x = torch.zeros(count, *train.shape, dtype=train.dtype)
+        return self._prepared(x, self._moves(count, torch.Generator().manual_seed(0)))
+
+    def _moves(self, count: int, generator: torch.Generator) -> Tensor:
+        return prepare.moves(count, self._augment.crop, self._augment.flip, generator)
+
+    def _prepared(self, x: Tensor, moves_3B: Tensor | None = None) -> Tensor:
+        """Samples as they are, transferred, augmented and normalised; a transfer before takes the fewest bytes."""
+        x = transfer(x, self.device)
+        if moves_3B is not None and (self._augment.crop or self._augment.flip):
+            x = prepare.augment(x, moves_3B)
+        return prepare.normalise(x, self._mean, self._std)
 
     def test_batches(self, batch_size: int, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every test sample once, in order, as `train_batches` gives them but not augmented; of many, whole batches."""
+        """Every test sample once, in order, as `train_batches` gives them but not augmented. Each
+        of several replicas has every n-th whole batch."""
         count = len(self._source.test)
         requests = (((0, "sample", start), torch.arange(start, min(start + batch_size, count)))
                     for start in range(0, count, batch_size)[share.replica::share.replicas])
         for x, y in self._source.test.batches(requests):
-            yield prepare.normalise(x, self._mean, self._std), y
+            yield self._prepared(x), transfer(y, self.device)
 
     def notes(self) -> list[str]:
         """What the user is to know: a line for each sample that was skipped, new ones since the last call."""
@@ -117,44 +138,43 @@ class Data:
         self._told.update(new)
         return new
 
-    def check_labels(self, classes: int) -> None:
+    def check_fits_model(self, classes: int) -> None:
         """Check the labels known up front against a model's number of classes.
 
         Raises:
             ConfigError: one lies outside 0…classes-1: the split, the index, the label and the remedy.
         """
-        check_labels(self._source, classes, self._key)
+        check_fits_model(self._source, classes)
 
 
-def open_data(config: DataConfig, seed: int, key: str = "data") -> Data:
+def open_data(config: DataConfig, seed: int) -> Data:
     """Open the data that `config` names.
 
     Args:
         config: the `data` section.
         seed: the run's seed; `synthetic` and what a target draws from torch's global stream follow from it.
-        key: the section's key path, for messages.
 
     Raises:
         ConfigError: the data cannot be had, are malformed, or do not fit the rest of the section.
     """
-    function = resolve(key, config, SETS)
+    function = resolve("data", config, SETS)
     if config.name in SETS:
-        source = call(key, function, config, seed, key, **config.args)
+        source = call("data", function, config, seed, **config.args)
     else:
         with fixed_randomness(derive_seed(seed, "data")):
-            returned = call(key, function, **config.args)
-        where = f"{key}.target" if config.target is not None else f"{key}.name: {config.name!r}"
+            returned = call("data", function, **config.args)
+        where = "data.target" if config.target is not None else f"data.name: {config.name!r}"
         source = from_target(returned, config, where)
-    check_alike(source, key)
+    check_alike(source)
     train = source.train
-    problems = list(prepare.problems(config, train.shape, train.dtype, train.target_shape, key))
+    problems = list(prepare.problems(config, train.shape, train.dtype, train.target_shape))
     if problems:
         raise ConfigError(*problems)
     if config.name != "imagefolder":  # which transforms an image before it fits it to its size
-        source = with_transforms(source, config, seed, key)
-    check_test_labels(source, key)
+        source = with_transforms(source, config, seed)
+    check_labels(source)
     if config.place == "device" and source.nbytes is None:
-        why = f"{key}.augment.transforms run" if config.augment.transforms else "these are read"
-        raise ConfigError(f"{key}.place: device is for data in memory, and {why} sample by sample, on the host; "
+        why = "data.augment.transforms run" if config.augment.transforms else "these are read"
+        raise ConfigError(f"data.place: device is for data in memory, and {why} sample by sample, on the host; "
                           "leave it out")
-    return Data(keep_first(source, config, key), config, key)
+    return Data(keep_first(source, config), config, source.train.device)

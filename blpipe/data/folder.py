@@ -63,7 +63,7 @@ def fit(image: Any, size: tuple[int, int] | None) -> Any:
     return functional.center_crop(functional.resize(image, covering), list(size))
 
 
-def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] | None = None) -> Source:
+def imagefolder(config: DataConfig, seed: int, size: int | list[int] | None = None) -> Source:
     """root/train/<class>/* and root/test/<class>/* (or val), decoded by `workers` processes.
 
     Default normalisation: ImageNet's.
@@ -71,56 +71,55 @@ def imagefolder(config: DataConfig, seed: int, key: str, size: int | list[int] |
     Args:
         config: its `root`, `workers`, `bad_samples` and the transforms of `augment`.
         seed: of the run, for what transforms draw when they are made.
-        key: the config key, for messages.
         size: a number or [H, W]; without it, the size of the first training image, of those that can be read.
 
     Raises:
         ConfigError: a folder is missing or empty, a class is only in the test folder, or a transform does not fit.
     """
     if config.root is None:
-        raise ConfigError(f"{key}.root: is required for imagefolder: the folder with train/CLASS/* and "
+        raise ConfigError("data.root: is required for imagefolder: the folder with train/CLASS/* and "
                           "test/CLASS/*")
     root = Path(config.root)
     test_name = "test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val"
-    train_paths, train_names = _scan(root / "train", key)
-    test_paths, test_names = _scan(root / test_name, key)
+    train_paths, train_names = _scan(root / "train")
+    test_paths, test_names = _scan(root / test_name)
     classes = sorted(set(train_names))
     unseen = sorted(set(test_names) - set(classes))
     if unseen:
-        raise ConfigError(f"{key}.root: the class {unseen[0]!r} is in {str(root / test_name)!r}, but not in "
+        raise ConfigError(f"data.root: the class {unseen[0]!r} is in {str(root / test_name)!r}, but not in "
                           f"{str(root / 'train')!r}; give it training images or remove it")
     label = {name: index for index, name in enumerate(classes)}
     both = {"train": (train_paths, train_names), "test": (test_paths, test_names)}
-    height_width = _size(size, key) or _first_size(train_paths, f"{key}.root: train", config)
-    transform, splits = open_transforms(config, seed, key, keep_size=False), {}
+    height_width = _size(size) or _first_size(train_paths, "data.root: train", config)
+    transform, splits = open_transforms(config, seed, keep_size=False), {}
     for name, (paths, names) in both.items():
         labels = [label[n] for n in names]
         files = ImageFiles(paths, labels, height_width, transform if name == "train" else None)
-        splits[name] = DatasetSplit.open(files, len(classes), torch.tensor(labels), f"{key}.root: {name}",
+        splits[name] = DatasetSplit.open(files, len(classes), torch.tensor(labels), f"data.root: {name}",
                                          config)
     return Source(splits["train"], splits["test"], len(classes),
                   mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def _scan(folder: Path, key: str) -> tuple[list[str], list[str]]:
+def _scan(folder: Path) -> tuple[list[str], list[str]]:
     """The image files in the class folders of `folder`, in order, and the name of each one's class."""
     from torchvision.datasets import ImageFolder
 
     try:
         found = ImageFolder(folder)
     except OSError as error:
-        raise ConfigError(f"{key}.root: {str(folder)!r} is not a folder of class folders of images: "
+        raise ConfigError(f"data.root: {str(folder)!r} is not a folder of class folders of images: "
                           f"{one_line(error)}; imagefolder reads ROOT/train/CLASS/* and ROOT/test/CLASS/* "
                           "(or val)") from error
     return [path for path, _ in found.samples], [found.classes[label] for label in found.targets]
 
 
-def _size(size: Any, key: str) -> tuple[int, int] | None:
+def _size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     pair = size if isinstance(size, list | tuple) else [size, size]
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
-        raise ConfigError(f"{key}.args.size: must be a number ≥ 1 or [H, W], got {size!r}")
+        raise ConfigError(f"data.args.size: must be a number ≥ 1 or [H, W], got {size!r}")
     return pair[0], pair[1]
 
 

@@ -48,6 +48,20 @@ class Mixing:
     def of_step(self, step: int) -> Mix:
         """For a step of the run, from 0: the same for all of its microbatches."""
         with seeded(derive_seed(self._seed, "mix", step)):
-            way = self._ways[int(torch.randint(len(self._ways), ()))]
-            drawn = way.make_params([self._image])
+            return self._drawn(self._ways[int(torch.randint(len(self._ways), ()))])
+
+    def examples(self) -> list[Mix]:
+        """One of each way, in which both images have a part."""
+        found = []
+        with seeded(0):
+            for way in self._ways:
+                even = type(way)(alpha=1.0)  # all ratios are as likely
+                mix = self._drawn(even)
+                while not 0.1 < mix.ratio < 0.9:
+                    mix = self._drawn(even)
+                found.append(mix)
+        return found
+
+    def _drawn(self, way: Any) -> Mix:
+        drawn = way.make_params([self._image])
         return Mix(drawn.get("lam_adjusted", drawn.get("lam")), way, drawn)

@@ -10,8 +10,8 @@ from blpipe.device import transfer
 from blpipe.text import dtype_name
 
 
-def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, target_shape: tuple[int, ...],
-             key: str) -> Iterator[str]:
+def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype,
+             target_shape: tuple[int, ...]) -> Iterator[str]:
     """What of `augment` and `normalize` does not fit raw samples of this shape and type, one line each."""
     images = len(shape) == 3 and dtype != torch.int64
     sample = f"{dtype_name(dtype)} {list(shape)}"
@@ -21,21 +21,21 @@ def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype, tar
     if not images:
         for name, value in wanted.items():
             if value:
-                yield f"{key}.{name}: needs images [C, H, W], the samples are {sample}; leave it out"
+                yield f"data.{name}: needs images [C, H, W], the samples are {sample}; leave it out"
         return
     if config.augment.crop >= min(shape[1:]):
-        yield (f"{key}.augment.crop: {config.augment.crop} is not smaller than the images, "
+        yield (f"data.augment.crop: {config.augment.crop} is not smaller than the images, "
                f"{shape[1]}×{shape[2]}; at most {min(shape[1:]) - 1}")
     if target_shape:
         for name in ("mixup", "cutmix"):
             if value := getattr(config.augment, name):
-                yield (f"{key}.augment.{name}: {value:g} needs one label an image, and the targets are "
+                yield (f"data.augment.{name}: {value:g} needs one label an image, and the targets are "
                        f"{list(target_shape)}; leave it out")
     if config.normalize is None:
         return
     for name, values in (("mean", config.normalize.mean), ("std", config.normalize.std)):
         if len(values) != shape[0]:
-            yield (f"{key}.normalize.{name}: {list(values)} has {len(values)} values, but the images have "
+            yield (f"data.normalize.{name}: {list(values)} has {len(values)} values, but the images have "
                    f"{shape[0]} channels; give one value for each")
 
 

@@ -1,4 +1,4 @@
-"""The data sets by name, except image folders: functions of the config, the seed, the key and `args`."""
+"""The data sets by name, except image folders: functions of the config, the seed and `args`."""
 
 import zipfile
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _INFLATED = 1032  # the most that deflate makes of a byte
 _HEADER = 1000  # the most characters of a plain array's header, which has some 70
 
 
-def digits(config: DataConfig, seed: int, key: str) -> Source:
+def digits(config: DataConfig, seed: int) -> Source:
     """scikit-learn's 1,797 handwritten digits [1, 8, 8]; every fifth of each class is for testing."""
     from sklearn.datasets import load_digits
 
@@ -38,31 +38,31 @@ def digits(config: DataConfig, seed: int, key: str) -> Source:
                   classes=10, mean=(0.3053,), std=(0.3760,))
 
 
-def cifar10(config: DataConfig, seed: int, key: str) -> Source:
+def cifar10(config: DataConfig, seed: int) -> Source:
     """CIFAR-10 [3, 32, 32] as torchvision reads it."""
-    return Source(*_torchvision("CIFAR10", "train", (True, False), config, key), classes=10,
+    return Source(*_torchvision("CIFAR10", "train", (True, False), config), classes=10,
                   mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
 
-def cifar100(config: DataConfig, seed: int, key: str) -> Source:
+def cifar100(config: DataConfig, seed: int) -> Source:
     """CIFAR-100 [3, 32, 32], the 100 fine labels, as torchvision reads it."""
-    return Source(*_torchvision("CIFAR100", "train", (True, False), config, key), classes=100,
+    return Source(*_torchvision("CIFAR100", "train", (True, False), config), classes=100,
                   mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
-def svhn(config: DataConfig, seed: int, key: str) -> Source:
+def svhn(config: DataConfig, seed: int) -> Source:
     """SVHN's cropped digits [3, 32, 32], without the extra ones, as torchvision reads it."""
-    return Source(*_torchvision("SVHN", "split", ("train", "test"), config, key), classes=10,
+    return Source(*_torchvision("SVHN", "split", ("train", "test"), config), classes=10,
                   mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970))
 
 
-def stl10(config: DataConfig, seed: int, key: str) -> Source:
+def stl10(config: DataConfig, seed: int) -> Source:
     """STL-10's labelled images [3, 96, 96] as torchvision reads it."""
-    return Source(*_torchvision("STL10", "split", ("train", "test"), config, key), classes=10,
+    return Source(*_torchvision("STL10", "split", ("train", "test"), config), classes=10,
                   mean=(0.4467, 0.4398, 0.4066), std=(0.2603, 0.2566, 0.2713))
 
 
-def arrays(config: DataConfig, seed: int, key: str) -> Source:
+def arrays(config: DataConfig, seed: int) -> Source:
     """The .npz file at `root`: train_x, test_x uint8 [N, H, W, C] and train_y, test_y int64 [N].
 
     Values are normalised with mean and standard deviation 0.5, that is to -1…1.
@@ -71,41 +71,40 @@ def arrays(config: DataConfig, seed: int, key: str) -> Source:
         ConfigError: the file is missing or not such a file; pickles in it are never read.
     """
     if config.root is None:
-        raise ConfigError(f"{key}.root: is required for arrays: the .npz file with {', '.join(ARRAYS)}")
-    found = _read_npz(Path(config.root), f"{key}.root")
+        raise ConfigError(f"data.root: is required for arrays: the .npz file with {', '.join(ARRAYS)}")
+    found = _read_npz(Path(config.root))
     train_x, train_y, test_x, test_y = (torch.from_numpy(found[name]) for name in ARRAYS)
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if len(x) != len(y):
-            raise ConfigError(f"{key}.root: {name}_x has {len(x)} samples, but {name}_y has {len(y)} labels; "
+            raise ConfigError(f"data.root: {name}_x has {len(x)} samples, but {name}_y has {len(y)} labels; "
                               "give one label for each")
         if x.numel() == 0:
-            raise ConfigError(f"{key}.root: {name}_x is empty, {list(x.shape)}; give at least one image")
-    classes = class_count(train_y, f"{key}.root")
+            raise ConfigError(f"data.root: {name}_x is empty, {list(x.shape)}; give at least one image")
+    classes = class_count(train_y, "data.root")
     unseen = sorted(set(test_y.tolist()) - set(train_y.tolist()))
     if unseen:
-        raise ConfigError(f"{key}.root: test_y has the label {unseen[0]}, which train_y has not; "
+        raise ConfigError(f"data.root: test_y has the label {unseen[0]}, which train_y has not; "
                           "mend the data")
     return Source(TensorSplit(_channels_first(train_x), train_y),
                   TensorSplit(_channels_first(test_x), test_y), classes)
 
 
-def synthetic(config: DataConfig, seed: int, key: str, shape: list[int], classes: int,
+def synthetic(config: DataConfig, seed: int, shape: list[int], classes: int,
               samples: int) -> Source:
     """Random images that a network can learn: a smooth pattern for each class, plus as much noise.
 
     Args:
         config: unused.
         seed: all of the data follow from it and from the arguments.
-        key: the config key, for messages.
         shape: [C, H, W] of an image.
         classes: how many classes; every one of them is in both splits where `samples` ≥ `classes`.
         samples: how many training images; there are max(classes, samples // 5) more for testing.
     """
     if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_positive(n) for n in shape)):
-        raise ConfigError(f"{key}.args.shape: must be [C, H, W], three numbers ≥ 1, got {shape!r}")
+        raise ConfigError(f"data.args.shape: must be [C, H, W], three numbers ≥ 1, got {shape!r}")
     for name, value in (("classes", classes), ("samples", samples)):
         if not _is_positive(value):
-            raise ConfigError(f"{key}.args.{name}: must be a number ≥ 1, got {value!r}")
+            raise ConfigError(f"data.args.{name}: must be a number ≥ 1, got {value!r}")
     C, H, W = shape
     random = generator(seed, "synthetic")
     coarse = torch.rand(classes, C, min(H, 4), min(W, 4), generator=random) * 127
@@ -119,8 +118,8 @@ def synthetic(config: DataConfig, seed: int, key: str, shape: list[int], classes
     return Source(split(samples), split(max(classes, samples // 5)), classes)
 
 
-def _torchvision(name: str, argument: str, values: tuple[Any, Any], config: DataConfig,
-                 key: str) -> tuple[TensorSplit, TensorSplit]:
+def _torchvision(name: str, argument: str, values: tuple[Any, Any],
+                 config: DataConfig) -> tuple[TensorSplit, TensorSplit]:
     """Both splits of `torchvision.datasets.<name>`, which `argument` chooses by `values`."""
     import torchvision
 
@@ -134,11 +133,10 @@ def _torchvision(name: str, argument: str, values: tuple[Any, Any], config: Data
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         if config.download:
-            raise ConfigError(f"{key}.download: {name} could not be downloaded to {root!r}: {reason}; where "
-                              f"there is a network, run {command}, and set {key}.root to that "
-                              "folder") from error
-        raise ConfigError(f"{key}.root: {name} is not in {root!r}, or not whole ({reason}); get it with "
-                          f"{command} or {key}.download=true") from error
+            raise ConfigError(f"data.download: {name} could not be downloaded to {root!r}: {reason}; where there is a "
+                              f"network, run {command}, and set data.root to that folder") from error
+        raise ConfigError(f"data.root: {name} is not in {root!r}, or not whole ({reason}); get it with "
+                          f"{command} or data.download=true") from error
     return _in_memory(train), _in_memory(test)
 
 
@@ -150,36 +148,36 @@ def _in_memory(dataset: Any) -> TensorSplit:
                        torch.from_numpy(np.array(labels, dtype=np.int64)))
 
 
-def _read_npz(path: Path, key: str) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            return {name: _read_array(archive, name, path, key) for name in ARRAYS}
+            return {name: _read_array(archive, name, path) for name in ARRAYS}
     except FileNotFoundError:
-        raise ConfigError(f"{key}: {str(path)!r} does not exist; make it with numpy.savez, with "
+        raise ConfigError(f"data.root: {str(path)!r} does not exist; make it with numpy.savez, with "
                           f"{', '.join(ARRAYS)}") from None
     except ConfigError:
         raise
     except Exception as error:  # whatever bytes do to the parsers of zip and npy, they are no such file
-        raise ConfigError(f"{key}: {str(path)!r} is not a readable .npz file: {type(error).__name__}: "
+        raise ConfigError(f"data.root: {str(path)!r} is not a readable .npz file: {type(error).__name__}: "
                           f"{one_line(error)}; make it with numpy.savez, without pickled objects") from error
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, path: Path, key: str) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     """An array of an .npz file; its header is checked first, so that only what can be right is given memory."""
     wanted, (dtype, axes) = " ".join(ARRAYS[name]), ARRAYS[name]
     if f"{name}.npy" not in archive.namelist():
-        raise ConfigError(f"{key}: {str(path)!r} has no {name}; it must have {name}, {wanted}")
+        raise ConfigError(f"data.root: {str(path)!r} has no {name}; it must have {name}, {wanted}")
     with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, found = read_header(member, max_header_size=_HEADER)
     if found != np.dtype(dtype):
-        raise ConfigError(f"{key}: {name} is {found}, but must be {wanted}; convert it with .astype('{dtype}')")
+        raise ConfigError(f"data.root: {name} is {found}, but must be {wanted}; convert it with .astype('{dtype}')")
     if len(shape) != axes.count(",") + 1:
-        raise ConfigError(f"{key}: {name} has the shape {list(shape)}, but must be {wanted}")
+        raise ConfigError(f"data.root: {name} has the shape {list(shape)}, but must be {wanted}")
     most = min(archive.getinfo(f"{name}.npy").file_size, _INFLATED * path.stat().st_size)
     if not 0 <= prod(shape) * found.itemsize <= most or min(shape) < 0:
-        raise ConfigError(f"{key}: {name} in {str(path)!r} has the shape {list(shape)}, and fewer values; make the "
+        raise ConfigError(f"data.root: {name} in {str(path)!r} has the shape {list(shape)}, and fewer values; make the "
                           "file again")
     with archive.open(f"{name}.npy") as member:
         values = np.lib.format.read_array(member, allow_pickle=False)

@@ -54,46 +54,46 @@ def class_count(labels: Tensor, key: str) -> int:
     return 1 + int(labels.max())
 
 
-def check_labels(source: Source, classes: int, key: str) -> None:
+def check_fits_model(source: Source, classes: int) -> None:
     """Raises ConfigError where a label lies outside 0…classes-1, or may, where none is known up front."""
     for name, split in source.splits():
         if split.labels is None:
             if source.classes > classes:
-                raise ConfigError(f"{key}: the data have {source.classes} classes, the model {classes}; "
+                raise ConfigError(f"data: the data have {source.classes} classes, the model {classes}; "
                                   f"set model.args.classes ≥ {source.classes}")
             continue
         wrong = (split.labels < 0) | (split.labels >= classes)
         if bool(wrong.any()):
             needed = int(split.labels.max()) + 1
-            raise ConfigError(f"{key}: {_found(split.labels, wrong, name)} lies outside 0..{classes - 1}; "
+            raise ConfigError(f"data: {_found(split.labels, wrong, name)} lies outside 0..{classes - 1}; "
                               f"set model.args.classes ≥ {needed} or mend the data")
 
 
-def check_test_labels(source: Source, key: str) -> None:
+def check_labels(source: Source) -> None:
     """Raises ConfigError where a label known up front is none of the classes that training knows."""
     for name, split in source.splits():
         if split.labels is None:
             continue
         wrong = (split.labels < 0) | (split.labels >= source.classes)
         if bool(wrong.any()):
-            raise ConfigError(f"{key}: {_found(split.labels, wrong, name)} is none of the {source.classes} "
+            raise ConfigError(f"data: {_found(split.labels, wrong, name)} is none of the {source.classes} "
                               f"classes, 0..{source.classes - 1}; mend the data")
 
 
-def check_alike(source: Source, key: str) -> None:
+def check_alike(source: Source) -> None:
     """Raises ConfigError where train and test differ in shape or type, or either is empty."""
     for name, split in source.splits():
         if len(split) == 0 or 0 in split.shape + split.target_shape:
-            raise ConfigError(f"{key}: {name} is empty: {len(split)} samples of {list(split.shape)}; "
+            raise ConfigError(f"data: {name} is empty: {len(split)} samples of {list(split.shape)}; "
                               "give at least one")
     kinds = [(split.dtype, list(split.shape), list(split.target_shape)) for _, split in source.splits()]
     if kinds[0] != kinds[1]:
         train, test = (f"{dtype_name(dtype)} {shape} with target {target}"
                        for dtype, shape, target in kinds)
-        raise ConfigError(f"{key}: train samples are {train}, but test samples are {test}; make them alike")
+        raise ConfigError(f"data: train samples are {train}, but test samples are {test}; make them alike")
 
 
-def keep_first(source: Source, config: DataConfig, key: str) -> Source:
+def keep_first(source: Source, config: DataConfig) -> Source:
     """The source cut to `train_samples` and `test_samples`. Raises ConfigError where there are fewer."""
     kept: dict[str, Any] = {}
     for name, split in source.splits():
@@ -101,7 +101,7 @@ def keep_first(source: Source, config: DataConfig, key: str) -> Source:
         if count is None:
             continue
         if count > len(split):
-            raise ConfigError(f"{key}.{name}_samples: {count} is more than there are; at most {len(split)}")
+            raise ConfigError(f"data.{name}_samples: {count} is more than there are; at most {len(split)}")
         kept[name] = split.first(count)
     return replace(source, **kept)
 

@@ -17,7 +17,7 @@ from blpipe.seeds import derive_seed, fixed_randomness
 Transform = Callable[[Tensor], Tensor]
 
 
-def open_transforms(config: DataConfig, seed: int, key: str, keep_size: bool) -> Transform | None:
+def open_transforms(config: DataConfig, seed: int, keep_size: bool) -> Transform | None:
     """What `augment.transforms` make of a training image [C, H, W], one after the other; None where there are none.
 
     A name is that of a class of torchvision.transforms.v2, a target a function that returns the transform. The image
@@ -39,7 +39,7 @@ def open_transforms(config: DataConfig, seed: int, key: str, keep_size: bool) ->
     steps = []
     with fixed_randomness(derive_seed(seed, "transforms")):
         for number, part in enumerate(config.augment.transforms):
-            where = f"{key}.augment.transforms.{number}"
+            where = f"data.augment.transforms.{number}"
             step = call(where, resolve(where, part, built_in), **part.args)
             if not callable(step):
                 raise ConfigError(f"{where}: returned {describe(step)}; expected a function of an image")
@@ -56,7 +56,7 @@ def open_transforms(config: DataConfig, seed: int, key: str, keep_size: bool) ->
         kept = 3 if keep_size else 1
         if not isinstance(out, Tensor) or out.ndim != 3 \
                 or (out.dtype, out.shape[:kept]) != (x_CHW.dtype, x_CHW.shape[:kept]):
-            raise TransformError(f"{key}.augment.transforms: of {describe(x_CHW)} they make {describe(out)}, and must "
+            raise TransformError(f"data.augment.transforms: of {describe(x_CHW)} they make {describe(out)}, and must "
                                  f"keep its type and {'shape' if keep_size else 'channels'}")
         return out
 
@@ -64,7 +64,8 @@ def open_transforms(config: DataConfig, seed: int, key: str, keep_size: bool) ->
 
 
 class Transformed(Dataset[Any]):
-    """A map-style Dataset's samples, each image transformed; what is no sample stays, for who reads it to refuse."""
+    """A map-style Dataset's samples, each image transformed; anything else passes through, and its reader
+    refuses it."""
 
     def __init__(self, dataset: Dataset[Any], transform: Transform):
         self.dataset, self.transform = dataset, transform
@@ -78,16 +79,16 @@ class Transformed(Dataset[Any]):
         return sample if x is None else (self.transform(x), sample[1])
 
 
-def with_transforms(source: Source, config: DataConfig, seed: int, key: str) -> Source:
+def with_transforms(source: Source, config: DataConfig, seed: int) -> Source:
     """The source with its training samples transformed one by one, when they are fetched.
 
     Raises:
         ConfigError: as `open_transforms` does, or transforms that fail on the first sample.
     """
-    transform, train = open_transforms(config, seed, key, keep_size=True), source.train
+    transform, train = open_transforms(config, seed, keep_size=True), source.train
     if transform is None:
         return source
-    dataset, where = (TensorDataset(train.x, train.y), f"{key}: train") if isinstance(train, TensorSplit) \
+    dataset, where = (TensorDataset(train.x, train.y), "data: train") if isinstance(train, TensorSplit) \
         else (train.dataset, train.where)
     split = DatasetSplit.open(Transformed(dataset, transform), source.classes, train.labels, where, config)
     return replace(source, train=split)

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from itertools import chain
+from itertools import chain, islice
 from math import ceil
 
 import torch
@@ -77,9 +77,10 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
     for size in dict.fromkeys(plan.evaluation_sizes()):
         given = plan.outputs[size][index - 1] if index else plan.input(size)
         stage.evaluate(*_zeros((given, plan.targets(size)), device, _maps_last(plan, index - 1)))
-    torch.stack([torch.as_tensor(stage.tally.loss_sum)]).isfinite()  # as the watch over losses does
+    for count in (1, 2):  # as the watch over losses does; of one tensor, torch makes a plain copy
+        torch.stack([torch.as_tensor(stage.tally.loss_sum)] * count).isfinite()
     if data is not None:
-        _load_batches(plan, data, device)
+        _load_batches(plan, data)
     for tensor, values in zip(_tensors(stage), before, strict=True):
         tensor.detach().copy_(values)
     stage.stream.state = stream
@@ -95,16 +96,20 @@ def _tensors(stage: Stage) -> list[Tensor]:
     return [tensor for part in stage.parts for tensor in chain(part.parameters(), part.buffers())]
 
 
-def _load_batches(plan: Plan, data: Data, device: torch.device) -> None:
-    """Make a batch of each size where the GPU does; else transfer one."""
-    steps = {step.sizes: step for step in plan.train_steps(0)}
-    if data.device.type == "cuda":
-        for step in steps.values():
-            next(train_microbatches(data, plan, 0, step.index, device))
-    else:
-        for size in map(sum, steps):
-            for spec in (plan.input(size), plan.targets(size)):
-                transfer(torch.zeros(spec.shape, dtype=spec.dtype), device)
+def _load_batches(plan: Plan, data: Data) -> None:
+    """Prepare a batch of each size, of what is held on the device or of zeros, and mix its images in every way."""
+    mixes = plan.mixing.examples() if plan.mixing else []
+    for step in {step.sizes: step for step in plan.train_steps(0)}.values():
+        if data.is_held_there:
+            held = islice(train_microbatches(data, plan, 0, step.index), len(step.sizes))
+            microbatches = [x for x, _ in held]
+        else:
+            targets = plan.targets(sum(step.sizes))
+            transfer(torch.zeros(targets.shape, dtype=targets.dtype), data.device)
+            microbatches = list(data.zeros(sum(step.sizes)).split(step.sizes))
+        for mix in mixes:
+            for x in microbatches:
+                mix.of(x)
 
 
 class _Inbox:

@@ -31,7 +31,7 @@ Module = TypeVar("Module", bound=nn.Module)
 TRACED_STEPS = 50  # of a run; with `runtime.trace`
 
 OnStep = Callable[[], object]  # called at each optimizer step of this process's first stage
-GoesOn = Callable[[int], bool]  # whether a step of the run is to be done
+ShouldRun = Callable[[int], bool]  # whether a step of the run is to be done
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StageProgress:
 
 
 @dataclass(frozen=True)
-class SoFar:
+class EpochSums:
     """Of one stage, in the training of one epoch: the sums of its tally, and seconds."""
 
     tally: Tally
@@ -103,20 +103,20 @@ class Engine(Protocol):
     name: str
     plan: Plan
     replicas: dict[int, dict[int, Stage]]  # the stages of this process, by index, of each of its replicas
-    stages: dict[int, Stage]               # those of the first of these, which all others are like after a step
+    stages: dict[int, Stage]               # those of the first of these; the others equal them after every step
     group: Any                             # of all processes, for checkpoints alone; None where there is one
 
-    def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
-        """Train the steps of one epoch, from 0, beginning with step `start` of the run, for as long as `goes_on` says.
+    def train(self, epoch: int, start: int, should_run: ShouldRun, on_step: OnStep) -> int:
+        """Train the steps of one epoch, from 0, beginning with step `start` of the run, while `should_run` says so.
 
         Returns:
             The step to go on with.
         """
 
-    def so_far(self) -> dict[tuple[int, int], SoFar]:
+    def epoch_sums(self) -> dict[tuple[int, int], EpochSums]:
         """What each of this process's stages, by replica and index, has added up in the epoch; waits for the device."""
 
-    def go_on_from(self, sums: dict[tuple[int, int], SoFar]) -> None:
+    def restore_sums(self, sums: dict[tuple[int, int], EpochSums]) -> None:
         """Be in the middle of an epoch, with these sums."""
 
     def evaluate(self) -> None:

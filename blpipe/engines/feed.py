@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from blpipe.data import Data
-from blpipe.device import transfer
 from blpipe.plan import Plan
 
 
@@ -25,14 +23,12 @@ class Feed:
         return next(self._messages)
 
 
-def train_microbatches(data: Data, plan: Plan, epoch: int, start: int,
-                       device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The microbatches of one epoch from step `start` of the run on, in order, on `device`."""
+def train_microbatches(data: Data, plan: Plan, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The microbatches of one epoch from step `start` of the run on, in order, on the device of the data."""
     train, steps = plan.config.train, plan.train_steps(epoch)
     first = start - steps[0].index
     batches = data.train_batches(plan.config.seed, epoch, train.batch_size, train.drop_last, first, plan.share)
     for step, (x, targets) in zip(steps[first:], batches, strict=True):
-        x, targets = transfer(x, device), transfer(targets, device)
         mixed = plan.mixing.of_step(step.index).of if plan.mixing else lambda x_BCHW: x_BCHW
         yield from zip(map(mixed, x.split(step.sizes)), targets.split(step.sizes), strict=True)
 
@@ -40,15 +36,15 @@ def train_microbatches(data: Data, plan: Plan, epoch: int, start: int,
 class TrainFeed:
     """The first stage's microbatches. While steps of an epoch follow each other it is one feed, with its workers."""
 
-    def __init__(self, data: Data, plan: Plan, device: torch.device):
-        self._data, self._plan, self._device = data, plan, device
+    def __init__(self, data: Data, plan: Plan):
+        self._data, self._plan = data, plan
         self._at: tuple[int, int] | None = None
         self._feed: Feed | None = None
 
     def begin(self, epoch: int, start: int) -> Feed:
         """From step `start` of the run on, in this epoch."""
         if self._feed is None or self._at != (epoch, start):
-            self._feed = Feed(train_microbatches(self._data, self._plan, epoch, start, self._device))
+            self._feed = Feed(train_microbatches(self._data, self._plan, epoch, start))
         return self._feed
 
     def leave(self, epoch: int, step: int) -> None:
@@ -56,8 +52,7 @@ class TrainFeed:
         self._at = epoch, step
 
 
-def test_microbatches(data: Data, plan: Plan, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one evaluation, in order, on `device`."""
+def test_microbatches(data: Data, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one evaluation, in order, on the device of the data."""
     config = plan.config.train
-    for x, targets in data.test_batches(config.eval_batch_size or config.batch_size, plan.share):
-        yield transfer(x, device), transfer(targets, device)
+    return data.test_batches(config.eval_batch_size or config.batch_size, plan.share)

@@ -20,11 +20,11 @@ from blpipe.data import Data
 from blpipe.engines.backprop import forward_with_graph, loss_with_graph
 from blpipe.engines.common import (
     TRACED_STEPS,
-    GoesOn,
+    EpochSums,
     LossWatch,
     OnStep,
     OpWatch,
-    SoFar,
+    ShouldRun,
     StageProgress,
     StageReport,
     blame,
@@ -89,14 +89,14 @@ class LocalEngine:
         self._busy = dict.fromkeys(self._seated, 0.0)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
-        self._feeds = [TrainFeed(data, each, device) for each in self._plans]
+        self._feeds = [TrainFeed(data, each) for each in self._plans]
         self._losses = LossWatch(plan, at_once=device.type == "cpu")
 
-    def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
+    def train(self, epoch: int, start: int, should_run: ShouldRun, on_step: OnStep) -> int:
         """See `Engine`."""
         first = self.plan.train_steps(epoch)[0].index
         if start == first:
-            self.go_on_from({seat: SoFar(Tally()) for seat in self._seated})
+            self.restore_sums({seat: EpochSums(Tally()) for seat in self._seated})
         next_step, started = start, perf_counter()
 
         def count() -> None:
@@ -107,9 +107,9 @@ class LocalEngine:
         feeds = [feed.begin(epoch, start) for feed in self._feeds]
         steps = [plan.train_steps(epoch) for plan in self._plans]
         if self.plan.config.method.name == "bp":
-            self._backpropagate([each[start - first:] for each in steps], feeds, goes_on, count)
+            self._backpropagate([each[start - first:] for each in steps], feeds, should_run, count)
         else:
-            self._run(lambda r, k: train_program(steps[r], role(self.plan, k), self.plan.delay, start, goes_on),
+            self._run(lambda r, k: train_program(steps[r], role(self.plan, k), self.plan.delay, start, should_run),
                       feeds, steps, count, self._busy)
         for feed in self._feeds:
             feed.leave(epoch, next_step)
@@ -117,12 +117,12 @@ class LocalEngine:
         self._losses.look()
         return next_step
 
-    def so_far(self) -> dict[_Seat, SoFar]:
+    def epoch_sums(self) -> dict[_Seat, EpochSums]:
         """See `Engine`."""
-        return {seat: SoFar(self._tallies[True][seat], self._busy[seat], 0.0, self._train_seconds)
+        return {seat: EpochSums(self._tallies[True][seat], self._busy[seat], 0.0, self._train_seconds)
                 for seat in self._seated}
 
-    def go_on_from(self, sums: dict[_Seat, SoFar]) -> None:
+    def restore_sums(self, sums: dict[_Seat, EpochSums]) -> None:
         """See `Engine`."""
         for seat, stage in self._seated.items():
             stage.train(True, sums[seat].tally)
@@ -133,7 +133,7 @@ class LocalEngine:
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
         self._set_mode(training=False)
-        feeds = [Feed(test_microbatches(self.data, plan, self.device)) for plan in self._plans]
+        feeds = [Feed(test_microbatches(self.data, plan)) for plan in self._plans]
         self._run(lambda r, k: evaluation_program(len(self._plans[r].evaluation_sizes()), role(self.plan, k)),
                   feeds, [[] for _ in self._plans], lambda: None, dict.fromkeys(self._seated, 0.0))
 
@@ -221,13 +221,13 @@ class LocalEngine:
                                     errors[k - 1] if k > 0 else None, sums[k][r])
         return ports
 
-    def _backpropagate(self, steps: Sequence[Sequence[Step]], feeds: Sequence[Feed], goes_on: GoesOn,
+    def _backpropagate(self, steps: Sequence[Sequence[Step]], feeds: Sequence[Feed], should_run: ShouldRun,
                        on_step: OnStep) -> None:
         """Plain end-to-end backpropagation of the last stage's loss."""
         for step in zip(*steps, strict=True):
             index, stage = step[0].index, self.stages[0]
             now = factors(self.plan, index)
-            if not goes_on(index):
+            if not should_run(index):
                 return
             try:
                 for part, feed, stages in zip(step, feeds, self.replicas.values(), strict=True):

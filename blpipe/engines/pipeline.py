@@ -10,11 +10,11 @@ from blpipe.engines.alone import load_kernels
 from blpipe.engines.backprop import Backprop
 from blpipe.engines.common import (
     TRACED_STEPS,
-    GoesOn,
+    EpochSums,
     LossWatch,
     OnStep,
     OpWatch,
-    SoFar,
+    ShouldRun,
     StageProgress,
     StageReport,
     blame,
@@ -85,7 +85,7 @@ class PipelineEngine:
         self._untold_seconds = 0.0  # of these, neither busy nor waiting: the epoch's part in other stages
         self._started = self._waited_before = 0.0  # of that part
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
-        self._feed = TrainFeed(data, plan, world.device) if data is not None else None
+        self._feed = TrainFeed(data, plan) if data is not None else None
         self._losses = LossWatch(plan, at_once=world.device.type == "cpu")
         if world.via.type == "cuda" and self._backprop is None:
             try:
@@ -93,11 +93,11 @@ class PipelineEngine:
             except Exception as error:
                 raise blame(plan, k, "start", error) from error
 
-    def train(self, epoch: int, start: int, goes_on: GoesOn, on_step: OnStep) -> int:
+    def train(self, epoch: int, start: int, should_run: ShouldRun, on_step: OnStep) -> int:
         """See `Engine`."""
         steps = self.plan.train_steps(epoch)
         if start == steps[0].index:
-            self.go_on_from({(self.plan.replica, self.index): SoFar(Tally())})
+            self.restore_sums({(self.plan.replica, self.index): EpochSums(Tally())})
         next_step = start
 
         def count() -> None:
@@ -109,12 +109,12 @@ class PipelineEngine:
         self._waited_before, self._started = self._waited(), perf_counter()
         left = steps[start - steps[0].index:]
         if self._backprop is not None:
-            self._train_by_backprop(self._backprop, left, goes_on, feed, count)
+            self._train_by_backprop(self._backprop, left, should_run, feed, count)
         else:
-            self._expect_activations((size for step in takewhile(lambda step: goes_on(step.index), left)
+            self._expect_activations((size for step in takewhile(lambda step: should_run(step.index), left)
                                       for size in step.sizes), self.plan.activation)
-            self._expect_errors(steps, start, goes_on)
-            self._run(self._program(steps, start, goes_on), feed, steps, count)
+            self._expect_errors(steps, start, should_run)
+            self._run(self._program(steps, start, should_run), feed, steps, count)
         if self._feed is not None:
             self._feed.leave(epoch, next_step)
         self._wait_seconds += self._waited() - self._waited_before
@@ -125,13 +125,13 @@ class PipelineEngine:
         self._losses.look()
         return next_step
 
-    def so_far(self) -> dict[tuple[int, int], SoFar]:
+    def epoch_sums(self) -> dict[tuple[int, int], EpochSums]:
         """See `Engine`."""
         busy = self._train_seconds - self._wait_seconds - self._untold_seconds
-        sums = SoFar(self._train_tally, busy, self._wait_seconds, self._train_seconds)
+        sums = EpochSums(self._train_tally, busy, self._wait_seconds, self._train_seconds)
         return {(self.plan.replica, self.index): sums}
 
-    def go_on_from(self, sums: dict[tuple[int, int], SoFar]) -> None:
+    def restore_sums(self, sums: dict[tuple[int, int], EpochSums]) -> None:
         """See `Engine`."""
         mine = sums[self.plan.replica, self.index]
         self.stage.train(True, mine.tally)
@@ -148,7 +148,7 @@ class PipelineEngine:
         self._expect_activations(sizes, lambda size, stage: self.plan.outputs[size][stage])
         feed = None
         if self.data is not None:
-            feed = Feed(test_microbatches(self.data, self.plan, self.world.device))
+            feed = Feed(test_microbatches(self.data, self.plan))
         self._run(evaluation_program(len(sizes), self.role), feed, [], lambda: None)
 
     def progress(self) -> dict[int, StageProgress]:
@@ -197,11 +197,11 @@ class PipelineEngine:
         except Exception as error:
             raise blame(self.plan, self.index, watch.where, error) from error
 
-    def _train_by_backprop(self, backprop: Backprop, steps: Sequence[Step], goes_on: GoesOn, feed: Feed | None,
+    def _train_by_backprop(self, backprop: Backprop, steps: Sequence[Step], should_run: ShouldRun, feed: Feed | None,
                            on_step: OnStep) -> None:
         where = "start"
         try:
-            for step in takewhile(lambda step: goes_on(step.index), steps):
+            for step in takewhile(lambda step: should_run(step.index), steps):
                 where = f"step {step.index}"
                 backprop.train_step(step, feed)
                 self._losses.note(self.index, self.stage, step.index)
@@ -219,14 +219,14 @@ class PipelineEngine:
             layouts = ((spec(size, self.index - 1), self.plan.targets(size)) for size in sizes)
             self._activations_in.expect(layouts, ACTIVATIONS_AHEAD)
 
-    def _program(self, steps: Sequence[Step], start: int, goes_on: GoesOn) -> Iterator[Op]:
-        return train_program(steps, self.role, self.plan.delay, start, goes_on)
+    def _program(self, steps: Sequence[Step], start: int, should_run: ShouldRun) -> Iterator[Op]:
+        return train_program(steps, self.role, self.plan.delay, start, should_run)
 
-    def _expect_errors(self, steps: Sequence[Step], start: int, goes_on: GoesOn) -> None:
+    def _expect_errors(self, steps: Sequence[Step], start: int, should_run: ShouldRun) -> None:
         if self._errors_in is not None:
             sizes = {step.index: step.sizes for step in steps}
             layouts = ((self.plan.error(sizes[op.step][op.microbatch], self.index),)
-                       for op in self._program(steps, start, goes_on) if op.kind is Kind.RECEIVE_ERROR)
+                       for op in self._program(steps, start, should_run) if op.kind is Kind.RECEIVE_ERROR)
             self._errors_in.expect(layouts, errors_ahead(self.plan.delay, self.plan.config.train.microbatches,
                                                          len(self.role.hops_in)))
 

@@ -82,13 +82,13 @@ class SendQueue(_End):
         """Send a message; waits for an earlier one where too many are under way.
 
         Raises:
-            ValueError: its layout is another than the plan has, which the other end would take for that.
+            ValueError: the plan has no such layout, and the other end would misread it.
         """
         layout = layout_of(tensors)
         if self._layouts is not None and layout not in self._layouts:
             shape, dtype = layout[0]
             raise ValueError(f"it gives {dtype_name(dtype)} {list(shape)}, and did not when its shapes were traced "
-                             "without values; have its blocks give the same always")
+                             "without values; its output's shape and type must not depend on values")
         if not self._free:
             self._complete_one()
         size, buffer = message_bytes(layout), self._free.pop()

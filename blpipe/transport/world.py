@@ -125,8 +125,7 @@ def choose_device(kind: str) -> tuple[torch.device, bool]:
 
 
 class World:
-    """The process groups of a pipeline: for each edge one for activations and one for errors, for each stage that
-    has replicas one of these.
+    """The process groups of a pipeline: two for each edge (activations, errors), one for the replicas of each stage.
 
     NCCL where every process has a GPU of its own; else gloo, through host memory.
 
