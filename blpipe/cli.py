@@ -13,8 +13,9 @@ from io import TextIOWrapper
 from types import ModuleType
 from typing import NoReturn
 
+import blpipe
 from blpipe import launch
-from blpipe.errors import CheckpointError, PeerLostError, StageError, StoppedError, UserError
+from blpipe.errors import CheckpointError, NonFiniteError, PeerLostError, StageError, StoppedError, UserError
 
 _EXAMPLES = """\
 examples:
@@ -24,8 +25,8 @@ examples:
   python -m blpipe eval runs/quickstart
   python -m blpipe export runs/quickstart --out model.pt
 
-exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted by Ctrl-C, 143 by SIGTERM, and
-saved; torchrun itself returns 1 for all but the first"""
+exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted by Ctrl-C, 141 if the reader of the
+output has gone, 143 by SIGTERM, and saved; torchrun itself returns 1 for all but the first"""
 
 _RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
 _BEST = "the checkpoint of the best accuracy on the test samples, of those that were kept"
@@ -40,12 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows another
             stream.reconfigure(errors="replace")
+    arguments = None
     try:
-        code = _main(_parse(argv))
+        arguments = _parse(argv)
+        code = _main(arguments)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _end_interrupted()
+        _end_interrupted(arguments is not None and arguments.command == "train")
     except BrokenPipeError:  # who read what we print has gone, as in `plan … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -59,7 +62,7 @@ def _main(arguments: argparse.Namespace) -> int:
         return 0
     except (StageError, PeerLostError, CheckpointError) as error:
         if not launch.under_torchrun():
-            if error.__cause__ is not None:
+            if error.__cause__ is not None and not isinstance(error.__cause__, NonFiniteError):
                 traceback.print_exception(error.__cause__)
             _report(str(error))
             return 1
@@ -83,8 +86,8 @@ def load_commands() -> ModuleType:
     return commands
 
 
-def _end_interrupted() -> NoReturn:
-    text = "interrupted; `train --resume RUN` goes on from the last checkpoint"
+def _end_interrupted(trained: bool) -> NoReturn:
+    text = "interrupted" + trained * "; `train --resume RUN` goes on from the last checkpoint, if there is one"
     if not launch.under_torchrun():
         _say(text)
         raise SystemExit(130) from None
@@ -147,9 +150,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no positional after an option: `train CONFIG --overwrite key=value`.
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        keys = "; a key of the config is set by key.sub=value" if any(word.startswith("--") for word in rest) else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{keys}")
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
@@ -157,16 +161,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="blpipe", description="Pipeline training with BackLink: one process a stage "
                                      "under torchrun, or all stages in one process.", epilog=_EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"blpipe {blpipe.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     train = commands.add_parser("train", help="train a config",
                                 description="Train a config. Under torchrun each process is a stage; without it, all "
                                             "stages run in this one, with the same results.")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys to set over the file's")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="keys to set over the file's")
     train.add_argument("--overwrite", action="store_true", help="replace the run that the run folder holds")
     train.add_argument("--resume", metavar="RUN", help="go on with this run folder from its last intact checkpoint, or "
-                                                       "from one of its checkpoints")
+                                                       "from one of its checkpoints, removing later ones")
     train.add_argument("--auto-resume", action="store_true",
                        help="go on where the run folder holds a checkpoint, else begin; as restarts by torchrun do")
     train.set_defaults(command="train")
@@ -175,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
                                description="Measure every block, cut the model and simulate its stages. Nothing is "
                                            "trained, and no other process is needed.")
     plan.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value",
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value",
                       help="keys to set over the file's; partition.costs=analytic runs nothing")
     plan.add_argument("--stages", metavar="1,2,4,…", help="also simulate these numbers of stages")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -188,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint, or any other",
                                    description="Evaluate every stage's head on the test samples.")
     evaluate.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
-    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value",
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value",
                           help="keys to set over the run's: of data, of runtime, and how it is computed")
     evaluate.add_argument("--best", action="store_true", help=_BEST)
     evaluate.set_defaults(command="evaluate")
@@ -198,5 +203,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
     export.add_argument("--best", action="store_true", help=_BEST)
     export.add_argument("--out", required=True, metavar="FILE", help="where to, such as model.pt")
+    export.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     export.set_defaults(command="export")
     return parser

@@ -62,7 +62,7 @@ def evaluate(arguments: Namespace) -> None:
 def export(arguments: Namespace) -> None:
     """`export`: the plain model's weights."""
     _refuse_torchrun()
-    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best)
+    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best, arguments.overwrite)
     print(f"wrote {arguments.out}")
 
 

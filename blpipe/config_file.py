@@ -21,6 +21,12 @@ _MOST_BYTES = 64 * 1024  # of a file; PyYAML reads such a one in seconds
 _MOST_VALUES, _DEEPEST = 20_000, 50  # of a file or an override, every alias written out
 _MOST_PROBLEMS = 50  # that are told of one config
 
+# What other systems call our keys and values.
+_KEYS_ALSO_CALLED = {"learning_rate": "optimizer.lr", "weight_decay": "optimizer.args.weight_decay",
+                     "momentum": "optimizer.args.momentum", "gradient_clipping": "optimizer.clip_norm",
+                     "num_epochs": "train.epochs", "num_workers": "data.workers"}
+_VALUES_ALSO_CALLED = {"bfloat16": "bf16", "fp32": "float32"}
+
 _EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -139,7 +145,8 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # for a value that does not fit its explicit tag, PyYAML raises almost anything
-        raise ConfigError(f"{source}: not valid YAML: {one_line(error)}") from None
+        message = one_line(error).replace('in "<unicode string>", ', "at ")
+        raise ConfigError(f"{source}: not valid YAML: {message}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -188,7 +195,8 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "valid list")
     value = error["input"]
     if error["type"] == "literal_error":
-        close = get_close_matches(_shown(value).strip("'"), re.findall(r"'([^']+)'", message), n=1)
+        given = _shown(value).strip("'")
+        close = get_close_matches(_VALUES_ALSO_CALLED.get(given, given), re.findall(r"'([^']+)'", message), n=1)
         message += f" (did you mean {close[0]!r}?)" if close else ""
     return f"{path}: {message}" if isinstance(value, dict | BaseModel) else f"{path}: {message}, got {_shown(value)}"
 
@@ -202,10 +210,11 @@ def _shown(value: Any) -> str:
 
 
 def _suggest(path: str, kind: type[BaseModel]) -> str:
-    known = list(_key_paths(kind))
-    by_last_part = [key for key in known if key.rpartition(".")[2] == path.rpartition(".")[2]]
-    close = get_close_matches(path, known, n=1, cutoff=0.75) or by_last_part[:1] or \
-        get_close_matches(path, known, n=1)
+    known, last = list(_key_paths(kind)), path.rpartition(".")[2]
+    by_last_part = [key for key in known if key.rpartition(".")[2] == last]
+    also = [_KEYS_ALSO_CALLED[last]] if kind is Config and last in _KEYS_ALSO_CALLED else []
+    close = also or get_close_matches(path, by_last_part, n=1, cutoff=0.0) or \
+        get_close_matches(path, known, n=1, cutoff=0.75) or get_close_matches(path, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -36,6 +37,9 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
                           f"one of {', '.join(sorted(known.keys() - _NEEDS_MORE.keys()))}")
     if name in _NEEDS_MORE:
         raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
+    if name != "sgd" and "lr" not in config.model_fields_set:
+        raise ConfigError(f"optimizer.lr: is not given, and its default, {config.lr}, is for sgd; give {name} one, such "
+                          "as optimizer.lr=0.001")
     if "lr" in config.args:
         raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
     if config.decay != "all":
@@ -49,7 +53,8 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
         return None
     # YAML has lists where torch's betas want a tuple.
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
-    return call("optimizer", known[name], trainable, lr=config.lr, **args)
+    kind: Callable[..., torch.optim.Optimizer] = known[name]
+    return call("optimizer", partial(kind, lr=config.lr), trainable, **args)
 
 
 def _by_decay(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:

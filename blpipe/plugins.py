@@ -5,11 +5,13 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache, partial, wraps
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from blpipe.config_types import Named
@@ -98,9 +100,12 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{key}: cannot import {target!r}: {type(error).__name__}: {one_line(error)}; "
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ConfigError(f"{key}: cannot import {target!r}: {type(error).__name__}: {one_line(error)}{_place(error)}; "
                           "check the spelling, and run from the folder that holds the module") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key}: cannot import {target!r}: {type(error).__name__}: {one_line(error)}{_place(error)}; "
+                          "mend the module") from error
     if not callable(found):
         raise ConfigError(f"{key}: {target!r} is a {type(found).__name__}, not a function")
     return found
@@ -137,7 +142,15 @@ def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         raise
     except (Exception, SystemExit) as error:
         given = f" (with args {kwargs})" if kwargs else ""
-        raise ConfigError(f"{key}: {type(error).__name__}: {one_line(error)}{given}") from error
+        raise ConfigError(f"{key}: {type(error).__name__}: {one_line(error)}{given}{_place(error)}") from error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code it was raised, to be put after its message; nothing for code that is installed."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if not {"blpipe", "site-packages", "importlib"} & {*Path(frame.filename).parts}
+              and not frame.filename.startswith("<")]
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def did_you_mean(name: str, known: Mapping[str, Any]) -> str:

@@ -123,12 +123,14 @@ def resume_from(config: Config, path: Path) -> tuple[Config, StartPoint]:
     partition = saved.partition
     if config.partition.unsettled and partition == config.partition.model_copy(update={"cuts": partition.cuts}):
         config = config.model_copy(update={"partition": partition})
+    later = [other.name for other in checkpoints(run_of(path)) if other.name > found.checkpoint.name]
+    removed = [f"{', '.join(later)}: after {found.checkpoint.name}, and removed"] if later else []
     changes = _changes(saved, config)
     refused = _but(_CHANGEABLE, changes)
     if refused:
         raise ConfigError(*(f"{change.key}: {_told(change.now)}, but {_told(change.before)} in {found.checkpoint}; set "
                             "it back, or train anew under another name" for change in refused))
-    return config, replace(found, notes=found.notes + [
+    return config, replace(found, notes=found.notes + removed + [
         f"{change.key}: {_told(change.now)}, was {_told(change.before)} before" for change in changes])
 
 

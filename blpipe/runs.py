@@ -19,7 +19,7 @@ from blpipe.config import Config, PartitionConfig
 from blpipe.data import Data, open_data
 from blpipe.device import set_up
 from blpipe.engines.common import Engine, check_weights
-from blpipe.errors import StoppedError, UserError, one_line
+from blpipe.errors import StoppedError, UserError
 from blpipe.files import put
 from blpipe.forecast.costs import profile
 from blpipe.forecast.stages import settle
@@ -104,18 +104,28 @@ def _for_evaluation(config: Config, train_samples: int) -> Config:
         "eval_batch_size": train.eval_batch_size or train.batch_size})})
 
 
-def export_run(path: Path, out: Path, best: bool = False) -> None:
+def export_run(path: Path, out: Path, best: bool = False, overwrite: bool = False) -> None:
     """Write the plain model's state_dict of a run's newest checkpoint, its best, or the one at `path`, by torch.save.
 
+    Args:
+        overwrite: whether to replace a file that is there.
+
     Raises:
-        UserError: no run or no checkpoint, or `out` cannot be written.
+        UserError: no run or no checkpoint, or `out` is there or cannot be written.
     """
     state = model_state(_found(path, best))
+    if out.is_file() and not overwrite:
+        raise UserError(f"--out: {out} exists; say --overwrite, or give another name")
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # whose errors say what is wrong, as those of torch's own do not
+            torch.save(state, file)
+
     try:
-        put(out, lambda partial: torch.save(state, partial))
+        put(out, write)
     except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"--out: cannot write {out}: {why}; give a file's name, such as model.pt") from error
+        why = getattr(error, "strerror", None) or "it could not be written whole; is the disk full?"
+        raise UserError(f"--out: cannot write {out}: {why}; give a file's name in a folder that is there") from error
 
 
 def _found(path: Path, best: bool) -> Path:
@@ -224,6 +234,9 @@ def _train(engine: Engine, run: _Run) -> int | None:
     if found is not None:
         start = manifest(found).steps_done
         notes += load(found, plan, engine)
+        if start == plan.config.train.epochs * per_epoch:
+            notes.append(f"nothing is left to train: all {plan.config.train.epochs} epochs are done; give more by "
+                         "train.epochs=…")
     log = None
     if launch.rank() == 0:
         make_ready(run.folder, plan.config, run.start_point)

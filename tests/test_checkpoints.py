@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_other_stages_and_more_epochs(folder, capsys):
     assert len(json.loads((folder / "runs/small/result.json").read_text())["stages"]) == 2
     for path in ("runs/small", *checkpoints(Path("runs/small"))):
         assert run("eval", str(path)) == 0
-        assert run("export", str(path), "--out", "model.pt") == 0
+        assert run("export", str(path), "--out", "model.pt", "--overwrite") == 0
 
 
 def test_a_result_adds_up_the_seconds_of_its_own_stages(folder):
@@ -210,7 +210,7 @@ def test_eval_and_export_take_any_checkpoint(folder, capsys):
     first, last = checkpoints(Path("runs/small"))
     weights = []
     for path in (first, last, Path("runs/small")):
-        assert run("export", str(path), "--out", "model.pt") == 0
+        assert run("export", str(path), "--out", "model.pt", "--overwrite") == 0
         weights.append(torch.load("model.pt", weights_only=True)["0.0.weight"])
     assert not torch.equal(weights[0], weights[1])
     assert torch.equal(weights[1], weights[2])

@@ -60,7 +60,8 @@ def test_an_interrupt_while_torch_is_loading_is_one_line_of_the_first_rank(tmp_p
     done = subprocess.run([sys.executable, "-m", "blpipe", "train", "small.yaml"], capture_output=True, text=True,
                           timeout=60, cwd=tmp_path, env=child_environment() | torchrun)
     assert (done.returncode, done.stdout) == (130, "loading\n")
-    assert done.stderr == said * "blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint\n"
+    assert done.stderr == said * ("blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint, "
+                                  "if there is one\n")
 
 
 def test_a_run_folder_says_what_was_run_and_how_it_went(folder, capsys):
@@ -389,9 +390,25 @@ def test_export_to_where_it_cannot_write_leaves_nothing(folder, capsys):
     assert run("export", "runs/small", "--out", "no/such/folder/model.pt") == 2
     assert capsys.readouterr().err.count("blpipe: --out: cannot write ") == 2
     assert run("export", "runs/small", "--out", ".") == 2
-    no_place = "no place for a file; give a file's name, such as model.pt"
+    no_place = "no place for a file; give a file's name in a folder that is there"
     assert capsys.readouterr().err == f"blpipe: --out: cannot write .: {no_place}\n"
     assert sorted(folder.iterdir()) == before
+
+
+def test_export_replaces_a_file_only_where_it_is_told_to(folder, capsys):
+    assert run("train", "small.yaml") == 0
+    before = (folder / "small.yaml").read_bytes()
+    assert run("export", "runs/small", "--out", "small.yaml") == 2
+    assert capsys.readouterr().err == "blpipe: --out: small.yaml exists; say --overwrite, or give another name\n"
+    assert (folder / "small.yaml").read_bytes() == before
+    assert run("export", "runs/small", "--out", "model.pt") == run("export", "runs/small", "--out", "model.pt",
+                                                                   "--overwrite") == 0
+
+
+def test_a_run_that_is_done_says_so_when_it_is_to_go_on(folder, capsys):
+    assert run("train", "small.yaml", "train.epochs=2") == 0
+    assert run("train", "--resume", "runs/small") == 0
+    assert "note: nothing is left to train: all 2 epochs are done; give more by train.epochs=…" in capsys.readouterr().out
 
 
 def test_a_lone_rank_variable_is_no_torchrun(folder, monkeypatch, capsys):

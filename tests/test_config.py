@@ -175,6 +175,19 @@ def test_an_override_that_is_no_yaml_is_refused_with_its_path(load):
         load(SMALLEST_YAML, "model.args.x=[1")
 
 
+@pytest.mark.parametrize(("key", "meant"), [
+    ("train.lr", "optimizer.lr"), ("optimizer.learning_rate", "optimizer.lr"), ("lr", "optimizer.lr"),
+    ("optimizer.weight_decay", "optimizer.args.weight_decay"), ("train.epoch", "train.epochs")])
+def test_what_other_systems_call_a_key_is_told_where_it_is(load, key, meant):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: unknown key; did you mean {re.escape(meant)}\?$"):
+        load(SMALLEST_YAML, f"{key}=0.1")
+
+
+def test_what_other_systems_call_a_value_is_told_as_ours(load):
+    with pytest.raises(ConfigError, match=r"\(did you mean 'bf16'\?\)"):
+        load(SMALLEST_YAML, "train.precision=bfloat16")
+
+
 def test_an_unknown_key_in_an_override_is_refused_like_one_in_the_file(load):
     with pytest.raises(ConfigError, match=r"^train\.epoch: unknown key; did you mean train\.epochs\?$"):
         load(SMALLEST_YAML, "train.epoch=3")

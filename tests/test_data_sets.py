@@ -195,8 +195,10 @@ NOTHING = np.zeros((0, 4, 4, 3), np.uint8)
 
 @pytest.mark.parametrize(("changes", "match"), [
     ({"test_y": None}, r"has no test_y; it must have test_y, int64 \[N\]"),
-    ({"train_x": np.zeros((6, 4, 4, 3))}, r"train_x is float64, but must be uint8 \[N, H, W, C\]; conv"),
-    ({"train_y": np.zeros(6, np.int32)}, r"train_y is int32, but must be int64 \[N\]; convert it with "),
+    ({"train_x": np.zeros((6, 4, 4, 3))}, r"train_x is float64, but must be uint8 \[N, H, W, C\]; "
+                                                r"convert it by \(255 \* x\)\.round\(\)\.astype\('uint8'\), if its "
+                                                "values are from 0 to 1$"),
+    ({"train_y": np.zeros(6, np.int32)}, r"train_y is int32, but must be int64 \[N\]; convert it by "),
     ({"train_x": np.zeros((6, 4, 4), np.uint8)}, r"train_x has the shape \[6, 4, 4\], but must be uint8"),
     ({"test_y": np.zeros((3, 1), np.int64)}, r"test_y has the shape \[3, 1\]"),
     ({"train_y": np.zeros(5, np.int64)}, r"train_x has 6 samples, but train_y has 5 labels"),

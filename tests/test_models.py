@@ -210,7 +210,7 @@ def test_building_leaves_the_global_random_stream_untouched(model):
 
 def test_a_failing_build_leaves_the_global_random_stream_untouched():
     before = torch.get_rng_state()
-    refused("^model: RuntimeError: no luck$", target="test_models:own_failure")
+    refused(r"^model: RuntimeError: no luck at test_models\.py:\d+$", target="test_models:own_failure")
     assert torch.equal(torch.get_rng_state(), before)
 
 

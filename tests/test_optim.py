@@ -92,7 +92,7 @@ def test_without_trainable_parameters_there_is_no_optimizer(over):
     ("lbfgs", {}, r"^optimizer\.name: 'lbfgs' does not fit stages: it calls the model again; use adamw or sgd$"),
     ("SparseAdam", {}, r"^optimizer\.name: 'SparseAdam' does not fit stages: it wants sparse gradients"),
     ("sgd", {"lr": 1.0}, r"^optimizer\.args\.lr: got 1\.0; the learning rate is optimizer\.lr$"),
-    ("sgd", {"betas": [0.9, 0.9]}, r"^optimizer\.args: got an unexpected keyword argument 'betas'; it takes lr, mom"),
+    ("sgd", {"betas": [0.9, 0.9]}, r"^optimizer\.args: got an unexpected keyword argument 'betas'; it takes mom"),
     ("sgd", {"params": []}, r"^optimizer\.args: multiple values for argument 'params'"),
     ("sgd", {"momentum": -1.0}, r"^optimizer: ValueError: Invalid momentum value: -1\.0 \(with args "),
     ("sgd", {"momentum": "a"}, r"^optimizer: TypeError: "),
@@ -106,7 +106,13 @@ def test_what_does_not_fit_is_refused(name, args, message):
 def test_without_weight_decay_there_is_nothing_to_leave_out(name):
     with pytest.raises(ConfigError, match=rf"^optimizer\.decay: matrices, but {name} has no weight_decay here; give it "
                                           r"optimizer\.args\.weight_decay, or leave it out$"):
-        build_optimizer(OptimizerConfig(name=name, decay="matrices"), parameters())
+        build_optimizer(OptimizerConfig(name=name, lr=0.1, decay="matrices"), parameters())
+
+
+def test_the_default_learning_rate_is_for_sgd_alone():
+    assert build_optimizer(OptimizerConfig(), parameters()).param_groups[0]["lr"] == 0.1
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr: is not given, and its default, 0\.1, is for sgd; give adam "):
+        build_optimizer(OptimizerConfig(name="adam"), parameters())
 
 
 def test_what_a_stage_cannot_run_is_not_offered():

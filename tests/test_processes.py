@@ -87,6 +87,6 @@ def test_an_interrupt_ends_all_processes_at_once(train):
     workers = run.workers()
     os.killpg(run.process.pid, signal.SIGINT)
     run.end(10)
-    lines = {"blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint"}
+    lines = {"blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint, if there is one"}
     assert set(said_by_blpipe(run.said)) <= lines
     assert_gone(workers)

@@ -80,8 +80,9 @@ class Saver:
         except (Exception, dcp.CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(aside(target), ignore_errors=True)
-            return (f"cannot write the checkpoint {target}: {one_line(_cause(error))}; "
-                    "what was saved before is still there")
+            cause = one_line(_cause(error))
+            why = "it could not be written whole; is the disk full?" if "inline_container" in cause else cause
+            return f"cannot write the checkpoint {target}: {why}; what was saved before is still there"
         return None
 
     def _complete(self, target: Path, steps_done: int, val_accuracy: float | None, files: dict[str, FileSeal]) -> None:

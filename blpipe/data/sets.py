@@ -172,7 +172,10 @@ def _read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, found = read_header(member, max_header_size=_HEADER)
     if found != np.dtype(dtype):
-        raise ConfigError(f"data.root: {name} is {found}, but must be {wanted}; convert it with .astype('{dtype}')")
+        scaled = found.kind == "f" and dtype == "uint8"
+        how = "by (255 * x).round()" if scaled else "by "
+        raise ConfigError(f"data.root: {name} is {found}, but must be {wanted}; convert it {how}.astype('{dtype}')"
+                          f"{', if its values are from 0 to 1' * scaled}")
     if len(shape) != axes.count(",") + 1:
         raise ConfigError(f"data.root: {name} has the shape {list(shape)}, but must be {wanted}")
     most = min(archive.getinfo(f"{name}.npy").file_size, _INFLATED * path.stat().st_size)
