@@ -181,13 +181,27 @@ def rows_of(run: Path, epochs_done: int) -> list[dict[str, Any]]:
     return rows
 
 
+def run_line(plan: Plan, device: torch.device, engine: str) -> str:
+    """What is about to be trained, on one line."""
+    config, data = plan.config, plan.data
+    parameters = [*plan.model.parameters()]
+    count, frozen = (sum(p.numel() for p in chosen) for chosen in
+                     (parameters, [p for p in parameters if not p.requires_grad]))
+    replicas = f", {config.train.replicas} replicas" if config.train.replicas > 1 else ""
+    where = f"one process on {device}" if engine == "local" else f"{config.processes} processes on {device.type}"
+    return (f"{config.method.name} in {len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}{replicas}, {where}: "
+            f"{count:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; {data.train_samples:,} training "
+            f"and {data.test_samples:,} test samples of {list(data.shape)}, {data.classes} classes; "
+            f"{len(plan.step_sizes)} steps an epoch")
+
+
 def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:
     """One epoch on one line."""
     assert epoch.reports is not None
     accuracies = " ".join(percent(report.val_accuracy) for report in epoch.reports)
     last = epoch.reports[-1]
     loss = "–" if last.train_loss is None else f"{last.train_loss:.4f}"  # every step was skipped
-    return (f"epoch {epoch.index + 1}/{epochs}  loss {loss}  accuracy by stage {accuracies}  "
+    return (f"epoch {epoch.index + 1}/{epochs}  train loss {loss}  test accuracy by stage {accuracies}  "
             f"{samples / last.train_seconds:,.0f} samples/s")
 
 

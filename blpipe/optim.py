@@ -38,8 +38,8 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
     if name in _NEEDS_MORE:
         raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
     if name != "sgd" and "lr" not in config.model_fields_set:
-        raise ConfigError(f"optimizer.lr: is not given, and its default, {config.lr}, is for sgd; give {name} one, such "
-                          "as optimizer.lr=0.001")
+        raise ConfigError(f"optimizer.lr: is not given, and its default, {config.lr}, is for sgd; give {name} one, "
+                          "such as optimizer.lr=0.001")
     if "lr" in config.args:
         raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
     if config.decay != "all":

@@ -25,6 +25,8 @@ from blpipe.specs import DataSpec, Share, TensorSpec
 from blpipe.steps import Step, batch_sizes, evaluation_sizes, step_sizes, training_sizes
 from blpipe.text import blocks_text, dtype_name
 
+_IN_FLOAT32 = "have the model in float32, and set train.precision=bf16 to compute in bfloat16"
+
 
 @dataclass(frozen=True)
 class Network:
@@ -185,6 +187,10 @@ def make_network(config: Config, data: DataSpec) -> Network:
         raise ConfigError(f"train.replicas: {replicas}, but the last batch of an epoch has {last_batch} samples, one "
                           "for each at least; set train.drop_last=true, or another train.batch_size")
     model = build_model(config.model, data, config.seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ConfigError(f"model: {name} is {dtype_name(parameter.dtype)}, in which small steps are lost; "
+                              f"{_IN_FLOAT32}")
     check_stage_count(config.partition, [name for name, _ in named_blocks(model)])
     training = training_sizes(data, config)
     with layer_calls(model) as calls:
@@ -250,6 +256,13 @@ def notices(plan: Plan) -> list[str]:
     if plan.config.partition.strategy == "balanced":
         lines.append(f"partition: balanced by {plan.config.partition.costs} costs; "
                      f"cuts: [{', '.join(plan.config.partition.cuts or ())}]")
+    if plan.classes > plan.data.classes:
+        lines.append(f"model: it gives {plan.classes} logits, and the data have {plan.data.classes} classes")
+    schedule, epochs = plan.config.schedule, plan.config.train.epochs
+    if schedule.name == "multistep" and not schedule.milestones:
+        lines.append("schedule: multistep without milestones changes nothing")
+    if schedule.warmup_epochs >= epochs:
+        lines.append(f"schedule.warmup_epochs: {schedule.warmup_epochs:g} are not over after train.epochs, {epochs}")
     link = plan.config.method.link
     if not plan.config.method.linked or link.length == "all":
         return lines
@@ -269,9 +282,9 @@ def _check_boundaries(plan: Plan) -> None:
                 raise ConfigError(f"partition: stage {k + 1} ends with block {plan.block_names(k)[-1]}, which gives "
                                   f"{dtype_name(spec.dtype)}; cut where floating-point numbers pass")
             if needs_float32 and spec.dtype != torch.float32:
-                raise ConfigError(f"{needs_float32}: bf16 is for models in float32, and block "
-                                  f"{plan.block_names(k)[-1]} gives {dtype_name(spec.dtype)}; "
-                                  f"leave {needs_float32} out")
+                name = plan.block_names(k)[-1]
+                raise ConfigError(f"{needs_float32}: bf16 is for models in float32, and block {name} gives "
+                                  f"{dtype_name(spec.dtype)}; have the model in float32")
 
 
 def _check_links(plan: Plan) -> None:
@@ -295,6 +308,10 @@ def _checked_head(plan: Plan, index: int) -> nn.Module:
         given = plan.outputs[size][index]
         output = trace_module(f"{key} (after block {name})", head, given, plan.data, training=True)
         wanted = plan.outputs[size][-1].shape
+        types = {p.dtype for p in head.parameters() if p.is_floating_point()}
+        if types and given.dtype not in types:  # meta tensors are not checked for that
+            raise ConfigError(f"{key}: after block {name} it takes {dtype_name(min(types, key=str))}, and the block "
+                              f"gives {dtype_name(given.dtype)}; {_IN_FLOAT32}")
         if output.shape != wanted:
             raise ConfigError(f"{key}: after block {name} it gives {list(output.shape)} of {list(given.shape)}; "
                               f"it must give {list(wanted)}, the logits; give a {key}.target that does")

@@ -29,6 +29,7 @@ from blpipe.metrics import (
     epoch_line,
     evaluation_table,
     rows_of,
+    run_line,
     stage_rows,
     stage_table,
 )
@@ -241,6 +242,7 @@ def _train(engine: Engine, run: _Run) -> int | None:
     if launch.rank() == 0:
         make_ready(run.folder, plan.config, run.start_point)
         log = RunLog(run.folder, plan, engine.name, start // per_epoch)
+        print(run_line(plan, choose_device(plan.config.runtime.device)[0], engine.name))
         _tell(notes)
     reached = Reached(start, None, stopped=False)
     with _stop_requests() as stop, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:

@@ -156,7 +156,7 @@ def test_eval_takes_data_of_any_length_but_no_labels_that_the_model_does_not_kno
     assert len(evaluated(capsys, "runs/small", "data.train_samples=1")) == 3
     assert run("eval", "runs/small", "data.args.classes=9") == 2
     line, = capsys.readouterr().err.splitlines()
-    assert re.match("blpipe: data.*classes", line)
+    assert re.match(r"blpipe: data: .* label \d+ .* of which the model gives logits", line)
 
 
 @pytest.mark.parametrize(("model", "said"), [
@@ -226,7 +226,7 @@ BAD_CONFIGS = {
     "train.microbatches=5": r"train: microbatches 5 does not divide batch_size 16; one that does: 4",
     "train.batch_size=89": r"train\.batch_size: 89 is more than the 88 training samples",
     "train.batch_size=87 model={name: mlp}": r"train\.batch_size: BatchNorm .* set train\.drop_last=true",
-    "model.args={classes: 3}": r"data.*: .*model\.args\.classes",
+    "model.args={classes: 3}": r"data.*: .*have it give 4, or mend the data",
     "data.args={shape: [3, 8, 8], classes: 4, samples: 88}": r"model: block 0 cannot take an input of shape \[16, 3, ",
     "model={name: vgg_cifar}": r"model: block conv4_1 cannot take an input of shape",
     "model={target: 'no_such_module:net'}": r"model\.target: cannot import 'no_such_module:net'",
@@ -301,7 +301,7 @@ def test_labels_outside_the_classes_are_found_before_training(folder, capsys):
     labels = np.arange(40) % 5
     np.savez(folder / "five.npz", train_x=images, train_y=labels, test_x=images[:5], test_y=labels[:5])
     assert run("train", "small.yaml", "data={name: arrays, root: five.npz}") == 2
-    assert "model.args.classes" in capsys.readouterr().err
+    assert "have it give 5, or mend the data" in capsys.readouterr().err
     assert not (folder / "runs").exists()
 
 
@@ -405,10 +405,20 @@ def test_export_replaces_a_file_only_where_it_is_told_to(folder, capsys):
                                                                    "--overwrite") == 0
 
 
+def test_a_run_says_what_it_is_about_to_train(folder, capsys):
+    assert run("train", "small.yaml", "train.epochs=1") == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    stages = json.loads((folder / "runs/small/result.json").read_text())["stages"]
+    assert re.fullmatch(rf"backlink in {len(stages)} stages, one process on cpu: {sum(s['params'] for s in stages):,} "
+                        r"parameters; \d+ training and \d+ test samples of \[2, 8, 8\], 4 classes; \d+ steps an epoch",
+                        line)
+
+
 def test_a_run_that_is_done_says_so_when_it_is_to_go_on(folder, capsys):
     assert run("train", "small.yaml", "train.epochs=2") == 0
     assert run("train", "--resume", "runs/small") == 0
-    assert "note: nothing is left to train: all 2 epochs are done; give more by train.epochs=…" in capsys.readouterr().out
+    said = "note: nothing is left to train: all 2 epochs are done; give more by train.epochs=…"
+    assert said in capsys.readouterr().out
 
 
 def test_a_lone_rank_variable_is_no_torchrun(folder, monkeypatch, capsys):

@@ -190,15 +190,15 @@ def test_labels_are_checked_against_the_model():
     data = opened(**SYNTHETIC)
     data.check_fits_model(4)
     data.check_fits_model(9)
-    with pytest.raises(ConfigError, match=r"^data: train label 3 at index \d+ lies outside 0\.\.2; set "
-                                          r"model\.args\.classes ≥ 4 or mend the data$"):
+    with pytest.raises(ConfigError, match=r"^data: train label 3 at index \d+ lies outside 0\.\.2, of which "
+                                          r"the model gives logits; have it give 4, or mend the data$"):
         data.check_fits_model(3)
 
 
 def test_the_first_wrong_label_of_testing_is_found_too(monkeypatch):
     data = opened_target(((X[[0, 1, 2]], Y[[0, 1, 2]]), (X, Y)), monkeypatch, train_samples=2)
-    with pytest.raises(ConfigError, match=r"^data: test label 2 at index 2 lies outside 0\.\.1; set "
-                                          r"model\.args\.classes ≥ 3 or mend the data$"):
+    with pytest.raises(ConfigError, match=r"^data: test label 2 at index 2 lies outside 0\.\.1, of which the "
+                                          r"model gives logits; have it give 3, or mend the data$"):
         data.check_fits_model(2)
 
 

@@ -173,7 +173,8 @@ def test_no_cut_between_blocks_that_share_a_parameter():
 
 @pytest.mark.parametrize("changes", [
     {}, {"train__microbatches": 4}, {"method__link": {"length": "all", "delay": 2}},
-    {"method__link": {"length": "all", "keep": "recompute"}}, {"method": "greedy", "optimizer": "adamw"},
+    {"method__link": {"length": "all", "keep": "recompute"}},
+    {"method": "greedy", "optimizer": {"name": "adamw", "lr": 0.1}},
     {"method": {"link": {"reach": 2, "length": "all", "wire": "bf16"}, "local_weight": 0.0},
      "train__wire": "bf16", "partition__stages": 3},
     {"method__link": {"length": "all", "joint": True}, "partition__stages": 3},
@@ -262,7 +263,7 @@ def test_the_search_misses_no_partition_that_fits(changes):
 
 
 def test_backpropagation_is_not_charged_for_heads():
-    network, _ = network_of(partition__stages=2, optimizer="adamw")
+    network, _ = network_of(partition__stages=2, optimizer={"name": "adamw", "lr": 0.1})
     costs = profile(network, CPU)
     stage, blocks = stage_cost(costs, 1, 3, linked(length=1)), costs.blocks[1:3]
     assert stage.batch_seconds("bp", 1) == pytest.approx(sum(b.forward + b.backward + b.step for b in blocks))

@@ -62,7 +62,7 @@ def test_an_epoch_whose_steps_are_all_skipped_has_no_loss(tmp_path, capsys):
     run = train_locally(config_of("skip", method="greedy", train__epochs=2, data__args={
         "shape": [2, 8, 8], "classes": 4, "samples": 16}, model={**EXPLODING, "args": {"at": 1}}), tmp_path)
     assert read_rows(run)[2]["train_loss"] is None
-    assert "epoch 1/2  loss –  accuracy" in capsys.readouterr().out
+    assert "epoch 1/2  train loss –  test accuracy" in capsys.readouterr().out
 
 
 def test_a_skipped_step_leaves_no_trace():

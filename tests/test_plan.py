@@ -386,6 +386,31 @@ def test_what_travels_in_bf16_takes_half_of_the_bytes():
     assert (activations.error(size, 0), activations.activation(size, 0)) == (full.outputs[size][0], half)
 
 
+def narrow_net(frozen):
+    blocks = nn.Sequential(nn.Embedding(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)).bfloat16()
+    return blocks.requires_grad_(not frozen)
+
+
+@pytest.mark.parametrize(("frozen", "message"), [
+    (False, r"^model: 0\.weight is bfloat16, in which small steps are lost; have the model in float32, and set "),
+    (True, r"^method\.head: after block 0 it takes float32, and the block gives bfloat16; have the model in float32")])
+def test_a_model_in_bfloat16_is_refused_before_it_meets_a_head_in_float32(frozen, message):
+    tree = {"name": "narrow", "model": {"target": "test_plan:narrow_net", "args": {"frozen": frozen}},
+            "partition": {"stages": 2}, "method": {"head": "linear"}, "train": {"batch_size": 8}}
+    with pytest.raises(ConfigError, match=message):
+        make_plan(parse_config(tree), DataSpec((4,), "int64", (4,), 3, 16, 16))
+
+
+def test_what_a_user_may_have_overlooked_is_noted():
+    config = parse_config({"name": "odd", "model": {"name": "mlp", "args": {"classes": 9}}, "partition": {"stages": 2},
+                           "schedule": {"name": "multistep", "warmup_epochs": 3},
+                           "train": {"epochs": 2, "batch_size": 8}})
+    assert notices(make_plan(config, DataSpec((4,), "float32", (), 3, 16, 16))) == [
+        "model: it gives 9 logits, and the data have 3 classes",
+        "schedule: multistep without milestones changes nothing",
+        "schedule.warmup_epochs: 3 are not over after train.epochs, 2"]
+
+
 def test_activations_of_bp_cannot_travel_in_bf16():
     with pytest.raises(ConfigError, match=r"^train\.wire: bf16, but .* bp .*; leave train\.wire out$"):
         plan(SIX, partition={"stages": 3}, method={"name": "bp"},

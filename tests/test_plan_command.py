@@ -196,3 +196,11 @@ def test_what_was_measured_is_shown_before_a_file_fails(config, capsys):
 def test_images_that_are_mixed_change_no_costs(config, capsys):
     mixed = plan(capsys, "data.augment.mixup=0.2", "data.augment.cutmix=1.0")
     assert mixed.replace("  ", " ") == plan(capsys).replace("  ", " ")
+
+
+@pytest.mark.parametrize(("microbatches", "note"), [(1, "1 microbatch, and are faster with more"), (8, None)])
+def test_baselines_with_few_microbatches_are_said_to_be_that(config, capsys, microbatches, note):
+    assert main(["plan", "c.yaml", "partition.costs=analytic", f"train.microbatches={microbatches}"]) == 0
+    said = capsys.readouterr().out
+    assert ("GPipe, 1F1B and zero-bubble are simulated with this config's" in said) is (note is not None)
+    assert note is None or note in said

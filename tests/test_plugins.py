@@ -160,7 +160,8 @@ WHAT = {"target": "parts_of_tests:returns", "stages": 2}
      "one stage, or untie them"),
     ({"model": {"target": "parts_of_tests:fails", "args": {"x": 1}}}, r"model: RuntimeError: out of luck.*"),
     ({"data": {"target": "parts_of_tests:fails"}}, r"data: RuntimeError: out of luck at \S+:\d+"),
-    ({"partition": {"target": "parts_of_tests:fails", "stages": 2}}, r"partition\.target: RuntimeError: out of luck at \S+:\d+"),
+    ({"partition": {"target": "parts_of_tests:fails", "stages": 2}},
+     r"partition\.target: RuntimeError: out of luck at \S+:\d+"),
     ({"method": {"head": {"target": "parts_of_tests:fails"}}}, r"method\.head: RuntimeError: out of luck at \S+:\d+"),
     ({"method": {"loss": {"target": "parts_of_tests:fails"}}}, r"method\.loss: RuntimeError: out of luck at \S+:\d+"),
 ])

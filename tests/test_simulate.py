@@ -86,6 +86,13 @@ def test_a_slow_link_holds_the_pipeline_up():
     assert end(schedule("GPipe", 2, 1, connection=connection, size=10)) == 6 + 2 * 1.5
 
 
+def test_no_stage_is_busier_than_all_of_the_time():
+    """The last stage is a little faster than the others, which get ahead in the first steps, without late links."""
+    faster = {kind: 0.97 * seconds for kind, seconds in UNIT.items()} | {Kind.LOCAL_BACKWARD: 2.9}
+    timeline = backlink(3, steps=8, delay=1, seconds=[UNIT, UNIT, faster])
+    assert timeline.seconds_per_step() == pytest.approx(4.0)
+
+
 def test_what_a_message_costs_the_host_is_not_computing():
     connection = Connection(0.0, float("inf"), host_seconds=0.25)
     # The middle stage takes and gives an activation and an error in every step.

@@ -59,14 +59,14 @@ def check_fits_model(source: Source, classes: int) -> None:
     for name, split in source.splits():
         if split.labels is None:
             if source.classes > classes:
-                raise ConfigError(f"data: the data have {source.classes} classes, the model {classes}; "
-                                  f"set model.args.classes ≥ {source.classes}")
+                raise ConfigError(f"data: the data have {source.classes} classes, and the model gives {classes} "
+                                  f"logits; have it give {source.classes}")
             continue
         wrong = (split.labels < 0) | (split.labels >= classes)
         if bool(wrong.any()):
             needed = int(split.labels.max()) + 1
-            raise ConfigError(f"data: {_found(split.labels, wrong, name)} lies outside 0..{classes - 1}; "
-                              f"set model.args.classes ≥ {needed} or mend the data")
+            raise ConfigError(f"data: {_found(split.labels, wrong, name)} lies outside 0..{classes - 1}, of which the "
+                              f"model gives logits; have it give {needed}, or mend the data")
 
 
 def check_labels(source: Source) -> None:

@@ -118,12 +118,23 @@ def as_text(report: Report) -> str:
              + (f" in {train.replicas} replicas" if train.replicas > 1 else "")
              + (f" {'of' if train.replicas > 1 else 'in'} {train.microbatches} microbatches"
                 if train.microbatches > 1 else ""),
-             *(f"note: {line}" for line in notices(report.plan)), "", _stage_table(report.stages), "",
+             *(f"note: {line}" for line in (*notices(report.plan), *_on_baselines(config))), "",
+             _stage_table(report.stages), "",
              f"with a device for each stage{' of each replica' if train.replicas > 1 else ''}, {_basis(report)}:",
              _method_table(report.methods)]
     if report.sweep:
         parts += ["", "samples/s by number of stages:", _sweep_table(report.sweep)]
     return "\n".join(parts)
+
+
+def _on_baselines(config: Config) -> list[str]:
+    """Torch's schedules are made for more microbatches than stages: with fewer, their bubble is no measure of them."""
+    stages, microbatches = config.partition.stage_count, config.train.microbatches
+    if stages == 1 or microbatches >= 2 * stages:
+        return []
+    usual = 4 * stages if config.train.batch_size % (4 * stages) == 0 else 2 * stages
+    return [f"GPipe, 1F1B and zero-bubble are simulated with this config's {microbatches} microbatch"
+            f"{'es' * (microbatches > 1)}, and are faster with more; compare with train.microbatches={usual}"]
 
 
 def _basis(report: Report) -> str:

@@ -50,10 +50,18 @@ class Timeline:
     step_ends: list[list[float]]
 
     def seconds_per_step(self) -> float:
-        """Of the last stage, once the pipeline has filled: the mean over the later half of the steps."""
-        ends = self.step_ends[-1]
-        half = len(ends) // 2
-        return (ends[-1] - ends[half - 1]) / (len(ends) - half) if half else ends[-1]
+        """Of the slowest stage, once the pipeline has filled: the mean over half of the steps, the later ones.
+
+        The last step is left out where there are enough, as it may have a flush. The last stage alone would not tell:
+        in the first steps, without late links, those before it have got ahead.
+        """
+        return max(map(_later_mean, self.step_ends))
+
+
+def _later_mean(ends: Sequence[float]) -> float:
+    half = len(ends) // 2
+    last = len(ends) - 1 - (len(ends) > 3)
+    return (ends[last] - ends[last - half]) / half if half else ends[-1]
 
 
 @dataclass
