@@ -198,9 +198,9 @@ def test_images_that_are_mixed_change_no_costs(config, capsys):
     assert mixed.replace("  ", " ") == plan(capsys).replace("  ", " ")
 
 
-@pytest.mark.parametrize(("microbatches", "note"), [(1, "1 microbatch, and are faster with more"), (8, None)])
+@pytest.mark.parametrize(("microbatches", "note"), [(1, "1 microbatch here, and are faster with more"), (8, None)])
 def test_baselines_with_few_microbatches_are_said_to_be_that(config, capsys, microbatches, note):
     assert main(["plan", "c.yaml", "partition.costs=analytic", f"train.microbatches={microbatches}"]) == 0
     said = capsys.readouterr().out
-    assert ("GPipe, 1F1B and zero-bubble are simulated with this config's" in said) is (note is not None)
+    assert ("GPipe, 1F1B and zero-bubble have this config's" in said) is (note is not None)
     assert note is None or note in said

@@ -1,4 +1,4 @@
-"""The timelines in the README are those of the programs that the engines run."""
+"""The timelines in the two READMEs are those of the programs that the engines run."""
 
 import pytest
 from conftest import REPOSITORY
@@ -7,6 +7,7 @@ from blpipe.forecast.simulate import Connection, simulate
 from blpipe.program import Kind, Role, train_program
 from blpipe.steps import Step
 
+TEXT = "".join((REPOSITORY / page).read_text() for page in ("README.md", "blpipe/README.md"))
 COST = {Kind.FORWARD: 1, Kind.LOCAL_BACKWARD: 2, Kind.LINK_BACKWARD: 1}
 LETTER = {Kind.FORWARD: "F", Kind.LOCAL_BACKWARD: "B", Kind.LINK_BACKWARD: "L"}
 
@@ -30,4 +31,4 @@ def draw(stages: int, steps: int, microbatches: int, delay: int) -> str:
 @pytest.mark.parametrize(("steps", "microbatches", "delay"), [(3, 1, 0), (1, 4, 0), (2, 4, 1), (4, 1, 1)])
 def test_the_readme_draws_what_the_programs_do(steps, microbatches, delay):
     drawn = draw(3, steps, microbatches, delay)
-    assert drawn in (REPOSITORY / "README.md").read_text(), f"\n{drawn}"
+    assert drawn in TEXT, f"\n{drawn}"
