@@ -8,6 +8,8 @@ import torch
 
 Shape = tuple[int, ...]
 
+IGNORED = -100  # the target of a position that is not learned, as of torch's cross-entropy
+
 
 class TensorSpec(NamedTuple):
     """Shape and dtype of one tensor, batch included."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from blpipe.specs import IGNORED
+
 
 def mixed_loss(loss: Callable[..., Tensor], logits: Tensor, targets: Tensor, x: Tensor,
                mix_ratio: Tensor | float | None) -> Tensor:
@@ -39,18 +41,21 @@ class Tally:
         self.loss_sum: Tensor | float = 0.0
         self._correct: Tensor | int = 0
         self._samples = 0
-        self._targets = 0
+        self._targets: Tensor | int = 0
         self.skipped: list[int] = []  # steps of the run
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count a microbatch: its mean loss, and the targets [B, …] with the largest of the logits [B, …, classes]."""
+        """Count a microbatch: its mean loss, and the targets [B, …] with the largest of the logits [B, …, classes].
+
+        Of targets [B, T], those that are `IGNORED` are not counted.
+        """
         before = self.loss_sum
         if not isinstance(before, Tensor):
             before = loss.new_full((), before, dtype=torch.double)
         self.loss_sum = torch.add(before, loss.detach(), alpha=len(targets))
         self._correct = self._correct + (logits.detach().argmax(-1) == targets).sum()
         self._samples += len(targets)
-        self._targets += targets.numel()
+        self._targets = self._targets + (targets.numel() if targets.dim() == 1 else (targets != IGNORED).sum())
 
     def is_finite(self) -> bool:
         """Whether every loss counted was; waits for the device."""
@@ -62,7 +67,7 @@ class Tally:
 
     def state(self) -> list[float]:
         """The sums, as numbers; waits for the device."""
-        return [float(self.loss_sum), float(self._correct), self._samples, self._targets, *self.skipped]
+        return [float(self.loss_sum), float(self._correct), self._samples, float(self._targets), *self.skipped]
 
     @classmethod
     def of(cls, state: Sequence[float]) -> "Tally":
@@ -85,4 +90,4 @@ class Tally:
     @property
     def accuracy(self) -> float | None:
         """Share of the targets that were the most likely class, 0…1; None if there were none."""
-        return int(self._correct) / self._targets if self._targets else None
+        return int(self._correct) / int(self._targets) if self._targets else None

@@ -5,7 +5,7 @@ import pytest
 import torch
 from data_under_test import Listed, Noisy, X, Y, equal, opened_target, refused, refused_target, worker_warnings
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from blpipe.data.prepare import augment, moves
 from blpipe.errors import ConfigError, UserError
@@ -90,6 +90,41 @@ def test_integers_are_tokens_and_stay_untouched(monkeypatch):
     images_of_tokens = torch.zeros(6, 1, 4, 4, dtype=torch.int64), Y
     refused_target(r"augment\.flip: needs images .* int64", (images_of_tokens,) * 2, monkeypatch,
                    augment={"flip": True})
+
+
+class Sentences(Dataset):
+    """Of four tokens and as many targets, the last of them left out."""
+
+    classes = range(5)
+
+    def __init__(self, left_out=-100):
+        self.left_out = left_out
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError
+        tokens = torch.arange(index, index + 4) % 5
+        return tokens, torch.cat([tokens[1:], torch.tensor([self.left_out])])
+
+
+def test_positions_may_be_left_out_of_targets_and_samples_may_not(monkeypatch):
+    x, y = (torch.stack(part) for part in zip(*Sentences(), strict=True))
+    for value in ((Sentences(), Sentences()), ((x, y), (x, y))):
+        data = opened_target(value, monkeypatch)
+        assert data.spec.classes == 5
+        data.check_fits_model(5)
+        (_, found), = data.test_batches(6)
+        assert torch.equal(found, y)
+    wrong = y.clone()
+    wrong[2, 1] = -99
+    refused_target(r"train label -99 at index \[2, 1\] is negative", ((x, wrong), (x, wrong)), monkeypatch)
+    with pytest.raises(UserError, match=r"has the label \[.*, -1\], outside 0\.\.4"):
+        list(opened_target((Sentences(-1), Sentences(-1)), monkeypatch).test_batches(6))
+    flat = torch.tensor([0, 1, 2, 3, 4, -100])
+    refused_target("train label -100 at index 5 is negative", ((x, flat), (x, flat)), monkeypatch)
 
 
 class Stream(IterableDataset):

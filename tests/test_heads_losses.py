@@ -324,3 +324,15 @@ def test_a_tally_keeps_no_graph():
     logits, tally = torch.randn(2, 3, requires_grad=True), Tally()
     tally.add(cross_entropy()(logits, torch.tensor([0, 1])), logits, torch.tensor([0, 1]))
     assert not tally.loss_sum.requires_grad
+
+
+def test_targets_that_are_left_out_are_not_counted():
+    tally, logits = Tally(), torch.eye(3).expand(2, 3, 3).contiguous()  # the largest are 0, 1 and 2
+    targets = torch.tensor([[0, 1, -100], [-100, 0, 2]])
+    loss = cross_entropy()(logits, targets)
+    kept = targets != -100
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[kept], targets[kept]))
+    tally.add(loss, logits, targets)
+    assert tally.accuracy == 3 / 4
+    assert Tally.of(tally.state()).accuracy == 3 / 4
+    assert tally.loss == pytest.approx(float(loss))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blpipe.config import DataConfig
-from blpipe.data.splits import Split, TensorSplit
+from blpipe.data.splits import Split, TensorSplit, outside
 from blpipe.errors import ConfigError
 from blpipe.text import dtype_name
 
@@ -48,9 +48,10 @@ class Source:
 
 
 def class_count(labels: Tensor, key: str) -> int:
-    """1 + the largest label. Raises ConfigError where a training label is negative."""
-    if int(labels.min()) < 0:
-        raise ConfigError(f"{key}: {_found(labels, labels < 0, 'train')} is negative; mend the data")
+    """1 + the largest label. Raises ConfigError where a training label is negative, but for `IGNORED` positions."""
+    negative = outside(labels, 1 + int(labels.max()), labels.dim() > 1)
+    if bool(negative.any()):
+        raise ConfigError(f"{key}: {_found(labels, negative, 'train')} is negative; mend the data")
     return 1 + int(labels.max())
 
 
@@ -62,7 +63,7 @@ def check_fits_model(source: Source, classes: int) -> None:
                 raise ConfigError(f"data: the data have {source.classes} classes, and the model gives {classes} "
                                   f"logits; have it give {source.classes}")
             continue
-        wrong = (split.labels < 0) | (split.labels >= classes)
+        wrong = outside(split.labels, classes, split.labels.dim() > 1)
         if bool(wrong.any()):
             needed = int(split.labels.max()) + 1
             raise ConfigError(f"data: {_found(split.labels, wrong, name)} lies outside 0..{classes - 1}, of which the "
@@ -74,7 +75,7 @@ def check_labels(source: Source) -> None:
     for name, split in source.splits():
         if split.labels is None:
             continue
-        wrong = (split.labels < 0) | (split.labels >= source.classes)
+        wrong = outside(split.labels, source.classes, split.labels.dim() > 1)
         if bool(wrong.any()):
             raise ConfigError(f"data: {_found(split.labels, wrong, name)} is none of the {source.classes} "
                               f"classes, 0..{source.classes - 1}; mend the data")

@@ -14,6 +14,7 @@ from blpipe.config import DataConfig
 from blpipe.device import transfer
 from blpipe.errors import ConfigError, UserError, one_line
 from blpipe.seeds import derive_seed, fixed_randomness
+from blpipe.specs import IGNORED
 from blpipe.text import dtype_name
 
 _GRACE_SECONDS = 30.0  # between SIGTERM and the end of a worker whose process has not let it go
@@ -184,10 +185,16 @@ class _Batches(Dataset[Any]):
             raise UserError(f"{split.where} sample {index} is {describe(x)} with target {describe(y)}, but "
                             f"the first is {dtype_name(split.dtype)} {list(split.shape)} with target int64 "
                             f"{list(split.target_shape)}; make them all alike")
-        if bool(((y < 0) | (y >= split.classes)).any()):
+        if bool(outside(y, split.classes, y.dim() > 0).any()):
             raise UserError(f"{split.where} sample {index} has the label {y.tolist()}, outside "
                             f"0..{split.classes - 1}; mend the data or its number of classes")
         return sample
+
+
+def outside(labels: Tensor, classes: int, ignorable: bool) -> Tensor:
+    """Which labels are none of 0…classes-1, nor `IGNORED` where they may be."""
+    found = (labels < 0) | (labels >= classes)
+    return found & (labels != IGNORED) if ignorable else found
 
 
 class Sample(NamedTuple):

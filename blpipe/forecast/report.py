@@ -133,8 +133,9 @@ def _on_baselines(config: Config) -> list[str]:
     if stages == 1 or microbatches >= 2 * stages:
         return []
     usual = 4 * stages if config.train.batch_size % (4 * stages) == 0 else 2 * stages
-    return [f"GPipe, 1F1B and zero-bubble have this config's {microbatches} microbatch{'es' * (microbatches > 1)} here, "
-            f"and are faster with more; compare with train.microbatches={usual}"]
+    several = "es" * (microbatches > 1)
+    return [f"GPipe, 1F1B and zero-bubble have this config's {microbatches} microbatch{several} here, and are faster "
+            f"with more; compare with train.microbatches={usual}"]
 
 
 def _basis(report: Report) -> str:
