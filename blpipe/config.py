@@ -302,6 +302,7 @@ class RuntimeConfig(Section):
 
     cuda_graphs: on a GPU, whether a stage launches what it computes on a microbatch as CUDA graphs; `bp` has none.
     deterministic: whether operations that have no deterministic algorithm are refused, for the whole process.
+    log_every_steps: after how many steps a line says how the run gets on; 0 for none.
     keep_memory: whether a process keeps the host's memory that it frees, instead of giving it back after every step.
     """
 
@@ -313,6 +314,7 @@ class RuntimeConfig(Section):
     deterministic: bool = False
     keep_memory: bool = True
     progress: bool = True
+    log_every_steps: NotNegative = 0
     trace: bool = False
     tensorboard: bool = False
     timeout_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 600.0

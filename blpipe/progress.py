@@ -1,4 +1,4 @@
-"""The progress display: a bar for every stage, wherever it runs."""
+"""The progress display: a bar for every stage, wherever it runs, and lines every so many steps."""
 
 from dataclasses import asdict
 from time import monotonic
@@ -27,6 +27,9 @@ class Progress:
     def __init__(self, engine: Engine, plan: Plan, first_step: int, meeting: Meeting | None, shown: bool):
         self._engine, self._plan, self._meeting, self._shown = engine, plan, meeting, shown
         self._steps, self._looked = first_step, monotonic()
+        self._logged = first_step, monotonic()
+        last = len(plan.stages) - 1
+        self._log_every = plan.config.runtime.log_every_steps if last in engine.stages and not plan.replica else 0
         self._bars: list[tqdm] = []
         if shown and (meeting is None or meeting.rank == 0):
             total = len(plan.step_sizes) * plan.config.train.epochs
@@ -43,6 +46,8 @@ class Progress:
     def tick(self) -> None:
         """Count a step; now and then look at the stages."""
         self._steps += 1
+        if self._log_every and self._steps % self._log_every == 0:
+            self._log()
         if not self._shown or monotonic() - self._looked < _SECONDS:
             return
         self._looked = monotonic()
@@ -53,6 +58,17 @@ class Progress:
         elif self._meeting is not None:
             for note in own.values():
                 self._meeting.note(note)
+
+    def _log(self) -> None:
+        """A line about the last stage, by the process that has it; waits for the device."""
+        (steps, then), now = self._logged, monotonic()
+        self._logged = self._steps, now
+        loss = self._engine.progress()[len(self._plan.stages) - 1].loss
+        per_epoch, train = len(self._plan.step_sizes), self._plan.config.train
+        epoch, step = divmod(self._steps - 1, per_epoch)
+        rate = (self._steps - steps) * train.batch_size / (now - then)
+        tqdm.write(f"epoch {epoch + 1}/{train.epochs}  step {step + 1}/{per_epoch}"
+                   f"{f'  train loss {loss:.4f}' if loss is not None else ''}  {rate:,.0f} samples/s")
 
     def _show(self, stages: dict[int, dict[str, Any]]) -> None:
         for k, stage in sorted(stages.items()):

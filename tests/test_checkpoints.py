@@ -193,6 +193,14 @@ def test_a_run_goes_on_with_other_stages_and_more_epochs(folder, capsys):
         assert run("export", str(path), "--out", "model.pt", "--overwrite") == 0
 
 
+def test_a_checkpoint_that_is_removed_meanwhile_is_not_called_damaged(folder, capsys):
+    gone = checkpoints(Path("runs/small"))[-1]
+    shutil.rmtree(gone)
+    assert run("eval", str(gone)) == 2
+    said = f"blpipe: {gone}: is not there; if a run trains in that folder, it has removed it: try again\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_result_adds_up_the_seconds_of_its_own_stages(folder):
     assert run("train", "--resume", "runs/small", "partition={cuts: ['3']}", "train.epochs=3") == 0
     rows = [json.loads(line) for line in (folder / "runs/small/metrics.jsonl").read_text().splitlines()]

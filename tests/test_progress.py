@@ -1,5 +1,6 @@
 """What a user sees while a run goes on."""
 
+import json
 import os
 import pty
 import re
@@ -54,3 +55,15 @@ def test_what_is_not_known_of_a_stage_is_left_out():
     assert stage_text(on_cpu, None) == ""
     on_gpu = {"loss": 0.5, "busy_seconds": 3.0, "wait_seconds": 1.0, "gpu_utilization": 0.8, "gpu_memory_bytes": 2**30}
     assert stage_text(on_gpu, 1234.0) == "loss 0.5000, 1,234 samples/s, busy 75.0 %, waiting 25.0 %, GPU 80.0 %, 1 GiB"
+
+
+@pytest.mark.parametrize("command", [[sys.executable, *TRAIN], torchrun_command(2, *TRAIN)], ids=["local", "pipeline"])
+def test_lines_come_every_so_many_steps_without_a_terminal(command, tmp_path):
+    tree = small_config("long", partition__stages=2, train__epochs=2, runtime__log_every_steps=4)  # of 6 an epoch
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree))
+    done = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^epoch (\d)/2  step (\d)/6  train loss (\d\.\d{4})  [\d,]+ samples/s$", done.stdout, re.M)
+    assert [line[:2] for line in lines] == [("1", "4"), ("2", "2"), ("2", "6")]
+    rows = [json.loads(line) for line in (tmp_path / "runs/long/metrics.jsonl").read_text().splitlines()]
+    assert float(lines[-1][2]) == pytest.approx(rows[-1]["train_loss"], abs=1e-4)

@@ -100,6 +100,8 @@ def manifest(checkpoint: Path) -> Manifest:
             raise ValueError("is not what was written")
         return TypeAdapter(Manifest).validate_python(tree["manifest"])
     except FileNotFoundError:
+        if not os.path.lexists(checkpoint):
+            raise damaged(checkpoint, "") from None
         raise DamagedError(f"{checkpoint}: is no checkpoint, or was not completed (it has no {_MANIFEST})") from None
     except (IsADirectoryError, NotADirectoryError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(checkpoint, f"{_MANIFEST} ({type(error).__name__}: {one_line(error)})") from error
@@ -134,7 +136,9 @@ def check(checkpoint: Path) -> None:
 
 
 def damaged(checkpoint: Path, what: str) -> DamagedError:
-    """The error that says so."""
+    """The error that says so, or that it is gone."""
+    if not os.path.lexists(checkpoint):
+        return DamagedError(f"{checkpoint}: is not there; if a run trains in that folder, it has removed it: try again")
     return DamagedError(f"{checkpoint}: is damaged: {what}")
 
 
