@@ -1,6 +1,7 @@
 """The graphs of a forward in training and in evaluation as one, which follows the mode."""
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -71,11 +72,11 @@ def _align(model: nn.Module, evaluation: list[fx.Node], training: list[fx.Node])
     merged = {}
     for node, other in zip_longest(evaluation, training):
         if node is None or other is None or not _same_target(model, node, other):
-            raise _differs(node, other)
+            raise _differs(evaluation, training, (node, other))
         try:
             merged[node] = _matched(node.args, other.args, partner), _matched(node.kwargs, other.kwargs, partner)
         except LookupError:
-            raise _differs(node, other) from None
+            raise _differs(evaluation, training, (node, other)) from None
         partner[other] = node
     return merged
 
@@ -108,10 +109,37 @@ def _holds_nodes(value: Any) -> bool:
     return bool(found)
 
 
-def _differs(node: fx.Node | None, other: fx.Node | None) -> Untraceable:
-    deepest = max((n for n in (other, node) if n is not None), key=lambda n: len(stack_of(n)))
+def _differs(evaluation: list[fx.Node], training: list[fx.Node],
+             first: tuple[fx.Node | None, fx.Node | None]) -> Untraceable:
+    """It blames the innermost module that does something else itself: what comes after it is only out of step.
+
+    Args:
+        first: the first two operations that differ, which may only be out of step.
+    """
+    one, other = _by_call(evaluation), _by_call(training)
+    pairs: list[tuple[fx.Node | None, fx.Node | None]] = [first]
+    differing = [key for key in {**one, **other} if _kinds(one.get(key, [])) != _kinds(other.get(key, []))]
+    if differing:
+        key = max(differing, key=operator.itemgetter(0))
+        pairs = [*zip_longest(one.get(key, []), other.get(key, [])), first]
+    found = next((pair for pair in pairs if _kinds(pair[:1]) != _kinds(pair[1:])), first)
+    deepest = max((node for node in reversed(found) if node is not None), key=lambda node: len(stack_of(node)))
     return Untraceable("its forward computes something else in training than in evaluation", deepest.meta["place"],
-                        inside(deepest))
+                       inside(deepest))
+
+
+def _by_call(nodes: list[fx.Node]) -> dict[tuple[int, str], list[fx.Node]]:
+    """The operations in each module call, with its level; the model itself is at level 0."""
+    found: dict[tuple[int, str], list[fx.Node]] = {}
+    for node in nodes:
+        for key in enumerate(("", *stack_of(node))):
+            found.setdefault(key, []).append(node)
+    return found
+
+
+def _kinds(nodes: Iterable[fx.Node | None]) -> list[Any]:
+    """What nodes do, but for the names of tensors: each trace names anew those that it makes."""
+    return [node and (node.op, None if node.op == "get_attr" else node.target) for node in nodes]
 
 
 def _follow_mode(graph: fx.Graph, node: fx.Node, arguments: Any) -> Any:

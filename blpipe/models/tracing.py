@@ -16,9 +16,18 @@ from torch import fx, nn
 
 from blpipe.errors import ConfigError, one_line
 from blpipe.models import values
+from blpipe.models.asserts import passing_truth
 from blpipe.models.modes import merge
 from blpipe.models.nodes import Untraceable, inside, is_size, module_path, operation
-from blpipe.models.values import IN_PLACE_OPERATORS, Proxy, compute_values, items_of, known_truth, samples_like
+from blpipe.models.values import (
+    IN_PLACE_OPERATORS,
+    Proxy,
+    compute_values,
+    holds_for_any_batch,
+    items_of,
+    known_truth,
+    samples_like,
+)
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # In-place functions whose namesake without "_" computes the same, given that the operands have one dtype.
@@ -31,6 +40,8 @@ _VIEWS = {  # what may share its result's memory with its input
     "stochastic_depth", "diagonal", "ravel", "moveaxis", "swapdims", "tensor_split", "split_with_sizes",
     "hsplit", "vsplit", "dsplit", "unfold", "broadcast_to", "as_strided", "type_as", "double", "squeeze_",
     "unsqueeze_", "real", "view_as_real", "view_as_complex"}
+
+_DECIDES_BY_BATCH = "the model decides by the size of the batch, and with this one other than with most"
 
 
 def trace(model: nn.Module, example: torch.Tensor | None) -> tuple[fx.Node, list[fx.Node], fx.Node]:
@@ -98,10 +109,18 @@ class _Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         truth = known_truth(obj.node)
+        if truth is None:
+            truth = passing_truth(sys._getframe(2))  # of the code that asks the proxy, which asks here
+        elif not holds_for_any_batch(obj.node):
+            now = self.create_proxy("call_function", operator.truth, (obj,), {})
+            self.create_proxy("call_function", torch._assert, (now == truth, _DECIDES_BY_BATCH), {})
         return super().to_bool(obj) if truth is None else truth
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return forward(*args, **kwargs) if self._computing else super().call_module(m, forward, args, kwargs)
+        made_here = m not in (self.submodule_paths or {}) and not any(True for _ in (*m.parameters(), *m.buffers()))
+        if self._computing or made_here:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)

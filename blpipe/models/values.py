@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from blpipe.models.nodes import is_size
 from blpipe.seeds import fixed_randomness
 
 IN_PLACE_OPERATORS = {name: getattr(operator, name) for name in (
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")}
 _BATCH_SIZES = (2, 29)  # so unlike that what depends on them differs: the sizes of x[:8], of x[:len(x) // 3]
-_COMPARISONS = (operator.eq, operator.ne)
 
 
 def samples_like(example: Tensor) -> list[Tensor]:
@@ -56,6 +56,8 @@ def _run(node: fx.Node, root: nn.Module, given: dict[fx.Node, Any]) -> Any:
         return _without_data(value) if isinstance(value, Tensor) else value
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # computing it is slow, even without data
+            return torch.empty_like(args[0])
         state = {name: _without_data(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
         return functional_call(module, state, args, kwargs)
     return getattr(args[0], str(node.target))(*args[1:], **kwargs) if node.op == "call_method" \
@@ -74,13 +76,24 @@ def is_batch_first(node: fx.Node) -> bool:
 
 
 def known_truth(node: fx.Node) -> bool | None:
-    """Whether two sizes are equal at every batch size, where `node` compares them and that is known."""
+    """Whether what `node` computes of sizes is true, where it is so in both batch sizes, or in neither."""
     values = known_values(node)
-    if node.target not in _COMPARISONS or values is None or values[0] is not values[1]:
+    if values is None or not _of_sizes(node):
         return None
-    # Multiples of the batch size that are equal, or not, at one size are so at all.
+    few, many = map(bool, values)
+    return few if few is many else None
+
+
+def holds_for_any_batch(node: fx.Node) -> bool:
+    """Whether `node` compares multiples of the batch size, which are equal in all batches if in one."""
     sides = [known_values(side) if isinstance(side, fx.Node) else None for side in node.args]
-    return values[0] if all(side is not None and _multiple(side) for side in sides) else None
+    return node.target in (operator.eq, operator.ne) and all(side is not None and _multiple(side) for side in sides)
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target == "size"
+    return is_size(node) and node.target is not getattr and all(map(_of_sizes, node.all_input_nodes))
 
 
 def known_length(node: fx.Node) -> int | None:
