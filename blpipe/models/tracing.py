@@ -112,8 +112,8 @@ class _Tracer(fx.Tracer):
         if truth is None:
             truth = passing_truth(sys._getframe(2))  # of the code that asks the proxy, which asks here
         elif not holds_for_any_batch(obj.node):
-            now = self.create_proxy("call_function", operator.truth, (obj,), {})
-            self.create_proxy("call_function", torch._assert, (now == truth, _DECIDES_BY_BATCH), {})
+            as_traced = self.create_proxy("call_function", operator.truth if truth else operator.not_, (obj,), {})
+            self.create_proxy("call_function", torch._assert, (as_traced, _DECIDES_BY_BATCH), {})
         return super().to_bool(obj) if truth is None else truth
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

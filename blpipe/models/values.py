@@ -50,7 +50,8 @@ def compute_values(node: fx.Node, root: nn.Module) -> list[Any] | None:
 
 
 def _run(node: fx.Node, root: nn.Module, given: dict[fx.Node, Any]) -> Any:
-    args, kwargs = (fx.node.map_arg(each, given.__getitem__) for each in (node.args, node.kwargs))
+    args: Any = fx.node.map_arg(node.args, given.__getitem__)
+    kwargs: Any = fx.node.map_arg(node.kwargs, given.__getitem__)
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(root)
         return _without_data(value) if isinstance(value, Tensor) else value
@@ -222,7 +223,7 @@ for _name in IN_PLACE_OPERATORS:
     _record_in_place(_name)
 
 
-def items_of(proxy: fx.Proxy) -> Iterator[fx.Proxy] | None:
+def items_of(proxy: Any) -> Iterator[fx.Proxy] | None:
     """The items of a traced value in a loop, where their number is known."""
     length = known_length(proxy.node)
     return None if length is None else iter([proxy[i] for i in range(length)])
