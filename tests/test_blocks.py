@@ -116,7 +116,7 @@ def test_a_decision_by_the_size_of_the_batch_holds_for_the_sizes_it_is_right_for
     for size in (2, 3, 40):
         x = example("Broadcasts", size)
         assert torch.equal(blocks(x), model(x))
-    with pytest.raises(AssertionError, match="the model decides by the size of the batch"):
+    with pytest.raises(AssertionError, match="its forward decides by the size of the batch"):
         blocks(example("Broadcasts", 1))
 
 

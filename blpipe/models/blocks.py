@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from blpipe.models.nodes import is_size, module_path, operation, stack_of
 from blpipe.models.tracing import trace
+from blpipe.models.uncut import uncut_notes
 from blpipe.models.values import is_batch_first
 
 _TUPLES = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit", "meshgrid"}
@@ -42,7 +43,7 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Seque
         ConfigError: the model cannot be traced by `torch.fx`; it names the place and the ways out.
     """
     own, persistent = set(vars(model)), set(model.state_dict())
-    given, nodes, output = trace(model, example)
+    given, nodes, output, notes = trace(model, example)
     pieces, batched = _pieces(model, given, nodes, output)
     groups = _groups(model, pieces)
     values = [given, *(group.pieces[-1].value for group in groups)]
@@ -60,6 +61,9 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Seque
     _carry_along(model, cut[::-1])
     traced = nn.Sequential(blocks)
     traced.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    uncut = uncut_notes(model, {name: [piece.nodes for piece in group.pieces]
+                                for name, group in zip(blocks, groups, strict=True)})
+    traced.notes = notes + uncut  # type: ignore[assignment]
     return traced
 
 

@@ -41,6 +41,8 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
         builder = resolve("model", config, BUILT_IN)
         args = dict(config.args) if config.name is None else _from_data(builder, data) | config.args
         built = call("model", builder, **args)
+        if hasattr(built, "_orig_mod"):  # of torch.compile
+            raise ConfigError("model: it returned a compiled module; return it uncompiled, and set train.compile=true")
         try:
             blocks = as_blocks(built, example)
         except ConfigError:
@@ -51,7 +53,7 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     out_of_place(blocks)
     # The first process does so for all: they build the same.
     if config.name not in BUILT_IN and _has_forward(built) and type(built) is not nn.Sequential and launch.rank() == 0:
-        check_same(built, blocks, data)
+        blocks.notes = [*model_notes(blocks), *check_same(built, blocks, data)]  # type: ignore[assignment]
     return blocks
 
 
@@ -99,6 +101,11 @@ def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
     """The versions of the plain model's modules, by path, which its state_dict carries as `_metadata`."""
     kept = getattr(blocks, "plain_metadata", None)
     return dict(blocks.state_dict()._metadata if kept is None else kept)  # type: ignore[attr-defined]
+
+
+def model_notes(blocks: nn.Sequential) -> list[str]:
+    """What a user may want to know of how `blocks` were made of a model, a line each."""
+    return list(getattr(blocks, "notes", ()))
 
 
 def _has_forward(built: Any) -> bool:

@@ -7,18 +7,19 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils import checkpoint
 
 from blpipe.errors import ConfigError, one_line
 from blpipe.models import values
 from blpipe.models.asserts import passing_truth
 from blpipe.models.modes import merge
-from blpipe.models.nodes import Untraceable, inside, is_size, module_path, operation
+from blpipe.models.nodes import Untraceable, inside, is_size, module_path, operation, outputs_of
 from blpipe.models.values import (
     IN_PLACE_OPERATORS,
     Proxy,
@@ -41,17 +42,33 @@ _VIEWS = {  # what may share its result's memory with its input
     "hsplit", "vsplit", "dsplit", "unfold", "broadcast_to", "as_strided", "type_as", "double", "squeeze_",
     "unsqueeze_", "real", "view_as_real", "view_as_complex"}
 
-_DECIDES_BY_BATCH = "the model decides by the size of the batch, and with this one other than with most"
+DECIDES_BY_BATCH = "its forward decides by the size of the batch, and with this one other than with most"
 
 
-def trace(model: nn.Module, example: torch.Tensor | None) -> tuple[fx.Node, list[fx.Node], fx.Node]:
+class Traced(NamedTuple):
+    """A forward as one graph.
+
+    Args:
+        given: its input.
+        operations: in order.
+        output: what it gives.
+        notes: what of the model the graph leaves out, a line each.
+    """
+
+    given: fx.Node
+    operations: list[fx.Node]
+    output: fx.Node
+    notes: list[str]
+
+
+def trace(model: nn.Module, example: torch.Tensor | None) -> Traced:
     """Trace `model` in both modes into one graph, in which flags that follow `training` read the graph's own.
 
     A module that cannot be traced becomes a single node if it holds no more than half of the parameters. Of
     several outputs (auxiliary logits) the first stays.
 
-    Returns:
-        Input, operations in order, and output.
+    Args:
+        example: a batch of samples, of which only shape and dtype matter; None if sizes are not to be known.
 
     Raises:
         ConfigError: the model cannot be traced; it names the place and the ways out.
@@ -61,7 +78,8 @@ def trace(model: nn.Module, example: torch.Tensor | None) -> tuple[fx.Node, list
     try:
         while True:
             try:
-                return merge(model, *(_trace(model, example, opaque, training) for training in (False, True)))
+                graphs = [_trace(model, example, opaque, training) for training in (False, True)]
+                return Traced(*merge(model, *graphs), _left_out(graphs))
             except Untraceable as problem:
                 module = model.get_submodule(problem.path)
                 if module is model or type(module) in opaque or 2 * _size(module) > _size(model):
@@ -72,12 +90,24 @@ def trace(model: nn.Module, example: torch.Tensor | None) -> tuple[fx.Node, list
             module.training = training
 
 
+def _left_out(graphs: list[fx.Graph]) -> list[str]:
+    notes, outputs = [], max(len(set(outputs_of(graph))) for graph in graphs)
+    if outputs > 1:
+        notes.append(f"model: its forward returns {outputs} tensors; the blocks give one, the first that it returns in "
+                     "evaluation, and what makes the others is not run")
+    if any(node.meta.get("checkpointed") for graph in graphs for node in graph.nodes):
+        notes.append("model: its own activation checkpointing is not kept; set train.recompute=true")
+    return notes
+
+
 def _explain(problem: Untraceable) -> str:
     at = f" at {problem.place}" if problem.place else ""
     within = f" (module {problem.path})" if problem.path else ""
-    return (f"model: cannot be traced{at}{within}: {problem.reason}; rewrite that line without reading values or "
-            "shapes into control flow, put it in a function marked with torch.fx.wrap or in a small module of its "
-            "own, or return the blocks yourself, as an nn.Sequential, a list or a dict")
+    own = "site-packages" not in problem.place
+    rewrite = ("rewrite that line without reading values or shapes into control flow, put it in a function marked with "
+               "torch.fx.wrap or in a small module of its own, or " if own else "")
+    return (f"model: cannot be traced{at}{within}: {problem.reason}; {rewrite}return the blocks yourself, as an "
+            "nn.Sequential, a list or a dict")
 
 
 def _size(module: nn.Module) -> int:
@@ -113,7 +143,7 @@ class _Tracer(fx.Tracer):
             truth = passing_truth(sys._getframe(2))  # of the code that asks the proxy, which asks here
         elif not holds_for_any_batch(obj.node):
             as_traced = self.create_proxy("call_function", operator.truth if truth else operator.not_, (obj,), {})
-            self.create_proxy("call_function", torch._assert, (as_traced, _DECIDES_BY_BATCH), {})
+            self.create_proxy("call_function", torch._assert, (as_traced, DECIDES_BY_BATCH), {})
         return super().to_bool(obj) if truth is None else truth
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,7 +162,9 @@ class _Tracer(fx.Tracer):
         if _modes() != self._modes:
             raise RuntimeError("its forward switches gradients or autocast on or off, which tracing would not see")
         node = super().create_node(*args, **kwargs)
-        node.meta["place"] = _place(_frames_upward(sys._getframe(1)))
+        frames = list(_frames_upward(sys._getframe(1)))
+        node.meta["place"] = _place(frames)
+        node.meta["checkpointed"] = any(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in frames)
         node.meta["values"] = self._values(node)
         return node
 
