@@ -1,7 +1,9 @@
 """`blocks_of`: the blocks of a model as users write them compute what it computes, and follow its modules."""
 
+import importlib
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,9 @@ from blpipe.checkpoint.state import model_state
 from blpipe.config import PartitionConfig
 from blpipe.config_file import parse_config
 from blpipe.errors import ConfigError
-from blpipe.models.build import as_blocks
+from blpipe.models.build import as_blocks, model_notes
 from blpipe.partition import partition
-from blpipe.plan import make_plan
+from blpipe.plan import make_plan, notices
 from blpipe.specs import DataSpec
 
 
@@ -180,6 +182,45 @@ def test_a_small_module_that_cannot_be_traced_is_kept_whole():
     nodes = [node for block in blpipe.blocks_of(traceable.Shortcuts()) for node in block.graph.nodes]
     assert {str(node.target) for node in nodes if node.op == "call_module"} == {
         "a", *(f"{block}.{part}" for block in "bc" for part in ("norm", "fc", "drop", "shortcut.0", "shortcut.1"))}
+
+
+@pytest.mark.parametrize(("name", "notes"), [
+    ("Residuals", []),
+    ("Recurrent", []),
+    ("Auxiliary", ["model: its forward returns 2 tensors; the blocks give one, the first that it returns in "
+                   "evaluation, and what makes the others is not run"]),
+    ("Checkpointed", ["model: its own activation checkpointing is not kept; set train.recompute=true"]),
+    ("Masked", ["model: block layers_0 holds 86% of the parameters in one piece: a cut needs a place where a single "
+                "tensor is live, and between its layers at least 2 are (gt in its forward, masked_fill in its "
+                "forward)"]),
+])
+def test_what_tracing_leaves_out_is_told(name, notes):
+    assert model_notes(blpipe.blocks_of(getattr(traceable, name)())) == notes
+
+
+def test_notes_on_a_model_are_among_the_plans():
+    config = parse_config({"name": "a", "model": {"target": "traceable:Masked"},
+                           "partition": {"stages": 2}})
+    assert len(notices(make_plan(config, DataSpec((4,), "float32", (), 2, 64, 2)))) == 1
+
+
+def test_a_batch_size_that_a_model_decides_by_is_refused():
+    config = parse_config({"name": "a", "model": {"target": "traceable:Broadcasts"},
+                           "partition": {"stages": 2}, "train": {"batch_size": 2}})
+    data = DataSpec((6,), "int64", (6,), 4, 4, 2)
+    assert make_plan(config, data)
+    with pytest.raises(ConfigError, match=r"^train\.batch_size: block \w+ cannot take a batch of 1: .* decides by the "
+                                          r"size of the batch.*; set sizes, microbatches and train\.drop_last so"):
+        make_plan(config, replace(data, train_samples=5))
+
+
+def test_code_that_is_installed_need_not_be_rewritten(tmp_path, monkeypatch):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages/installed_by_a_test.py").write_text(Path(traceable.__file__).read_text())
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    with pytest.raises(ConfigError) as caught:
+        blpipe.blocks_of(importlib.import_module("installed_by_a_test").ControlFlow())
+    assert str(caught.value).endswith("control flow; return the blocks yourself, as an nn.Sequential, a list or a dict")
 
 
 def test_tied_parameters_stay_in_one_stage():

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class DropPath(nn.Module):
@@ -355,3 +356,25 @@ class Shortcuts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.a(x)))
+
+
+class Checkpointed(Recurrent):
+    """Keeps few activations, in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.cell, x, use_reentrant=False) if self.training else self.cell(x)
+        return self.out(x)
+
+
+class Masked(nn.Module):
+    """What it takes from its input at first is needed by every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x > 0
+        for layer in self.layers:
+            x = layer(x).masked_fill(mask, 0.0)
+        return self.head(x)

@@ -36,10 +36,13 @@ def _least_live(nodes: list[fx.Node], layers: list[int], cuttable: set[fx.Node])
     """The values that are live between two layers, where they are fewest."""
     order = {node: i for i, node in enumerate(nodes)}
     made = dict.fromkeys(source for node in nodes for source in (*node.all_input_nodes, node) if source in cuttable)
-    last_use = {node: max((order.get(user, len(nodes)) for user in node.users), default=-1) for node in made}
+    last_use = {node: max((order.get(user, len(nodes)) for user in node.users if user in cuttable), default=-1)
+                for node in made}
     live = [[node for node in made if order.get(node, -1) < cut <= last_use[node]] for cut in layers[1:]]
     return min(live, key=lambda values: len(values))
 
 
 def _told(model: nn.Module, node: fx.Node) -> str:
-    return f"{operation(node, model)} in {inside(node) or 'forward'}"
+    if node.op == "placeholder":
+        return "the model's input"
+    return f"{operation(node, model)} in {inside(node) or 'its forward'}"
