@@ -301,6 +301,7 @@ def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Nod
             copies[node] = graph.call_function(getattr, (x, "device"))
         elif node not in copies:
             copies[node] = graph.node_copy(node, copy_of)
+            copies[node].meta.pop("values", None)
         return copies[node]
 
     for node in nodes:

@@ -6,6 +6,7 @@ import random
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from blpipe.models.nodes import Untraceable, inside, is_size, module_path, opera
 from blpipe.models.values import (
     IN_PLACE_OPERATORS,
     Proxy,
+    changes_under_autocast,
     compute_values,
     holds_for_any_batch,
     items_of,
@@ -74,20 +76,28 @@ def trace(model: nn.Module, example: torch.Tensor | None) -> Traced:
         ConfigError: the model cannot be traced; it names the place and the ways out.
     """
     modes = [(module, module.training) for module in model.modules()]
-    opaque: set[type[nn.Module]] = set()
     try:
-        while True:
-            try:
-                graphs = [_trace(model, example, opaque, training) for training in (False, True)]
-                return Traced(*merge(model, *graphs), _left_out(graphs))
-            except Untraceable as problem:
-                module = model.get_submodule(problem.path)
-                if module is model or type(module) in opaque or 2 * _size(module) > _size(model):
-                    raise ConfigError(_explain(problem)) from problem.__cause__
-                opaque.add(type(module))
+        return _trace_in_modes(model, example)
+    except Untraceable as problem:
+        with suppress(Untraceable):  # sizes that are numbers may be in the way too: random numbers of a known shape
+            return _trace_in_modes(model, None)
+        raise ConfigError(_explain(problem)) from problem.__cause__
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _trace_in_modes(model: nn.Module, example: torch.Tensor | None) -> Traced:
+    opaque: set[type[nn.Module]] = set()
+    while True:
+        try:
+            graphs = [_trace(model, example, opaque, training) for training in (False, True)]
+            return Traced(*merge(model, *graphs), _left_out(graphs))
+        except Untraceable as problem:
+            module = model.get_submodule(problem.path)
+            if module is model or type(module) in opaque or 2 * _size(module) > _size(model):
+                raise
+            opaque.add(type(module))
 
 
 def _left_out(graphs: list[fx.Graph]) -> list[str]:
@@ -138,10 +148,12 @@ class _Tracer(fx.Tracer):
         return items_of(obj) or super().iter(obj)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        truth = known_truth(obj.node)
-        if truth is None:
-            truth = passing_truth(sys._getframe(2))  # of the code that asks the proxy, which asks here
-        elif not holds_for_any_batch(obj.node):
+        truth, passing = known_truth(obj.node), passing_truth(sys._getframe(2))  # of the code that asks the proxy
+        if truth is not None and holds_for_any_batch(obj.node):
+            return truth
+        if passing is not None:
+            return passing
+        if truth is not None:
             as_traced = self.create_proxy("call_function", operator.truth if truth else operator.not_, (obj,), {})
             self.create_proxy("call_function", torch._assert, (as_traced, DECIDES_BY_BATCH), {})
         return super().to_bool(obj) if truth is None else truth
@@ -165,17 +177,13 @@ class _Tracer(fx.Tracer):
         frames = list(_frames_upward(sys._getframe(1)))
         node.meta["place"] = _place(frames)
         node.meta["checkpointed"] = any(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in frames)
-        node.meta["values"] = self._values(node)
-        return node
-
-    def _values(self, node: fx.Node) -> list[Any] | None:
-        if node.op in ("placeholder", "output"):
-            return self._given if node.op == "placeholder" else None
         self._computing = True  # modules that run for it are not traced
         try:
-            return compute_values(node, self.root)
+            node.meta["values"] = self._given if node.op == "placeholder" else compute_values(node, self.root)
+            node.meta["autocast"] = changes_under_autocast(node, self.root)
         finally:
             self._computing = False
+        return node
 
 
 def _random_streams() -> tuple[Any, ...]:

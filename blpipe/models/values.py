@@ -5,6 +5,7 @@ from the batch size of the model's input, which every block can read from its ow
 """
 
 import operator
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from blpipe.models.nodes import is_size
+from blpipe.models.nodes import is_size, operation
 from blpipe.seeds import fixed_randomness
 
 IN_PLACE_OPERATORS = {name: getattr(operator, name) for name in (
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")}
 _BATCH_SIZES = (2, 29)  # so unlike that what depends on them differs: the sizes of x[:8], of x[:len(x) // 3]
+_LOWERED = re.compile("linear|conv|mm|matmul|einsum|attention|dot|bilinear|prelu|rnn|lstm|gru")
 
 
 def samples_like(example: Tensor) -> list[Tensor]:
@@ -47,6 +49,16 @@ def compute_values(node: fx.Node, root: nn.Module) -> list[Any] | None:
                     for i in range(len(_BATCH_SIZES))]
     except Exception:  # whatever an operation or a user's module does with tensors that have no data
         return None
+
+
+def changes_under_autocast(node: fx.Node, root: nn.Module) -> bool:
+    """Whether `node` may give a tensor of another type under autocast: it, or what it is made of, is lowered."""
+    if any(source.meta["autocast"] for source in node.all_input_nodes):
+        return True
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return not isinstance(module, nn.Embedding) and any(weight.dim() > 1 for weight in module.parameters())
+    return node.op in ("call_function", "call_method") and bool(_LOWERED.search(operation(node, root)))
 
 
 def _run(node: fx.Node, root: nn.Module, given: dict[fx.Node, Any]) -> Any:
@@ -156,7 +168,8 @@ class Proxy(fx.Proxy):
     def dtype(self) -> Any:
         """As a tensor's."""
         tensors = self._tensors()
-        return tensors[0].dtype if tensors else fx.proxy.Attribute(self, "dtype")
+        settled = tensors and not self.node.meta["autocast"]
+        return tensors[0].dtype if settled else fx.proxy.Attribute(self, "dtype")
 
     def dim(self) -> Any:
         """As a tensor's."""
