@@ -49,6 +49,7 @@ def example(name, size=3):
     ("Auxiliary", ["a", "joined", "memory", "b"]),
     ("Asserts", ["fc"]),
     ("MakesModules", ["fc"]),
+    ("DrawsForAKnownShape", ["fc"]),
     ("Shortcuts", ["a", "b", "c"]),
 ])
 @pytest.mark.parametrize("known", [True, False], ids=["known shape", "any shape"])
@@ -120,6 +121,15 @@ def test_a_decision_by_the_size_of_the_batch_holds_for_the_sizes_it_is_right_for
         assert torch.equal(blocks(x), model(x))
     with pytest.raises(AssertionError, match="its forward decides by the size of the batch"):
         blocks(example("Broadcasts", 1))
+
+
+def test_types_follow_autocast():
+    model, x = traceable.FollowsADtype(), torch.randn(3, 4)
+    blocks = blpipe.blocks_of(model, x)
+    assert torch.equal(blocks(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert blocks(x).dtype == torch.bfloat16
+        assert torch.equal(blocks(x), model(x))
 
 
 def test_what_cannot_be_computed_without_values_leaves_sizes_to_the_blocks():

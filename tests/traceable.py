@@ -102,7 +102,9 @@ class InPlace(nn.Module):
         x = self.relu(x) + same
         x = self.b(x)
         x.relu_()
-        x = self.c(x)
+        positive = x > 0
+        x = x * positive + (positive & (x < 1))
+        x = self.c(x) + positive
         y = F.leaky_relu_(x, 0.1)
         torch.tanh_(x)
         x.pow_(2)
@@ -308,7 +310,7 @@ class Broadcasts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, positions = self.tokens(x), torch.arange(x.shape[1], device=x.device)[None]
-        if x.shape[0] != positions.shape[0]:
+        if x.shape[0] != positions.shape[0] or max(x.shape[0], 1) < 1:
             positions = positions.expand(x.shape[0], -1)
         assert positions.shape == x.shape
         return tokens + self.positions(positions)
@@ -319,9 +321,27 @@ class Asserts(ControlFlow):
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.sum() < 1e9, "too large"
+        assert x.shape[0] % 3 == 0
         assert not x.sum() > 1e9
         assert x.sum() < 1e9 and x.sum() > -1e9
         return self.fc(x)
+
+
+class DrawsForAKnownShape(ControlFlow):
+    """Numbers that tracing would draw once and for all, were the shape known to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * torch.rand(x.shape[1:], dtype=x.dtype)
+
+
+class FollowsADtype(ControlFlow):
+    """Which autocast changes, after a decision by one that it does not change."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.fc.weight.dtype:
+            x = x.to(self.fc.weight.dtype)
+        x = self.fc(x)
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device).index_add(0, torch.arange(x.shape[0]), x)
 
 
 class MakesModules(ControlFlow):

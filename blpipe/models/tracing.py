@@ -154,7 +154,8 @@ class _Tracer(fx.Tracer):
         if passing is not None:
             return passing
         if truth is not None:
-            as_traced = self.create_proxy("call_function", operator.truth if truth else operator.not_, (obj,), {})
+            now = self.create_proxy("call_function", operator.truth, (obj,), {})
+            as_traced = self.create_proxy("call_function", operator.eq, (now, truth), {})
             self.create_proxy("call_function", torch._assert, (as_traced, DECIDES_BY_BATCH), {})
         return super().to_bool(obj) if truth is None else truth
 
@@ -264,7 +265,7 @@ def _overwritten(node: fx.Node, model: nn.Module) -> fx.Node | None:
     if node.op == "call_module":
         in_place |= getattr(model.get_submodule(str(node.target)), "inplace", False) is True
     elif name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
-        in_place = True
+        in_place |= getattr(node.target, "__module__", None) != "_operator"  # whose and_ and or_ write nowhere
     return first if in_place and first.op != "get_attr" else None
 
 

@@ -206,6 +206,13 @@ class Proxy(fx.Proxy):
         length = known_length(self.node)
         return super().__len__() if length is None else length
 
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        # torch looks for proxies of the class that is asked, which those of attributes are not, and not inside shapes.
+        given = [tuple(value) if isinstance(value, Sizes) else value for value in args or ()]
+        named = {name: tuple(value) if isinstance(value, Sizes) else value for name, value in (kwargs or {}).items()}
+        return fx.Proxy.__torch_function__(orig_method, types, tuple(given), named)
+
     def _tensors(self) -> list[Tensor]:
         """It in both batch sizes; none where it is no tensor, or not known."""
         values = known_values(self.node) or []
