@@ -16,7 +16,7 @@ from blpipe.heads import Boundary, build_head, channels_first
 from blpipe.links import Links, stage_links
 from blpipe.losses import build_loss
 from blpipe.models import build_model
-from blpipe.models.build import named_blocks
+from blpipe.models.build import model_notes, named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import check_stage_count, partition
 from blpipe.parts import check_kept, check_own, check_reached_by_name
@@ -252,7 +252,7 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
 
 def notices(plan: Plan) -> list[str]:
     """What a user may want to know of how the config was read, a line each."""
-    lines = []
+    lines = model_notes(plan.model)
     if plan.config.partition.strategy == "balanced":
         lines.append(f"partition: balanced by {plan.config.partition.costs} costs; "
                      f"cuts: [{', '.join(plan.config.partition.cuts or ())}]")

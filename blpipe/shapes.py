@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from blpipe.errors import ConfigError, one_line
 from blpipe.models.build import named_blocks
+from blpipe.models.tracing import DECIDES_BY_BATCH
 from blpipe.specs import DataSpec, Shape, TensorSpec
 
 _CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d,
@@ -88,6 +89,9 @@ def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error:
     if training and given[0] == 1 and "more than 1 value per channel" in str(error):
         return (f"train.batch_size: BatchNorm in {what.removeprefix('model: ')} cannot train on a microbatch of "
                 "1 sample; set train.drop_last=true, fewer train.microbatches, or another batch size")
+    if DECIDES_BY_BATCH in str(error):
+        return (f"train.batch_size: {what.removeprefix('model: ')} cannot take a batch of {given[0]}: "
+                f"{one_line(error)}; set sizes, microbatches and train.drop_last so that none of {given[0]} is left")
     if "meta" in str(error):
         return (f"{what} cannot be traced: {one_line(error)}; blocks and heads must run on meta tensors: register "
                 "their tensors as buffers, and read no values in forward")

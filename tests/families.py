@@ -31,7 +31,7 @@ def assert_blocks_are_the_model(name: str) -> nn.Sequential:
     torch.manual_seed(0)
     plain = torchvision_model(f"torchvision/{name}", args, 5)
     x = torch.rand(2, 3, size, size)
-    blocks = blocks_of(plain)
+    blocks = blocks_of(plain, x)
     start = {name: buffer.clone() for name, buffer in plain.named_buffers()}
     wanted = outputs(plain, x), {name: buffer.clone() for name, buffer in plain.named_buffers()}
     for name, buffer in plain.named_buffers():  # which the blocks share

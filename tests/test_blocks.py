@@ -1,7 +1,9 @@
 """`blocks_of`: the blocks of a model as users write them compute what it computes, and follow its modules."""
 
+import importlib
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,9 @@ from blpipe.checkpoint.state import model_state
 from blpipe.config import PartitionConfig
 from blpipe.config_file import parse_config
 from blpipe.errors import ConfigError
-from blpipe.models.build import as_blocks
+from blpipe.models.build import as_blocks, model_notes
 from blpipe.partition import partition
-from blpipe.plan import make_plan
+from blpipe.plan import make_plan, notices
 from blpipe.specs import DataSpec
 
 
@@ -29,8 +31,10 @@ def line(mark: str) -> int:
     return next(i for i, text in enumerate(lines, start=1) if text.endswith(f'# line "{mark}"'))
 
 
-def example(name):
-    return torch.randint(0, 11, (3, 6)) if name == "Language" else torch.randn(3, 4)
+def example(name, size=3):
+    if name in ("Language", "Broadcasts"):
+        return torch.randint(0, 11, (size, 6))
+    return torch.randn(size, 5, 4) if name in ("Windows", "SequenceFirst") else torch.randn(size, 4)
 
 
 @pytest.mark.parametrize(("name", "blocks"), [
@@ -43,14 +47,19 @@ def example(name):
     ("Tensors", ["fc"]),
     ("Recurrent", ["cell", "cell_1", "cell_2", "out"]),
     ("Auxiliary", ["a", "joined", "memory", "b"]),
+    ("Asserts", ["fc"]),
+    ("MakesModules", ["fc"]),
+    ("DrawsForAKnownShape", ["fc"]),
+    ("Shortcuts", ["a", "b", "c"]),
 ])
+@pytest.mark.parametrize("known", [True, False], ids=["known shape", "any shape"])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_blocks_are_the_model(name, blocks, training):
+def test_the_blocks_are_the_model(name, blocks, known, training):
     torch.manual_seed(0)
     model = getattr(traceable, name)()
     plain, x = deepcopy(model).train(training), example(name)
-    cut = blpipe.blocks_of(model).train(training)
-    assert list(cut._modules) == blocks
+    cut = blpipe.blocks_of(model, x if known else None).train(training)
+    assert list(cut._modules) == blocks or (known and {*cut._modules} > {*blocks})  # more is known: it cuts no less
     for seed in (1, 2):
         torch.manual_seed(seed)
         wanted = plain(x.clone())
@@ -73,11 +82,75 @@ def test_gradients_are_the_models(name):
     assert all(torch.equal(own[key].grad, parameter.grad) for key, parameter in plain.named_parameters())
 
 
-def test_tracing_leaves_the_model_as_it_was():
+@pytest.mark.parametrize(("name", "blocks"), [
+    ("Residuals", ["stem", "blocks_0", "blocks_1", "blocks_2", "head"]),
+    ("Language", ["tokens", "positions", "layers_0", "layers_1", "layers_2", "logits"]),
+    ("Windows", ["embed", "layers_0", "layers_1"]),
+    ("FirstRows", ["a"]),
+    ("SequenceFirst", ["a", "b", "d"]),
+])
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_for_a_known_shape_are_the_model_in_batches_of_any_size(name, blocks, training):
+    torch.manual_seed(0)
+    model = getattr(traceable, name)()
+    plain = deepcopy(model).train(training)
+    cut = blpipe.blocks_of(model, example(name, 1).to("meta")).train(training)
+    assert list(cut._modules) == blocks
+    for size in (1, 2, 3, 8, 40):
+        x = example(name, size)
+        torch.manual_seed(1)
+        wanted = plain(x)
+        torch.manual_seed(1)
+        for block in cut:
+            x = block(x)
+            assert x.shape[0] == size
+        assert torch.equal(x, wanted)
+
+
+def test_sizes_decide_nothing_where_the_shape_is_not_known():
+    with pytest.raises(ConfigError, match="cannot be used as inputs to control flow"):
+        blpipe.blocks_of(traceable.Windows())
+
+
+def test_a_decision_by_the_size_of_the_batch_holds_for_the_sizes_it_is_right_for():
+    torch.manual_seed(0)
+    model = traceable.Broadcasts()
+    blocks = blpipe.blocks_of(model, example("Broadcasts"))
+    for size in (2, 3, 40):
+        x = example("Broadcasts", size)
+        assert torch.equal(blocks(x), model(x))
+    with pytest.raises(AssertionError, match="its forward decides by the size of the batch"):
+        blocks(example("Broadcasts", 1))
+
+
+def test_types_follow_autocast():
+    model, x = traceable.FollowsADtype(), torch.randn(3, 4)
+    blocks = blpipe.blocks_of(model, x)
+    assert torch.equal(blocks(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert blocks(x).dtype == torch.bfloat16
+        assert torch.equal(blocks(x), model(x))
+
+
+def test_what_cannot_be_computed_without_values_leaves_sizes_to_the_blocks():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            kept = self.a(x)[:, torch.tensor([True, False, True, False]).nonzero()[:, 0]]
+            return self.b(kept.repeat(1, 4 // kept.shape[1])).view(x.shape[0], -1)
+    net, x = Net(), torch.randn(3, 4)
+    assert torch.equal(blpipe.blocks_of(net, x)(x), net(x))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known shape", "any shape"])
+def test_tracing_leaves_the_model_as_it_was(known):
     model = traceable.Tensors()
     model.unused.eval()
     before, random = vars(model).keys() | set(), torch.get_rng_state()
-    blpipe.blocks_of(model)
+    blpipe.blocks_of(model, torch.zeros(1, 4) if known else None)
     assert vars(model).keys() == before
     assert model.training and not model.unused.training
     assert model.count == 0
@@ -101,6 +174,7 @@ def test_a_block_does_not_write_into_its_input_nor_into_what_it_gave(name):
     ("OverwritesUnderView", 'at .*traceable.py:{view}: it overwrites a tensor of which a view is used later'),
     ("OtherInTraining", 'at .*traceable.py:{mode}: its forward computes something else in training'),
     ("FixedNoise", 'at .*traceable.py:{noise}: RuntimeError: its forward draws random numbers'),
+    ("MakesLayers", 'at .*traceable.py:{layer}: NameError: module is not installed as a submodule'),
     ("TwoInputs", r": TypeError: .*missing 1 required positional argument: 'y'"),
 ])
 def test_a_model_that_cannot_be_traced_is_refused_with_the_place_and_the_ways_out(name, message):
@@ -115,6 +189,48 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_place_and_the_ways_ou
 def test_a_small_module_that_cannot_be_traced_is_kept_whole():
     blocks = blpipe.blocks_of(traceable.Residuals())
     assert isinstance(blocks.blocks_0.get_submodule("blocks.0.drop"), traceable.DropPath)
+    nodes = [node for block in blpipe.blocks_of(traceable.Shortcuts()) for node in block.graph.nodes]
+    assert {str(node.target) for node in nodes if node.op == "call_module"} == {
+        "a", *(f"{block}.{part}" for block in "bc" for part in ("norm", "fc", "drop", "shortcut.0", "shortcut.1"))}
+
+
+@pytest.mark.parametrize(("name", "notes"), [
+    ("Residuals", []),
+    ("Recurrent", []),
+    ("Auxiliary", ["model: its forward returns 2 tensors; the blocks give one, the first that it returns in "
+                   "evaluation, and what makes the others is not run"]),
+    ("Checkpointed", ["model: its own activation checkpointing is not kept; set train.recompute=true"]),
+    ("Masked", ["model: block layers_0 holds 86% of the parameters in one piece: a cut needs a place where a single "
+                "tensor is live, and between its layers at least 2 are (gt in its forward, masked_fill in its "
+                "forward)"]),
+])
+def test_what_tracing_leaves_out_is_told(name, notes):
+    assert model_notes(blpipe.blocks_of(getattr(traceable, name)())) == notes
+
+
+def test_notes_on_a_model_are_among_the_plans():
+    config = parse_config({"name": "a", "model": {"target": "traceable:Masked"},
+                           "partition": {"stages": 2}})
+    assert len(notices(make_plan(config, DataSpec((4,), "float32", (), 2, 64, 2)))) == 1
+
+
+def test_a_batch_size_that_a_model_decides_by_is_refused():
+    config = parse_config({"name": "a", "model": {"target": "traceable:Broadcasts"},
+                           "partition": {"stages": 2}, "train": {"batch_size": 2}})
+    data = DataSpec((6,), "int64", (6,), 4, 4, 2)
+    assert make_plan(config, data)
+    with pytest.raises(ConfigError, match=r"^train\.batch_size: block \w+ cannot take a batch of 1: .* decides by the "
+                                          r"size of the batch.*; set sizes, microbatches and train\.drop_last so"):
+        make_plan(config, replace(data, train_samples=5))
+
+
+def test_code_that_is_installed_need_not_be_rewritten(tmp_path, monkeypatch):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages/installed_by_a_test.py").write_text(Path(traceable.__file__).read_text())
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    with pytest.raises(ConfigError) as caught:
+        blpipe.blocks_of(importlib.import_module("installed_by_a_test").ControlFlow())
+    assert str(caught.value).endswith("control flow; return the blocks yourself, as an nn.Sequential, a list or a dict")
 
 
 def test_tied_parameters_stay_in_one_stage():

@@ -8,7 +8,7 @@ import torch
 from test_models import build, refused
 from torch import nn
 
-from blpipe.models.build import plain_names
+from blpipe.models.build import model_notes, plain_names
 from blpipe.seeds import derive_seed, fixed_randomness
 
 
@@ -104,8 +104,16 @@ class Spectral(Traced):
         nn.utils.parametrizations.spectral_norm(self.second)
 
 
+class IsFrozenAndHoldsALock(KeepsItsNormFrozen):
+    """And so cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = Lock()
+
+
 @pytest.mark.parametrize("model", [CountsItsCalls, AsksWhatItIsGiven, UpdatesAChainOfABuffer, KeepsItsNormFrozen,
-                                   FrozenSequence, HasAHook])
+                                   FrozenSequence, HasAHook, IsFrozenAndHoldsALock])
 def test_blocks_that_compute_something_else_than_their_model_are_refused(model):
     refused(r"^model: in (training|evaluation) its blocks compute something else than it does\. Tracing sees neither ",
             target=f"test_compare:{model.__name__}")
@@ -137,11 +145,20 @@ class DropsAndAttends(Traced):
 
 
 class HoldsALock(Traced):
-    """And so cannot be copied."""
-
     def __init__(self):
         super().__init__()
         self.lock = Lock()
+
+    def between(self, x):
+        return self.norm(x)
+
+
+class TakesLargerBatches(Traced):
+    """Than those that it is compared on."""
+
+    def between(self, x):
+        torch._assert(x.shape[0] > 2, "too small")
+        return x
 
 
 @pytest.mark.parametrize("model", [Traced, Spectral, HasAnAuxiliaryBranch, DropsAndAttends, HoldsALock])
@@ -152,3 +169,9 @@ def test_comparing_leaves_a_model_as_it_was_built(model):
     assert blocks.training
     state = {plain_names(blocks)[name]: tensor for name, tensor in blocks.state_dict().items()}
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_a_model_that_could_not_be_compared_is_told_of():
+    assert model_notes(build(target="test_compare:Traced")) == []
+    assert model_notes(build(target="test_compare:TakesLargerBatches")) == [
+        "model: its blocks are not compared with it in evaluation: AssertionError: too small"]

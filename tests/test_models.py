@@ -63,6 +63,10 @@ RETURNED = {"none": None, "text": "ab", "empty list": [], "empty": nn.Sequential
             "number names": {1: nn.ReLU()}, "taken name": {"training": nn.ReLU()}}
 
 
+def own_compiled():
+    return torch.compile(own_linear())
+
+
 def own_lazy():
     return [nn.Flatten(), nn.LazyLinear(3)]
 
@@ -307,6 +311,11 @@ def test_a_model_that_cannot_be_built_is_refused(model, message):
 def test_a_layer_without_a_shape_is_refused():
     refused(r"^model: 1\.weight has no shape yet; give its layer the size of its input, instead of a lazy layer$",
             target="test_models:own_lazy")
+
+
+def test_a_compiled_model_is_refused():
+    refused(r"^model: it returned a compiled module; return it uncompiled, and set train\.compile=true$",
+            target="test_models:own_compiled")
 
 
 def test_a_target_that_changes_its_args_does_not_change_the_config():

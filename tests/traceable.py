@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class DropPath(nn.Module):
@@ -101,7 +102,9 @@ class InPlace(nn.Module):
         x = self.relu(x) + same
         x = self.b(x)
         x.relu_()
-        x = self.c(x)
+        positive = x > 0
+        x = x * positive + (positive & (x < 1))
+        x = self.c(x) + positive
         y = F.leaky_relu_(x, 0.1)
         torch.tanh_(x)
         x.pow_(2)
@@ -237,3 +240,161 @@ class FixedNoise(ControlFlow):
 class TwoInputs(ControlFlow):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.fc(x) + y
+
+
+class Window(nn.Module):
+    """Works on pairs of tokens, which become rows of a larger batch, as in Swin."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc = nn.Linear(2 * width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        pairs = self.fc(x.view(batch, length // 2, 2 * width).reshape(-1, 2 * width))
+        rows = pairs.shape[0] // (length // 2)
+        return x + pairs.view(rows, length, width)
+
+
+class Windows(nn.Module):
+    """Sizes decide what is done, and are read before the layers after which they are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Linear(4, 8), nn.ModuleList(Window(8) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        x = self.embed(x)
+        if length % 2:
+            x, length = F.pad(x, (0, 0, 0, 1)), length + 1
+        for layer in self.layers:
+            x = layer(x)
+        assert x.ndim == 3 and x.shape[1] == length, "padded"
+        assert len(x[0]) == length
+        steps = sum(self.head(x[:, step]) for step in range(length))
+        return steps.reshape(batch, x.shape[2:].numel() - 5) / x.numel() * batch
+
+
+class FirstRows(nn.Module):
+    """The size of a part of the batch is neither constant nor a multiple of the batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[:8].shape[0]
+        return self.b(self.a(x)) * rows
+
+
+class SequenceFirst(nn.Module):
+    """Between its ends the batch is the second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).transpose(0, 1)
+        return self.d(self.c(self.b(x)).transpose(0, 1))
+
+
+class Broadcasts(nn.Module):
+    """Decides by the size of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(11, 4), nn.Embedding(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, positions = self.tokens(x), torch.arange(x.shape[1], device=x.device)[None]
+        if x.shape[0] != positions.shape[0] or max(x.shape[0], 1) < 1:
+            positions = positions.expand(x.shape[0], -1)
+        assert positions.shape == x.shape
+        return tokens + self.positions(positions)
+
+
+class Asserts(ControlFlow):
+    """Of values, which nothing but tensors with values can answer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.sum() < 1e9, "too large"
+        assert x.shape[0] % 3 == 0
+        assert not x.sum() > 1e9
+        assert x.sum() < 1e9 and x.sum() > -1e9
+        return self.fc(x)
+
+
+class DrawsForAKnownShape(ControlFlow):
+    """Numbers that tracing would draw once and for all, were the shape known to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * torch.rand(x.shape[1:], dtype=x.dtype)
+
+
+class FollowsADtype(ControlFlow):
+    """Which autocast changes, after a decision by one that it does not change."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.fc.weight.dtype:
+            x = x.to(self.fc.weight.dtype)
+        x = self.fc(x)
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device).index_add(0, torch.arange(x.shape[0]), x)
+
+
+class MakesModules(ControlFlow):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Flatten()(nn.ReLU()(self.fc(x)))
+
+
+class MakesLayers(ControlFlow):
+    def __init__(self):
+        super().__init__()
+        self.parts = [nn.Linear(4, 4)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[0](self.fc(x))  # line "layer"
+
+
+class DropsBeforeShortcut(Residual):
+    """What follows stochastic depth is out of step in the traces of the modes."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.shortcut = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc(self.norm(x))) + self.shortcut(x)
+
+
+class Shortcuts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), DropsBeforeShortcut(4), DropsBeforeShortcut(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+class Checkpointed(Recurrent):
+    """Keeps few activations, in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.cell, x, use_reentrant=False) if self.training else self.cell(x)
+        return self.out(x)
+
+
+class Masked(nn.Module):
+    """What it takes from its input at first is needed by every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x > 0
+        for layer in self.layers:
+            x = layer(x).masked_fill(mask, 0.0)
+        return self.head(x)

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from blpipe.models.tracing import is_size, module_path, operation, stack_of, trace
+from blpipe.models.nodes import is_size, module_path, operation, stack_of
+from blpipe.models.tracing import trace
+from blpipe.models.uncut import uncut_notes
+from blpipe.models.values import is_batch_first
 
 _TUPLES = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit", "meshgrid"}
 _RANDOM = re.compile("drop|rand|bernoulli|normal|multinomial|poisson|exponential|stochastic")
@@ -22,7 +25,7 @@ class TracedBlock(fx.GraphModule):
     """A block cut out of a traced model. Its submodules and parameters have their paths in that model."""
 
 
-def blocks_of(model: nn.Module) -> nn.Sequential:
+def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Sequential:
     """`model` as an ordered sequence of named blocks, one tensor in and one out, that compute what it computes.
 
     The blocks share the model's own modules and parameters, which keep their names inside a block. They follow
@@ -31,11 +34,16 @@ def blocks_of(model: nn.Module) -> nn.Sequential:
     are not run, but their parameters are carried along in a nearby block. Layers with `inplace=True` are switched
     to out of place.
 
+    Args:
+        example: a batch of samples, [batch, …], of which only shape and dtype matter; `device="meta"` will do. With
+            it the blocks are for samples of that shape, in batches of any size: sizes are known, and the model may
+            make decisions by them. Without it all sizes are computed as the blocks run.
+
     Raises:
         ConfigError: the model cannot be traced by `torch.fx`; it names the place and the ways out.
     """
     own, persistent = set(vars(model)), set(model.state_dict())
-    given, nodes, output = trace(model)
+    given, nodes, output, notes = trace(model, example)
     pieces, batched = _pieces(model, given, nodes, output)
     groups = _groups(model, pieces)
     values = [given, *(group.pieces[-1].value for group in groups)]
@@ -53,6 +61,9 @@ def blocks_of(model: nn.Module) -> nn.Sequential:
     _carry_along(model, cut[::-1])
     traced = nn.Sequential(blocks)
     traced.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    uncut = uncut_notes(model, {name: [piece.nodes for piece in group.pieces]
+                                for name, group in zip(blocks, groups, strict=True)})
+    traced.notes = notes + uncut  # type: ignore[assignment]
     return traced
 
 
@@ -147,7 +158,8 @@ def _is_tensor(node: fx.Node, model: nn.Module) -> bool:
         if user.target is getattr:
             return user.args[1] in ("values", "indices") or not hasattr(torch.Tensor, str(user.args[1]))
         return user.target is operator.getitem and user.args[0] is node and isinstance(user.args[1], int | str)
-    return not is_size(node) and operation(node, model) not in _TUPLES and not any(map(takes_apart, node.users))
+    return not is_size(node) and operation(node, model) not in _TUPLES and not any(map(takes_apart, node.users)) \
+        and is_batch_first(node)
 
 
 @dataclass
@@ -289,6 +301,7 @@ def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Nod
             copies[node] = graph.call_function(getattr, (x, "device"))
         elif node not in copies:
             copies[node] = graph.node_copy(node, copy_of)
+            copies[node].meta.pop("values", None)
         return copies[node]
 
     for node in nodes:

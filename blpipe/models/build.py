@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -32,14 +33,18 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` whose result makes no blocks.
     """
+    spec = data.batch(1)
+    example = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     with fixed_randomness(derive_seed(seed, "model")):
         if config.name is not None and config.name.startswith(PREFIX):
-            return blocks_of(torchvision_model(config.name, config.args, data.classes))
+            return blocks_of(torchvision_model(config.name, config.args, data.classes), example)
         builder = resolve("model", config, BUILT_IN)
         args = dict(config.args) if config.name is None else _from_data(builder, data) | config.args
         built = call("model", builder, **args)
+        if hasattr(built, "_orig_mod"):  # of torch.compile
+            raise ConfigError("model: it returned a compiled module; return it uncompiled, and set train.compile=true")
         try:
-            blocks = as_blocks(built)
+            blocks = as_blocks(built, example)
         except ConfigError:
             raise
         except Exception as error:  # whatever a module of the user's does when its parts are looked at
@@ -48,11 +53,11 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     out_of_place(blocks)
     # The first process does so for all: they build the same.
     if config.name not in BUILT_IN and _has_forward(built) and type(built) is not nn.Sequential and launch.rank() == 0:
-        check_same(built, blocks, data)
+        blocks.notes = [*model_notes(blocks), *check_same(built, blocks, data)]  # type: ignore[assignment]
     return blocks
 
 
-def as_blocks(built: Any) -> nn.Sequential:
+def as_blocks(built: Any, example: torch.Tensor | None = None) -> nn.Sequential:
     """Take an `nn.Sequential`, a list or a dict of modules as blocks; cut any other module into blocks.
 
     Raises:
@@ -65,7 +70,7 @@ def as_blocks(built: Any) -> nn.Sequential:
     elif isinstance(built, list | tuple | nn.ModuleList) and not _has_forward(built):
         blocks = nn.Sequential(OrderedDict(_checked({str(i): module for i, module in enumerate(built)})))
     elif isinstance(built, nn.Module):
-        blocks = blocks_of(built)
+        blocks = blocks_of(built, example)
     else:
         raise ConfigError(f"model: it returned a {type(built).__name__}; return an nn.Module, or a list or "
                           "dict of modules: the blocks in order")
@@ -96,6 +101,11 @@ def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
     """The versions of the plain model's modules, by path, which its state_dict carries as `_metadata`."""
     kept = getattr(blocks, "plain_metadata", None)
     return dict(blocks.state_dict()._metadata if kept is None else kept)  # type: ignore[attr-defined]
+
+
+def model_notes(blocks: nn.Sequential) -> list[str]:
+    """What a user may want to know of how `blocks` were made of a model, a line each."""
+    return list(getattr(blocks, "notes", ()))
 
 
 def _has_forward(built: Any) -> bool:
