@@ -23,6 +23,7 @@ from blpipe.transport.messages import message_bytes
 QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
 FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"
 GPU = REPOSITORY / "benchmarks/throughput/gpu.yaml"
+OWN = REPOSITORY / "benchmarks/throughput/own.yaml"
 OURS = METHODS[:METHODS.index("greedy") + 1]
 
 
@@ -168,6 +169,13 @@ def test_the_shipped_cases_are_sound():
         for name in settings.cases:
             config = parse_config(case_tree(settings, name, "cpu"))
             assert len(make_network(config, open_data(config.data, 0).spec).block_names) >= 2 * stages
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_the_example_for_a_model_of_ones_own_is_a_config(stages):
+    settings = load_settings(OWN, {"stages": stages})
+    (name,) = settings.cases
+    assert parse_config(case_tree(settings, name, "cpu")).partition.stage_count == stages
 
 
 def test_half_layers_are_the_layers():
