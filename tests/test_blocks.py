@@ -86,6 +86,7 @@ def test_gradients_are_the_models(name):
     ("Residuals", ["stem", "blocks_0", "blocks_1", "blocks_2", "head"]),
     ("Language", ["tokens", "positions", "layers_0", "layers_1", "layers_2", "logits"]),
     ("Windows", ["embed", "layers_0", "layers_1"]),
+    ("PassesSizesOn", ["a", "b", "c"]),
     ("FirstRows", ["a"]),
     ("SequenceFirst", ["a", "b", "d"]),
 ])

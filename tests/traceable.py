@@ -277,6 +277,26 @@ class Windows(nn.Module):
         return steps.reshape(batch, x.shape[2:].numel() - 5) / x.numel() * batch
 
 
+class GivesItsSize(nn.Module):
+    """Beside its output, and writes in a way that cannot be traced."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[int], int]:
+        x = x.clone()
+        x[:, 0] = 0
+        return x, list(x.shape[1:]), len(x)
+
+
+class PassesSizesOn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.clear, self.b, self.c = nn.Linear(4, 4), GivesItsSize(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, size, batch = self.clear(self.a(x))
+        x = self.b(x)
+        return self.c(x if size[0] == 4 else -x).view(-1, *size)
+
+
 class FirstRows(nn.Module):
     """The size of a part of the batch is neither constant nor a multiple of the batch size."""
 

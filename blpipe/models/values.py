@@ -118,6 +118,10 @@ def known_length(node: fx.Node) -> int | None:
     return few if few == many else None
 
 
+def _are_sizes(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list | tuple) and all(type(size) is int for size in value))
+
+
 def _has_dimensions(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
@@ -201,6 +205,11 @@ class Proxy(fx.Proxy):
         if all(isinstance(getattr(value, name, None), Tensor) for value in known_values(self.node) or [None]):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        few, many = known_values(item.node) or (None, None)
+        return few if _are_sizes(few) and few == many else item  # of what a module returns beside its tensor
 
     def __len__(self) -> int:
         length = known_length(self.node)
