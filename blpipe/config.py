@@ -1,6 +1,6 @@
 """The config: every key, nested, typed and frozen. What must hold between keys is in config_rules.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
@@ -96,7 +96,20 @@ class PartitionConfig(Section):
                              "leave stages out")
         if self.cuts is None and self.stages is None:
             raise ValueError("give stages (how many) or cuts (the block that each later stage begins with)")
+        problems = [*self._conflicts()]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.speeds is not None and len(self.speeds) != self.stage_count:
+            yield f"{len(self.speeds)} speeds for {self.stage_count} stages; give one a stage, or none"
+        if self.target is not None and self.strategy != "even":
+            yield f"give a target or strategy: {self.strategy}, not both; a target needs no strategy"
+        if self.args and self.target is None and self.strategy in ("even", "balanced"):
+            yield f"args {self.args} are for a target, or for a strategy that a package registered; leave them out"
+        if self.memory_limit is not None and self.strategy != "balanced":
+            yield "memory_limit needs strategy: balanced, which finds the cuts that keep it"
 
     @property
     def stage_count(self) -> int:

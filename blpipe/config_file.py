@@ -111,9 +111,9 @@ def parse_as(kind: type[S], tree: dict[str, Any]) -> S:
         return kind.model_validate(tree)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        problems = [_explain(each, kind) for each in found[:_MOST_PROBLEMS]]
-        more = len(found) - len(problems)
-        raise ConfigError(*problems, *([f"config: {more:,} more of this kind"] if more else [])) from None
+        problems = [line for each in found[:_MOST_PROBLEMS] for line in _explain(each, kind)]
+        more = len(found) - _MOST_PROBLEMS
+        raise ConfigError(*problems, *([f"config: {more:,} more of this kind"] if more > 0 else [])) from None
 
 
 def dump_config(config: Config) -> str:
@@ -168,7 +168,7 @@ def set_key(tree: dict[str, Any], path: str, value: Any) -> None:
     place: Any = keys[0]
     for depth, key in enumerate(keys[1:], start=1):
         below = section[place] if isinstance(section, list) else section.get(place)
-        if isinstance(below, list) and not (key.isdecimal() and int(key) < len(below)):
+        if isinstance(below, list | tuple) and not (key.isascii() and key.isdecimal() and int(key) < len(below)):
             name = ".".join(keys[:depth])
             raise ConfigError(f"{printable(path)}: {printable(name)} is a list of {len(below)}; give the number of one "
                               f"of them, such as {printable(name)}.0, or the whole list")
@@ -181,24 +181,28 @@ def set_key(tree: dict[str, Any], path: str, value: Any) -> None:
 def _copied(section: Any) -> Any:
     if isinstance(section, str):  # the short form of {name: …}
         return {"name": section}
-    return section.copy() if isinstance(section, dict | list) else {}
+    if isinstance(section, list | tuple):
+        return list(section)
+    return section.copy() if isinstance(section, dict) else {}
 
 
-def _explain(error: Any, kind: type[BaseModel]) -> str:
+def _explain(error: Any, kind: type[BaseModel]) -> list[str]:
+    """What is wrong, a line each: a section may have several conflicts."""
     path = printable(".".join(str(part) for part in error["loc"] if part not in (ONE, EACH))) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_suggest(path, kind)}"
+        return [f"{path}: unknown key{_suggest(path, kind)}"]
     if error["type"] == "model_type":
-        return f"{path}: must be a mapping of keys to values, got {_shown(error['input'])}"
+        return [f"{path}: must be a mapping of keys to values, got {_shown(error['input'])}"]
     if error["type"] == "missing":
-        return f"{path}: is required, and not given"
+        return [f"{path}: is required, and not given"]
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "valid list")
     value = error["input"]
     if error["type"] == "literal_error":
         given = _shown(value).strip("'")
         close = get_close_matches(_VALUES_ALSO_CALLED.get(given, given), re.findall(r"'([^']+)'", message), n=1)
         message += f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{path}: {message}" if isinstance(value, dict | BaseModel) else f"{path}: {message}, got {_shown(value)}"
+    got = "" if isinstance(value, dict | BaseModel) else f", got {_shown(value)}"
+    return [f"{path}: {line}{got}" for line in message.split("\n")]
 
 
 def _shown(value: Any) -> str:

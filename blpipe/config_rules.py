@@ -1,4 +1,4 @@
-"""What must hold between the keys of a config, each of which is right by itself."""
+"""What must hold between the sections of a config, each of which is right by itself."""
 
 from collections.abc import Iterator
 
@@ -6,29 +6,12 @@ from blpipe.config import Config
 
 
 def conflicts(config: Config) -> Iterator[str]:
-    """Every pair of keys that do not go together, on one line each: the key, its value and the remedy."""
-    yield from _of_partition(config)
+    """All keys that do not go together, on one line each: the key, its value and the remedy."""
     yield from _of_lists(config)
     yield from _of_links(config)
     yield from _of_recomputing(config)
     if config.method.name == "bp":
         yield from _of_bp(config)
-
-
-def _of_partition(config: Config) -> Iterator[str]:
-    partition = config.partition
-    if partition.speeds is not None and len(partition.speeds) != partition.stage_count:
-        yield (f"partition.speeds: {len(partition.speeds)} speeds for {partition.stage_count} stages; give one a "
-               "stage, or none")
-    if partition.target is not None and partition.strategy != "even":
-        yield (f"partition.strategy: {partition.strategy}, but there is a target too, which needs no strategy; leave "
-               "one of them out")
-    if partition.args and partition.target is None and partition.strategy in ("even", "balanced"):
-        yield (f"partition.args: {partition.args} are for a target, or for a strategy that a package registered; leave "
-               "them out")
-    if partition.memory_limit is not None and partition.strategy != "balanced":
-        yield ("partition.memory_limit: needs partition.strategy=balanced, which finds the cuts that keep it; set "
-               "that, or leave it out")
 
 
 def _of_lists(config: Config) -> Iterator[str]:

@@ -13,6 +13,7 @@ from blpipe.heads import Boundary, PoolToFeatures, before_pool
 from blpipe.models.build import out_of_place
 from blpipe.plugins import call, resolve, takes
 from blpipe.seeds import derive_seed, fixed_randomness
+from blpipe.specs import IGNORED
 
 
 class LocalLoss(nn.Module):
@@ -42,11 +43,17 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor, x: Tensor | None = None) -> Tensor:
         """Logits [B, …, classes], targets int64 [B, …]."""
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=self.label_smoothing)
+        loss = partial(F.cross_entropy, logits.flatten(0, -2), targets.flatten(), label_smoothing=self.label_smoothing)
+        if targets.dim() == 1:
+            return loss()
+        kept = (targets != IGNORED).sum().clamp(min=1)  # where none is, the loss is 0, and torch's mean is not
+        return loss(reduction="sum") / kept
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> nn.Module:
     """Cross-entropy, averaged over the batch and any positions: logits [B, …, classes], targets int64 [B, …].
+
+    Positions whose target is `IGNORED` are left out.
 
     Raises:
         ValueError: `label_smoothing` outside 0…1.

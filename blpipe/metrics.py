@@ -133,8 +133,8 @@ class RunLog:
         return result
 
     def _rows_like(self, last: dict[str, Any]) -> list[dict[str, Any]]:
-        """Those of the same stage of the same blocks; a run that went on may have had others."""
-        return [row for row in self._rows if all(row.get(key) == last.get(key) for key in ("stage", "blocks"))]
+        """Those of the same stage of the same blocks; a run that went on may have had others. Old rows name none."""
+        return [row for row in self._rows if all(row.get(key, last[key]) == last[key] for key in ("stage", "blocks"))]
 
 
 def _total(rows: list[dict[str, Any]], key: str) -> float | None:

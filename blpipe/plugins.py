@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -147,9 +148,8 @@ def call(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 def _place(error: BaseException) -> str:
     """Where in the user's code it was raised, to be put after its message; nothing for code that is installed."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if not {"blpipe", "site-packages", "importlib"} & {*Path(frame.filename).parts}
-              and not frame.filename.startswith("<")]
+    installed = (str(Path(__file__).parent), *sysconfig.get_paths().values(), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(installed)]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 

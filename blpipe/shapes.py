@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from blpipe.errors import ConfigError, one_line
 from blpipe.models.build import named_blocks
-from blpipe.models.tracing import DECIDES_BY_BATCH
+from blpipe.models.nodes import DECIDES_BY_BATCH
 from blpipe.specs import DataSpec, Shape, TensorSpec
 
 _CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d,

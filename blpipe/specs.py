@@ -67,7 +67,7 @@ class Share(NamedTuple):
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Of its random numbers, so that replicas draw others than the first one; none for the first."""
+        """What its random numbers are seeded with besides, so that replicas draw others than the first."""
         return (self.replica,) if self.replica else ()
 
 

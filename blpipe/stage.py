@@ -97,7 +97,7 @@ class Stage:
 
     @property
     def parts(self) -> Sequence[nn.Module]:
-        """All that has parameters and buffers: blocks, loss, and head where there is one."""
+        """All that has parameters and buffers, as its update has them: blocks, loss, and head where there is one."""
         return self.update.parts
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """`blocks_of`: the blocks of a model as users write them compute what it computes, and follow its modules."""
 
 import importlib
+import pickle
 import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import keeping
 import pytest
 import torch
 import traceable
@@ -308,3 +310,32 @@ def test_a_plain_module_trains_the_same_in_both_engines_and_exports_its_own_name
     assert_same_run(run, local)
     assert "optimizer/net.blocks.0.fc.weight/momentum_buffer" in state_of(run)
     Flat().load_state_dict(model_state(newest_intact(local)[0]), strict=True)
+
+
+def test_what_a_users_code_keeps_is_made_by_its_runs_and_not_by_tracing():
+    keeping.table.cache_clear()
+    model, hooked = keeping.Keeping(), []
+    model.first.register_forward_hook(lambda *given: hooked.append(given))
+    blocks = blpipe.blocks_of(model, torch.empty(1, 8, device="meta"))
+    assert not hooked and not keeping.table.cache_info().currsize
+    assert model.masked.calls == 1  # which showed that it cannot be traced
+    x = torch.randn(5, 8)
+    assert torch.equal(blocks(x), model(x))
+    asserts, = (note for note in model_notes(blocks) if "asserts" in note)
+    assert re.fullmatch(r"model: asserts on values are not run \(tests/keeping\.py:\d+\)", asserts)
+
+
+class ByBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x if x.shape[0] > 1 else -x)
+
+
+def test_blocks_that_ask_for_the_batch_size_can_be_pickled():
+    blocks = blpipe.blocks_of(ByBatch(), torch.empty(1, 8, device="meta"))
+    x = torch.randn(5, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(blocks))(x), blocks(x))

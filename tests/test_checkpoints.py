@@ -214,6 +214,19 @@ def test_a_result_adds_up_the_seconds_of_its_own_stages(folder):
         assert stage["peak_memory_bytes"] == max(row["peak_memory_bytes"] for row in own)
 
 
+def test_rows_of_versions_that_did_not_name_blocks_count(folder):
+    path = folder / "runs/small/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["blocks"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("train", "--resume", "runs/small", "train.epochs=2") == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    stages = json.loads((folder / "runs/small/result.json").read_text())["stages"]
+    assert [stage["busy_seconds"] for stage in stages] == [
+        sum(row["busy_seconds"] for row in rows if row["stage"] == number) for number in range(1, len(stages) + 1)]
+
+
 def test_eval_and_export_take_any_checkpoint(folder, capsys):
     first, last = checkpoints(Path("runs/small"))
     weights = []

@@ -277,8 +277,8 @@ def test_a_part_has_either_a_name_or_a_target(part):
     ({"target": "b:c"}, "partition: give stages (how many) or cuts (the block that each later stage begins with)"),
     ({}, "partition: give stages (how many) or cuts (the block that each later stage begins with)"),
     ({"stages": 2, "target": "b:c", "strategy": "balanced"},
-     "partition.strategy: balanced, but there is a target too, which needs no strategy; leave one of them out"),
-    ({"stages": 2, "args": {"by": "size"}}, "partition.args: {'by': 'size'} are for a target, or for a strategy that a "
+     "partition: give a target or strategy: balanced, not both; a target needs no strategy"),
+    ({"stages": 2, "args": {"by": "size"}}, "partition: args {'by': 'size'} are for a target, or for a strategy that a "
                                             "package registered; leave them out"),
 ])
 def test_a_partition_that_contradicts_itself_is_refused(partition, message):
@@ -286,12 +286,17 @@ def test_a_partition_that_contradicts_itself_is_refused(partition, message):
 
 
 def test_all_conflicts_between_keys_are_told_at_once():
-    said = problems(partition={"stages": 2, "speeds": [1], "memory_limit": "1GiB", "args": {"a": 1}},
-                    method={"name": "bp", "head": ["conv", "conv"]}, optimizer={"clip_norm": 1},
-                    train={"recompute": True, "compile": True, "wire": "bf16"}, runtime={"trace": True})
-    keys = ["partition.speeds", "partition.args", "partition.memory_limit", "method.head", "train.recompute",
-            "train.wire", "optimizer.clip_norm", "runtime.trace"]
+    said = problems(method={"name": "bp", "head": ["conv", "conv"]}, optimizer={"clip_norm": 1},
+                    train={"recompute": True, "compile": True, "wire": "bf16"}, runtime={"trace": True},
+                    partition={"stages": 2})
+    keys = ["method.head", "train.recompute", "train.wire", "optimizer.clip_norm", "runtime.trace"]
     assert [re.split("[: ]", line)[0] for line in said] == keys
+
+
+def test_all_conflicts_within_a_section_are_told_beside_what_is_wrong_elsewhere():
+    said = problems(partition={"stages": 2, "speeds": [1], "memory_limit": "1GiB", "args": {"a": 1}},
+                    train={"epochs": "many"})
+    assert [line.partition(" ")[0] for line in said] == ["partition:"] * 3 + ["train.epochs:"]
 
 
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 1\n", "train: {epochs: 1, epochs: 2}\n",

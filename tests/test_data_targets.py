@@ -123,6 +123,8 @@ def test_positions_may_be_left_out_of_targets_and_samples_may_not(monkeypatch):
     refused_target(r"train label -99 at index \[2, 1\] is negative", ((x, wrong), (x, wrong)), monkeypatch)
     with pytest.raises(UserError, match=r"has the label \[.*, -1\], outside 0\.\.4"):
         list(opened_target((Sentences(-1), Sentences(-1)), monkeypatch).test_batches(6))
+    none = torch.full_like(y, -100)
+    refused_target(r"train label -100 at index \[0, 0\] is negative", ((x, none), (x, none)), monkeypatch)
     flat = torch.tensor([0, 1, 2, 3, 4, -100])
     refused_target("train label -100 at index 5 is negative", ((x, flat), (x, flat)), monkeypatch)
 

@@ -335,4 +335,5 @@ def test_targets_that_are_left_out_are_not_counted():
     tally.add(loss, logits, targets)
     assert tally.accuracy == 3 / 4
     assert Tally.of(tally.state()).accuracy == 3 / 4
+    assert cross_entropy(label_smoothing=0.1)(logits, torch.full((2, 3), -100)) == 0.0
     assert tally.loss == pytest.approx(float(loss))

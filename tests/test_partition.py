@@ -166,7 +166,7 @@ def test_what_a_function_returns_is_checked(plugin, what, stages, message):
 
 
 @pytest.mark.parametrize(("function", "args", "message"), [
-    ("fails", {}, r"^partition\.target: KeyError: 'weights'$"),
+    ("fails", {}, r"^partition\.target: KeyError: 'weights'"),
     ("fails", {"x": 1}, r"^partition\.target\.args: got an unexpected keyword argument 'x'; it takes no arguments"),
     ("none", {}, r"^partition\.target: cannot import 'cuts_of_my_own:none': AttributeError"),
 ])

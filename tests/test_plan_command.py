@@ -180,7 +180,7 @@ def test_a_thousand_stages_take_seconds(config, capsys):
     (["--bandwidth", "0"], "--bandwidth: 0.0 must be a number above 0"),
     (["partition.stages=40", "partition.strategy=balanced"],
      "partition.stages: 40 stages need as many blocks, but the model has 6"),
-    (["partition.speeds=[1, 2]"], "partition.speeds: 2 speeds for 3 stages"),
+    (["partition.speeds=[1, 2]"], "partition: 2 speeds for 3 stages"),
     (["partition.costs=guessed"], "partition.costs: should be 'measured' or 'analytic'"),
 ])
 def test_bad_options_are_one_line_and_exit_code_2(config, capsys, arguments, message):

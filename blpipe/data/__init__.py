@@ -13,7 +13,7 @@ from blpipe.config import DataConfig
 from blpipe.data import prepare, sets
 from blpipe.data.folder import imagefolder
 from blpipe.data.mixing import Mixing
-from blpipe.data.source import Source, check_alike, check_fits_model, check_labels, keep_first
+from blpipe.data.source import Source, check_alike, check_fits_model, check_known_labels, keep_first
 from blpipe.data.splits import DatasetSplit, Request
 from blpipe.data.target import from_target
 from blpipe.data.transforms import with_transforms
@@ -122,8 +122,10 @@ class Data:
         return prepare.normalise(x, self._mean, self._std)
 
     def test_batches(self, batch_size: int, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every test sample once, in order, as `train_batches` gives them but not augmented. Each
-        of several replicas has every n-th whole batch."""
+        """Every test sample once, in order, as `train_batches` gives them but not augmented.
+
+        Each of several replicas has every n-th whole batch.
+        """
         count = len(self._source.test)
         requests = (((0, "sample", start), torch.arange(start, min(start + batch_size, count)))
                     for start in range(0, count, batch_size)[share.replica::share.replicas])
@@ -172,7 +174,7 @@ def open_data(config: DataConfig, seed: int) -> Data:
         raise ConfigError(*problems)
     if config.name != "imagefolder":  # which transforms an image before it fits it to its size
         source = with_transforms(source, config, seed)
-    check_labels(source)
+    check_known_labels(source)
     if config.place == "device" and source.nbytes is None:
         why = "data.augment.transforms run" if config.augment.transforms else "these are read"
         raise ConfigError(f"data.place: device is for data in memory, and {why} sample by sample, on the host; "

@@ -49,7 +49,7 @@ class Source:
 
 def class_count(labels: Tensor, key: str) -> int:
     """1 + the largest label. Raises ConfigError where a training label is negative, but for `IGNORED` positions."""
-    negative = outside(labels, 1 + int(labels.max()), labels.dim() > 1)
+    negative = outside(labels, 1 + int(labels.max()), labels.dim() > 1 and int(labels.max()) >= 0)
     if bool(negative.any()):
         raise ConfigError(f"{key}: {_found(labels, negative, 'train')} is negative; mend the data")
     return 1 + int(labels.max())
@@ -70,7 +70,7 @@ def check_fits_model(source: Source, classes: int) -> None:
                               f"model gives logits; have it give {needed}, or mend the data")
 
 
-def check_labels(source: Source) -> None:
+def check_known_labels(source: Source) -> None:
     """Raises ConfigError where a label known up front is none of the classes that training knows."""
     for name, split in source.splits():
         if split.labels is None:

@@ -64,8 +64,7 @@ def open_transforms(config: DataConfig, seed: int, keep_size: bool) -> Transform
 
 
 class Transformed(Dataset[Any]):
-    """A map-style Dataset's samples, each image transformed; anything else passes through, and its reader
-    refuses it."""
+    """A map-style Dataset's samples, each image transformed; what is no sample passes, for its reader to refuse."""
 
     def __init__(self, dataset: Dataset[Any], transform: Transform):
         self.dataset, self.transform = dataset, transform

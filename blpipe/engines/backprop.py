@@ -13,34 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from blpipe.engines.common import factors
+from blpipe.engines.common import factors, forward_with_graph, loss_with_graph
 from blpipe.engines.feed import Feed
 from blpipe.errors import PeerLostError
 from blpipe.plan import Plan
 from blpipe.specs import TensorSpec
 from blpipe.stage import Stage
 from blpipe.steps import Step
-from blpipe.tally import main_targets, mixed_loss
 from blpipe.transport.queues import ReceiveQueue, SendQueue
 from blpipe.transport.world import World
 
 Schedule = Schedule1F1B | ScheduleGPipe
-
-
-def forward_with_graph(stage: Stage, x: Tensor) -> Tensor:
-    """Run a stage's blocks on one microbatch: the graph goes on through x and the output."""
-    return stage.precision.run(stage.run_blocks, x)
-
-
-def loss_with_graph(stage: Stage, logits: Tensor, targets: Tensor, mix_ratio: float | None) -> Tensor:
-    """The last stage's loss on one microbatch, counted: the graph goes on from the logits.
-
-    Args:
-        mix_ratio: see `Stage.local_backward`.
-    """
-    loss = mixed_loss(stage.loss, logits, targets, logits, mix_ratio)
-    stage.tally.add(loss, logits, main_targets(targets, mix_ratio))
-    return loss
 
 
 class _Part(nn.Module):

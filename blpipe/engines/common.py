@@ -22,7 +22,7 @@ from blpipe.program import Factors, Kind, Op, Role, always
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
 from blpipe.steps import Step
-from blpipe.tally import Tally
+from blpipe.tally import Tally, main_targets, mixed_loss
 from blpipe.trace import Span, SpanLog
 from blpipe.update import Update
 
@@ -256,7 +256,7 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     waits = links.tail if links.joint else 0  # blocks whose first gradients come with the first error
     early = list(blocks[:len(blocks) - waits].parameters())
     late = [p for p in blocks.parameters() if all(p is not other for other in early)]
-    judges = [p for part in reversed(parts[1:]) for p in part.parameters()]
+    judges = [p for part in (head, loss) if part is not None for p in part.parameters()]  # as checkpoints number them
     optimizer = build_optimizer(config.optimizer, early, late, judges)
     update = Update(parts, optimizer, clip_norm=config.optimizer.clip_norm,
                     skip_nonfinite=config.train.on_nonfinite == "skip", leads=plan.replica == 0)
@@ -271,6 +271,22 @@ def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
     there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
     module = module if there else module.to(device)
     return use_channels_last(module) if channels_last else module
+
+
+def forward_with_graph(stage: Stage, x: Tensor) -> Tensor:
+    """For `bp`, run a stage's blocks on one microbatch: the graph goes on through x and the output."""
+    return stage.precision.run(stage.run_blocks, x)
+
+
+def loss_with_graph(stage: Stage, logits: Tensor, targets: Tensor, mix_ratio: float | None) -> Tensor:
+    """For `bp`, the last stage's loss on one microbatch, counted: the graph goes on from the logits.
+
+    Args:
+        mix_ratio: see `Stage.local_backward`.
+    """
+    loss = mixed_loss(stage.loss, logits, targets, logits, mix_ratio)
+    stage.tally.add(loss, logits, main_targets(targets, mix_ratio))
+    return loss
 
 
 def role(plan: Plan, index: int) -> Role:

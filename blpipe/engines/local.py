@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from blpipe.data import Data
-from blpipe.engines.backprop import forward_with_graph, loss_with_graph
 from blpipe.engines.common import (
     TRACED_STEPS,
     EpochSums,
@@ -30,7 +29,9 @@ from blpipe.engines.common import (
     blame,
     build_stage,
     factors,
+    forward_with_graph,
     gpu_readings,
+    loss_with_graph,
     recording_stream,
     replica_report,
     report,

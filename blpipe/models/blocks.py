@@ -63,7 +63,7 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Seque
     traced.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     uncut = uncut_notes(model, {name: [piece.nodes for piece in group.pieces]
                                 for name, group in zip(blocks, groups, strict=True)})
-    traced.notes = notes + uncut  # type: ignore[assignment]
+    traced.notes_of_tracing = notes + uncut  # type: ignore[assignment]
     return traced
 
 

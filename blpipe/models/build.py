@@ -53,7 +53,7 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     out_of_place(blocks)
     # The first process does so for all: they build the same.
     if config.name not in BUILT_IN and _has_forward(built) and type(built) is not nn.Sequential and launch.rank() == 0:
-        blocks.notes = [*model_notes(blocks), *check_same(built, blocks, data)]  # type: ignore[assignment]
+        blocks.notes_of_tracing = [*model_notes(blocks), *check_same(built, blocks, data)]  # type: ignore[assignment]
     return blocks
 
 
@@ -105,7 +105,7 @@ def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
 
 def model_notes(blocks: nn.Sequential) -> list[str]:
     """What a user may want to know of how `blocks` were made of a model, a line each."""
-    return list(getattr(blocks, "notes", ()))
+    return list(getattr(blocks, "notes_of_tracing", ()))
 
 
 def _has_forward(built: Any) -> bool:

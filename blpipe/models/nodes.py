@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import fx, nn
 
+DECIDES_BY_BATCH = "its forward decides by the size of the batch, and with this one other than with most"
+
 _SIZES = {"shape", "size", "dim", "ndim", "ndimension", "numel", "stride", "dtype", "device", "item",
           "is_floating_point"}
 

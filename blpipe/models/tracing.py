@@ -20,7 +20,15 @@ from blpipe.errors import ConfigError, one_line
 from blpipe.models import values
 from blpipe.models.asserts import passing_truth
 from blpipe.models.modes import merge
-from blpipe.models.nodes import Untraceable, inside, is_size, module_path, operation, outputs_of
+from blpipe.models.nodes import (
+    DECIDES_BY_BATCH,
+    Untraceable,
+    inside,
+    is_size,
+    module_path,
+    operation,
+    outputs_of,
+)
 from blpipe.models.values import (
     IN_PLACE_OPERATORS,
     Proxy,
@@ -43,9 +51,6 @@ _VIEWS = {  # what may share its result's memory with its input
     "stochastic_depth", "diagonal", "ravel", "moveaxis", "swapdims", "tensor_split", "split_with_sizes",
     "hsplit", "vsplit", "dsplit", "unfold", "broadcast_to", "as_strided", "type_as", "double", "squeeze_",
     "unsqueeze_", "real", "view_as_real", "view_as_complex"}
-
-DECIDES_BY_BATCH = "its forward decides by the size of the batch, and with this one other than with most"
-
 
 class Traced(NamedTuple):
     """A forward as one graph.
@@ -91,8 +96,9 @@ def _trace_in_modes(model: nn.Module, example: torch.Tensor | None) -> Traced:
     opaque: set[type[nn.Module]] = set()
     while True:
         try:
-            graphs = [_trace(model, example, opaque, training) for training in (False, True)]
-            return Traced(*merge(model, *graphs), _left_out(graphs))
+            tracers = [_Tracer(opaque, example) for _ in range(2)]
+            graphs = [_trace(model, tracer, training) for tracer, training in zip(tracers, (False, True), strict=True)]
+            return Traced(*merge(model, *graphs), _left_out(graphs, tracers[0].asserts))
         except Untraceable as problem:
             module = model.get_submodule(problem.path)
             if module is model or type(module) in opaque or 2 * _size(module) > _size(model):
@@ -100,13 +106,15 @@ def _trace_in_modes(model: nn.Module, example: torch.Tensor | None) -> Traced:
             opaque.add(type(module))
 
 
-def _left_out(graphs: list[fx.Graph]) -> list[str]:
+def _left_out(graphs: list[fx.Graph], asserts: list[str]) -> list[str]:
     notes, outputs = [], max(len(set(outputs_of(graph))) for graph in graphs)
     if outputs > 1:
         notes.append(f"model: its forward returns {outputs} tensors; the blocks give one, the first that it returns in "
                      "evaluation, and what makes the others is not run")
     if any(node.meta.get("checkpointed") for graph in graphs for node in graph.nodes):
         notes.append("model: its own activation checkpointing is not kept; set train.recompute=true")
+    if asserts:
+        notes.append(f"model: asserts on values are not run ({', '.join(dict.fromkeys(asserts))})")
     return notes
 
 
@@ -131,6 +139,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._opaque, self._streams, self._modes = opaque, _random_streams(), _modes()
         self._given, self._computing = None if example is None else samples_like(example), False
+        self.asserts: list[str] = []  # the places of those that were skipped
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self._opaque or super().is_leaf_module(m, module_qualified_name)
@@ -152,9 +161,11 @@ class _Tracer(fx.Tracer):
         if truth is not None and holds_for_any_batch(obj.node):
             return truth
         if passing is not None:
+            if truth is None:
+                self.asserts.append(_place(_frames_upward(sys._getframe(2))))
             return passing
         if truth is not None:
-            now = self.create_proxy("call_function", operator.truth, (obj,), {})
+            now = self.create_proxy("call_function", operator.ne, (obj, 0), {})
             as_traced = self.create_proxy("call_function", operator.eq, (now, truth), {})
             self.create_proxy("call_function", torch._assert, (as_traced, DECIDES_BY_BATCH), {})
         return super().to_bool(obj) if truth is None else truth
@@ -197,8 +208,7 @@ def _modes() -> tuple[bool, ...]:
             *map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
-def _trace(model: nn.Module, example: torch.Tensor | None, opaque: set[type[nn.Module]], training: bool) -> fx.Graph:
-    tracer = _Tracer(opaque, example)
+def _trace(model: nn.Module, tracer: _Tracer, training: bool) -> fx.Graph:
     model.train(training)
     try:
         graph = tracer.trace(model)

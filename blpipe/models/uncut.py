@@ -24,7 +24,7 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]]) -> 
                 live = _least_live(nodes, layers, cuttable)
                 return [f"model: block {name} holds {held / total:.0%} of the parameters in one piece: a cut needs a "
                         f"place where a single tensor is live, and between its layers at least {len(live)} are "
-                        f"({', '.join(_told(model, node) for node in live[:3])}{', …' if len(live) > 3 else ''})"]
+                        f"({', '.join(_described(model, node) for node in live[:3])}{', …' if len(live) > 3 else ''})"]
     return []
 
 
@@ -42,7 +42,7 @@ def _least_live(nodes: list[fx.Node], layers: list[int], cuttable: set[fx.Node])
     return min(live, key=lambda values: len(values))
 
 
-def _told(model: nn.Module, node: fx.Node) -> str:
+def _described(model: nn.Module, node: fx.Node) -> str:
     if node.op == "placeholder":
         return "the model's input"
     return f"{operation(node, model)} in {inside(node) or 'its forward'}"

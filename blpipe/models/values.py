@@ -8,6 +8,7 @@ import operator
 import re
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from blpipe.seeds import fixed_randomness
 
 IN_PLACE_OPERATORS = {name: getattr(operator, name) for name in (
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")}
-_BATCH_SIZES = (2, 29)  # so unlike that what depends on them differs: the sizes of x[:8], of x[:len(x) // 3]
-_LOWERED = re.compile("linear|conv|mm|matmul|einsum|attention|dot|bilinear|prelu|rnn|lstm|gru")
+_BATCH_SIZES = (2, 29)  # so unlike that what depends on them differs: the sizes of x[:8], of x[:x.shape[0] // 3]
+_LOWERED = re.compile("linear|conv|mm|mv|matmul|einsum|attention|dot|bilinear|prelu|rnn|lstm|gru")
 
 
 def samples_like(example: Tensor) -> list[Tensor]:
@@ -38,17 +39,31 @@ def known_values(node: fx.Node) -> list[Any] | None:
 
 
 def compute_values(node: fx.Node, root: nn.Module) -> list[Any] | None:
-    """Run `node` without data, in both batch sizes; None if that cannot be, as in what reads numbers from tensors."""
+    """Run `node` without data, in both batch sizes; None if that cannot be, as in what reads numbers from tensors.
+
+    What a user's module keeps, such as a table that it makes once, it keeps in a copy; a user's function is not run.
+    """
     given = {source: known_values(source) for source in node.all_input_nodes}
-    if any(values is None for values in given.values()):
+    if any(values is None for values in given.values()) or not _can_run(node, root):
         return None
     try:
-        with fixed_randomness(0), torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+        with fixed_randomness(0), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return [_run(node, root, {source: values[i] for source, values in given.items() if values})
                     for i in range(len(_BATCH_SIZES))]
     except Exception:  # whatever an operation or a user's module does with tensors that have no data
         return None
+
+
+def _can_run(node: fx.Node, root: nn.Module) -> bool:
+    """Whether what `node` runs calls no hook, and is torch's, torchvision's or Python's where it is a function."""
+    if node.op == "call_module":
+        parts = root.get_submodule(str(node.target)).modules()
+        return not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    if node.op == "call_function":
+        package = (getattr(node.target, "__module__", None) or "").partition(".")[0]
+        return package in ("torch", "torchvision", "_operator", "math", "builtins", "")  # "": some that are in C
+    return True
 
 
 def changes_under_autocast(node: fx.Node, root: nn.Module) -> bool:
@@ -57,7 +72,8 @@ def changes_under_autocast(node: fx.Node, root: nn.Module) -> bool:
         return True
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return not isinstance(module, nn.Embedding) and any(weight.dim() > 1 for weight in module.parameters())
+        return not isinstance(module, nn.Embedding) and (bool(_LOWERED.search(operation(node, root)))
+                                                         or any(weight.dim() > 1 for weight in module.parameters()))
     return node.op in ("call_function", "call_method") and bool(_LOWERED.search(operation(node, root)))
 
 
@@ -72,9 +88,13 @@ def _run(node: fx.Node, root: nn.Module, given: dict[fx.Node, Any]) -> Any:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # computing it is slow, even without data
             return torch.empty_like(args[0])
         state = {name: _without_data(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-        return functional_call(module, state, args, kwargs)
-    return getattr(args[0], str(node.target))(*args[1:], **kwargs) if node.op == "call_method" \
-        else node.target(*args, **kwargs)  # type: ignore[operator]
+        if not type(module).__module__.startswith("torch."):  # real tensors, should it make some and keep them
+            return functional_call(deepcopy(module), state, args, kwargs)
+        with torch.device("meta"):
+            return functional_call(module, state, args, kwargs)
+    with torch.device("meta"):
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs) if node.op == "call_method" \
+            else node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _without_data(tensor: Tensor) -> Tensor:
