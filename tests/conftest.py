@@ -20,9 +20,10 @@ from blpipe.config_file import parse_config
 from blpipe.runs import train_run
 
 REPOSITORY = Path(__file__).parent.parent
-LONGEST_FIRST = ("test_soak.py", "test_readme.py", "test_zoo.py", "test_restarts.py", "test_engines.py",
+LONGEST_FIRST = ("test_soak.py", "test_readme.py", "test_restarts.py", "test_zoo.py", "test_engines.py",
                  "test_checkpoints.py", "test_processes.py", "test_recompute.py", "test_plan_command.py",
-                 "test_faults.py")
+                 "test_faults.py", "test_forecast.py", "test_bad_input.py", "test_memory_benchmark.py",
+                 "test_replicas.py", "test_nodes.py", "test_scaling.py")
 
 
 def pytest_collection_modifyitems(items):
