@@ -1,6 +1,7 @@
 """Checkpoints: none leaves a trace in a run, any can be gone on from, and what is damaged is found."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from test_cli import run
 
 from blpipe import cli, runs
 from blpipe.checkpoint.folders import checkpoints, manifest, seals, write_manifest
-from blpipe.checkpoint.state import load, read
+from blpipe.checkpoint.state import _IndexUnpickler, load, read
 from blpipe.checkpoint.state import state_of as state_of_engine
 from blpipe.config_file import load_config, parse_config, set_key
 from blpipe.data import open_data
@@ -560,6 +561,26 @@ def test_reading_a_checkpoint_runs_nothing_from_it(folder, capsys):
     with pytest.raises(UserError, match="is damaged"):
         read(path, lambda key: True)
     assert not (folder / "ran").exists()
+
+
+class AsOldPythonsDo:
+    """Pickles an attribute as the first releases of Python 3.11 pickle a member of an Enum."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_an_index_may_name_members_of_enums_as_old_pythons_do_and_no_other_attributes():
+    def read_index(*attribute):
+        return _IndexUnpickler(io.BytesIO(pickle.dumps(AsOldPythonsDo(*attribute)))).load()
+
+    kind = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    assert read_index(kind, "TORCH_CHANNELS_LAST") is kind.TORCH_CHANNELS_LAST
+    with pytest.raises(pickle.UnpicklingError, match="its index asks for unlink of something that is no Enum"):
+        read_index(Path, "unlink")
 
 
 # Files that cannot be written.

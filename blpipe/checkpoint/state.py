@@ -15,6 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -160,6 +161,8 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 calls it
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if (module, name) in self._OTHERS:
             return super().find_class(module, name)
         if module in (self._DCP, "torch", "pathlib") and "." not in name:
@@ -169,6 +172,13 @@ class _IndexUnpickler(pickle.Unpickler):
                     (is_class and module == self._DCP == found.__module__):
                 return found
         raise pickle.UnpicklingError(f"its index names {module}.{name}, which no checkpoint needs")
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """What the first releases of Python 3.11 have in an index for a member: `getattr`, for us of its class alone."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"its index asks for {name} of something that is no Enum")
+    return kind[name]
 
 
 @contextmanager
