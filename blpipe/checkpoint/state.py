@@ -65,9 +65,10 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
         engine.restore_sums({seat: EpochSums(Tally(), train_seconds=taken) for seat in seated})
         return [*([] if alike else _notes_on_other_stages(saved.stages, plan)),
                 "random streams begin anew, and errors under way and gradients due later are left out"]
-    engine.restore_sums({(replica, index): EpochSums(Tally.of(sums[f"tally/{_seat(index, replica)}"].tolist()),
-                                               *sums[f"seconds/{_seat(index, replica)}"].tolist())
-                       for replica, index in seated})
+    engine.restore_sums({
+        (replica, index): EpochSums(Tally.of(sums[f"tally/{_seat(index, replica)}"].tolist()),
+                                    *sums[f"seconds/{_seat(index, replica)}"].tolist())
+        for replica, index in seated})
     return []
 
 

@@ -102,22 +102,26 @@ class Data:
                 yield (seed, *labels), batches[step][share.of(len(batches[step]))]
 
         for step, (x, y) in enumerate(self._source.train.batches(requests()), start_step):
-            moves = self._moves(len(batches[step]), generator(seed, "augment", epoch, step))
-            yield self._prepared(x, moves[:, share.of(len(batches[step]))]), transfer(y, self.device)
+            count = len(batches[step])
+            moves = self._moves(count, seed, "augment", epoch, step)
+            ours = None if moves is None else moves[:, share.of(count)]
+            yield self._prepared(x, ours), transfer(y, self.device)
 
     def zeros(self, count: int) -> Tensor:
         """So many training samples of zeros, prepared as those of `train_batches`."""
         train = self._source.train
         x = torch.zeros(count, *train.shape, dtype=train.dtype)
-        return self._prepared(x, self._moves(count, torch.Generator().manual_seed(0)))
+        return self._prepared(x, self._moves(count, 0))
 
-    def _moves(self, count: int, generator: torch.Generator) -> Tensor:
-        return prepare.moves(count, self._augment.crop, self._augment.flip, generator)
+    def _moves(self, count: int, seed: int, *labels: int | str) -> Tensor | None:
+        """What augmentation does with so many images, int64 [3, B]; None where it neither crops nor flips."""
+        crop, flip = self._augment.crop, self._augment.flip
+        return prepare.moves(count, crop, flip, generator(seed, *labels)) if crop or flip else None
 
     def _prepared(self, x: Tensor, moves_3B: Tensor | None = None) -> Tensor:
         """Samples as they are, transferred, augmented and normalised; a transfer before takes the fewest bytes."""
         x = transfer(x, self.device)
-        if moves_3B is not None and (self._augment.crop or self._augment.flip):
+        if moves_3B is not None:
             x = prepare.augment(x, moves_3B)
         return prepare.normalise(x, self._mean, self._std)
 
