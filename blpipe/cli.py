@@ -24,12 +24,13 @@ examples:
   python -m blpipe plan configs/quickstart.yaml partition.strategy=balanced --out plan.png
   python -m blpipe eval runs/quickstart
   python -m blpipe export runs/quickstart --out model.pt
+  python -m blpipe compare runs/quickstart runs/short
 
 exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted by Ctrl-C, 141 if the reader of the
 output has gone, 143 by SIGTERM, and saved; torchrun itself returns 1 for all but the first"""
 
 _RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
-_BEST = "the checkpoint of the best accuracy on the test samples, of those that were kept"
+_BEST = "the checkpoint of the best accuracy on the test samples (the least loss, of values), of those that were kept"
 _GRACE_SECONDS = 2.0  # between SIGTERM and the end of a process under torchrun
 
 
@@ -205,4 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="FILE", help="where to, such as model.pt")
     export.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     export.set_defaults(command="export")
+
+    compare = commands.add_parser("compare", help="show what several runs came to, side by side",
+                                  description="Accuracy, speed and memory of runs, finished or not, and the keys in "
+                                              "which they differ.")
+    compare.add_argument("runs", nargs="*", metavar="RUN", help="run folders; if there is none, all in runs/")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    compare.set_defaults(command="compare")
     return parser

@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from blpipe import launch, resume, runs
+from blpipe.comparison import compare as compare_runs
 from blpipe.config_file import load_config
 from blpipe.errors import ConfigError
 from blpipe.forecast import report
@@ -64,6 +65,13 @@ def export(arguments: Namespace) -> None:
     _refuse_torchrun()
     runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best, arguments.overwrite)
     print(f"wrote {arguments.out}")
+
+
+def compare(arguments: Namespace) -> None:
+    """`compare`: what several runs came to."""
+    _refuse_torchrun()
+    found = compare_runs([Path(run) for run in arguments.runs])
+    print(json.dumps(found.as_json(), indent=2) if arguments.json else found.as_text())
 
 
 def _refuse_torchrun() -> None:

@@ -301,7 +301,8 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When the state is saved: every so many epochs and steps (0: never), and always at the end.
 
-    keep: how many checkpoints, the last ones; best: whether that of the best accuracy is kept too.
+    keep: how many checkpoints, the last ones; best: whether that of the best accuracy is kept too, or of values that of
+    the least loss.
     """
 
     every_epochs: NotNegative = 1

@@ -25,8 +25,10 @@ class Boundary:
         later: shapes at the outputs of the blocks that follow, in order; maps always as [C, H, W]. None follow
             on the model's own output, the logits.
         channels_last: whether `shape` is a map with its channels last.
-        target_shape: of one sample's targets: () for a class label, (T,) where every position has one.
+        target_shape: of one sample's logits without their last dimension: () for one label or a row of values, (T,)
+            where every position has one.
         index: of the block right before the boundary, from 0.
+        labelled: whether targets are labels of classes; if not, they are values.
     """
 
     shape: Shape
@@ -35,6 +37,7 @@ class Boundary:
     channels_last: bool = False
     target_shape: Shape = ()
     index: int = 0
+    labelled: bool = True
 
     @property
     def last(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,12 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor, x: Tensor | None = None) -> Tensor:
-        """Logits [B, …, classes], targets int64 [B, …]."""
+        """Logits [B, …, classes], targets int64 [B, …] or float32 [B, …, classes]."""
+        if targets.is_floating_point():
+            if targets.shape != logits.shape:
+                raise ValueError("of values, it takes the probabilities of all classes; make labels integers, or use "
+                                 "mse or bce")
+            return F.cross_entropy(logits.flatten(0, -2), targets.flatten(0, -2), label_smoothing=self.label_smoothing)
         loss = partial(F.cross_entropy, logits.flatten(0, -2), targets.flatten(), label_smoothing=self.label_smoothing)
         if targets.dim() == 1:
             return loss()
@@ -53,7 +59,7 @@ class CrossEntropy(nn.Module):
 def cross_entropy(label_smoothing: float = 0.0) -> nn.Module:
     """Cross-entropy, averaged over the batch and any positions: logits [B, …, classes], targets int64 [B, …].
 
-    Positions whose target is `IGNORED` are left out.
+    Positions whose target is `IGNORED` are left out. Targets float32 [B, …, classes] are probabilities.
 
     Raises:
         ValueError: `label_smoothing` outside 0…1.
@@ -61,6 +67,25 @@ def cross_entropy(label_smoothing: float = 0.0) -> nn.Module:
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing {label_smoothing} must be from 0 to 1")
     return CrossEntropy(label_smoothing)
+
+
+def mse() -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean squared error, over the batch and all that the model gives for a sample: targets float32, as many values."""
+    return lambda outputs, targets: F.mse_loss(outputs, _values(targets, outputs))
+
+
+def bce() -> Callable[[Tensor, Tensor], Tensor]:
+    """Binary cross-entropy of logits, averaged likewise: targets float32, as many, each from 0 to 1."""
+    return lambda logits, targets: F.binary_cross_entropy_with_logits(logits, _values(targets, logits))
+
+
+def _values(targets: Tensor, outputs: Tensor) -> Tensor:
+    """The targets, laid out as the outputs are."""
+    if not targets.is_floating_point():
+        raise ValueError("it takes values, and these are labels; make them floats, or use cross_entropy")
+    if targets.numel() != outputs.numel():
+        raise ValueError("it takes as many targets as the model gives values; make them alike")
+    return targets.reshape(outputs.shape)
 
 
 class PredSim(nn.Module):
@@ -140,6 +165,8 @@ def supcon(boundary: Boundary, temperature: float = 0.1, weight: float = 1.0) ->
 
 
 def _need_a_label_a_sample(name: str, boundary: Boundary) -> None:
+    if not boundary.labelled:
+        raise ValueError(f"{name} needs labels, and the targets are values; use mse or bce")
     if boundary.target_shape != ():
         raise ValueError(f"{name} needs one label a sample, and targets of shape {list(boundary.target_shape)} are "
                          "more; use cross_entropy")
@@ -167,7 +194,8 @@ def _contrast(similarity: Tensor, targets: Tensor) -> Tensor:
     return -(torch.where(positive, log_share, 0.0).sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
-BUILT_IN: dict[str, Callable[..., nn.Module]] = {"cross_entropy": cross_entropy, "pred_sim": pred_sim, "supcon": supcon}
+BUILT_IN: dict[str, Callable[..., Any]] = {"cross_entropy": cross_entropy, "mse": mse, "bce": bce,
+                                           "pred_sim": pred_sim, "supcon": supcon}
 
 
 def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str = "method.loss") -> nn.Module:

@@ -111,6 +111,8 @@ class RunLog:
             "method": plan.config.method.name,
             "val_accuracy": last[-1]["val_accuracy"],
             "stage_val_accuracy": [row["val_accuracy"] for row in last],
+            "val_loss": last[-1]["val_loss"],
+            "stage_val_loss": [row["val_loss"] for row in last],
             "samples_per_second": self._plan.samples_per_epoch * plan.config.train.epochs / seconds,
             "train_seconds": seconds,
             "steps": plan.config.train.epochs * len(plan.step_sizes),
@@ -188,39 +190,47 @@ def run_line(plan: Plan, device: torch.device, engine: str) -> str:
     count, frozen = (sum(p.numel() for p in chosen) for chosen in
                      (parameters, [p for p in parameters if not p.requires_grad]))
     replicas = f", {config.train.replicas} replicas" if config.train.replicas > 1 else ""
+    targets = f"{data.classes} classes" if data.labelled else f"targets of {list(data.target_shape)} values"
     where = f"one process on {device}" if engine == "local" else f"{config.processes} processes on {device.type}"
     return (f"{config.method.name} in {len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}{replicas}, {where}: "
             f"{count:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; {data.train_samples:,} training "
-            f"and {data.test_samples:,} test samples of {list(data.shape)}, {data.classes} classes; "
+            f"and {data.test_samples:,} test samples of {list(data.shape)}, {targets}; "
             f"{len(plan.step_sizes)} steps an epoch")
 
 
 def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:
     """One epoch on one line."""
     assert epoch.reports is not None
-    accuracies = " ".join(percent(report.val_accuracy) for report in epoch.reports)
     last = epoch.reports[-1]
-    loss = "–" if last.train_loss is None else f"{last.train_loss:.4f}"  # every step was skipped
-    return (f"epoch {epoch.index + 1}/{epochs}  train loss {loss}  test accuracy by stage {accuracies}  "
+    tested = f"accuracy by stage {' '.join(percent(report.val_accuracy) for report in epoch.reports)}"
+    if last.val_accuracy is None and last.val_loss is not None:  # of values
+        tested = f"loss by stage {' '.join(_loss(report.val_loss) for report in epoch.reports)}"
+    return (f"epoch {epoch.index + 1}/{epochs}  train loss {_loss(last.train_loss)}  test {tested}  "
             f"{samples / last.train_seconds:,.0f} samples/s")
+
+
+def _loss(value: float | None) -> str:
+    """A dash where there is none, as where every step was skipped."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def evaluation_table(stages: list[dict[str, Any]], reports: list[StageReport]) -> str:
     """A table with a row a stage: the loss and the accuracy of its head."""
     rows = [("stage", "blocks", "parameters", "loss", "accuracy")]
     for number, (stage, report) in enumerate(zip(stages, reports, strict=True), start=1):
-        loss = "–" if report.val_loss is None else f"{report.val_loss:.4f}"
-        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", loss,
+        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", _loss(report.val_loss),
                      percent(report.val_accuracy)))
     return table(rows, left=[1])
 
 
-def stage_table(stages: list[dict[str, Any]], accuracies: list[float | None]) -> str:
-    """A table with a row a stage, from a result's `stages`."""
-    rows = [("stage", "blocks", "parameters", "accuracy", "busy", "waiting")]
-    for number, (stage, accuracy) in enumerate(zip(stages, accuracies, strict=True), start=1):
+def stage_table(result: dict[str, Any]) -> str:
+    """A table with a row a stage, from a result; of values, with losses in place of accuracies."""
+    valued = result["val_accuracy"] is None and result["val_loss"] is not None
+    tested = [*map(_loss, result["stage_val_loss"])] if valued else [*map(percent, result["stage_val_accuracy"])]
+    rows = [("stage", "blocks", "parameters", "test loss" if valued else "accuracy", "busy", "waiting")]
+    for number, (stage, found) in enumerate(zip(result["stages"], tested, strict=True), start=1):
         busy, wait = stage.get("busy_seconds"), stage.get("wait_seconds")
         total = None if busy is None or wait is None else busy + wait
-        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", percent(accuracy),
+        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", found,
                      percent(busy / total if total else None), percent(wait / total if total else None)))
     return table(rows, left=[1])

@@ -170,7 +170,7 @@ class Plan:
 
     def targets(self, size: int) -> TensorSpec:
         """The targets that travel with the activations, for `size` samples."""
-        return TensorSpec((size, *self.data.target_shape), torch.int64)
+        return self.data.targets(size)
 
 
 def make_network(config: Config, data: DataSpec) -> Network:
@@ -208,7 +208,7 @@ def make_network(config: Config, data: DataSpec) -> Network:
     classes = _classes(traced[any_size], data)
     later = tuple(map(channels_first, shapes, last))
     return Network(config, data, model, {size: list(specs.values()) for size, specs in traced.items()},
-                   [Boundary(shape, classes, later[i + 1:], last[i], data.target_shape, i)
+                   [Boundary(shape, classes, later[i + 1:], last[i], shapes[-1][:-1], i, data.labelled)
                     for i, shape in enumerate(shapes)])
 
 
@@ -256,7 +256,7 @@ def notices(plan: Plan) -> list[str]:
     if plan.config.partition.strategy == "balanced":
         lines.append(f"partition: balanced by {plan.config.partition.costs} costs; "
                      f"cuts: [{', '.join(plan.config.partition.cuts or ())}]")
-    if plan.classes > plan.data.classes:
+    if plan.data.labelled and plan.classes > plan.data.classes:
         lines.append(f"model: it gives {plan.classes} logits, and the data have {plan.data.classes} classes")
     schedule, epochs = plan.config.schedule, plan.config.train.epochs
     if schedule.name == "multistep" and not schedule.milestones:
@@ -323,11 +323,12 @@ def _checked_loss(plan: Plan, index: int) -> nn.Module:
     samples = min(2, *training_sizes(plan.data, plan.config))  # few: they have values
     outputs = next(iter(plan.outputs.values()))
     logits, x = (torch.zeros(samples, *outputs[k].shape[1:]) for k in (-1, index))
+    shape, dtype = plan.data.targets(samples)
     try:
-        value = loss(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64), x)
+        value = loss(logits, torch.zeros(shape, dtype=dtype), x)
     except Exception as error:
         raise ConfigError(f"{key}: {type(error).__name__} for logits {list(logits.shape)} and targets "
-                          f"{list(logits.shape[:-1])}: {one_line(error)}") from error
+                          f"{dtype_name(dtype)} {list(shape)}: {one_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
         raise ConfigError(f"{key}: the function must return a scalar tensor, the mean over the batch")
     return loss
@@ -336,7 +337,9 @@ def _checked_loss(plan: Plan, index: int) -> nn.Module:
 def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:
     name, output = next(reversed(specs.items()))
     size = output.shape[0]
-    if output.shape[:-1] != (size, *data.target_shape):
+    if data.labelled and output.shape[:-1] != (size, *data.target_shape):
         raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; for targets of "
                           f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}")
+    if len(output.shape) < 2:
+        raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; have it give {[size, 1]}")
     return output.shape[-1]

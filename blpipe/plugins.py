@@ -17,10 +17,14 @@ from typing import Any
 
 from blpipe.config_types import Named
 from blpipe.errors import ConfigError, one_line
+from blpipe.seeds import fixed_randomness
 
 GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "data.augment.transforms": "blpipe.transforms",
           "partition": "blpipe.partitions", "method.head": "blpipe.heads", "method.loss": "blpipe.losses"}
 """By a part's section of the config: the entry point group in which packages register theirs."""
+
+_IMPORT_SEED = 0
+"""Of what a module draws as it is imported: the same in every process, and nothing of what is drawn after."""
 
 
 def resolve(key: str, part: Named, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -72,7 +76,8 @@ def _origin(plug_in: EntryPoint) -> str:
 def _load(key: str, plug_in: EntryPoint) -> Callable[..., Any]:
     said = f"{key}: {plug_in.name!r} of {_origin(plug_in)}"
     try:
-        function = plug_in.load()
+        with fixed_randomness(_IMPORT_SEED):
+            function = plug_in.load()
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{said} cannot be imported: {type(error).__name__}: {one_line(error)}; "
                           "mend or uninstall that package") from error
@@ -100,7 +105,8 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        with fixed_randomness(_IMPORT_SEED):
+            found = getattr(importlib.import_module(module_name), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ConfigError(f"{key}: cannot import {target!r}: {type(error).__name__}: {one_line(error)}{_place(error)}; "
                           "check the spelling, and run from the folder that holds the module") from error

@@ -18,7 +18,7 @@ from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
 from blpipe.data import Data, open_data
 from blpipe.device import set_up
-from blpipe.engines.common import Engine, check_weights
+from blpipe.engines.common import Engine, StageReport, check_weights
 from blpipe.errors import StoppedError, UserError
 from blpipe.files import put
 from blpipe.forecast.costs import profile
@@ -254,7 +254,7 @@ def _train(engine: Engine, run: _Run) -> int | None:
                         _write_trace(run.folder, engine, plan)
                 if _is_save_due(plan, reached):
                     check_weights(plan, engine.stages, reached.steps_done)
-                    saver.save(reached.steps_done, _val_accuracy(reached))
+                    saver.save(reached.steps_done, _of_model(reached))
         saver.finish()
         if log is not None and not reached.stopped:
             _finish(log, run.folder)
@@ -272,7 +272,7 @@ def _horizon(run: _Run, start: int, stop: Event) -> Horizon:
 
 def _finish(log: RunLog, folder: Path) -> None:
     result = log.finish()
-    print(stage_table(result["stages"], result["stage_val_accuracy"]))
+    print(stage_table(result))
     print(f"run folder: {folder}")
 
 
@@ -306,9 +306,9 @@ def _is_save_due(plan: Plan, reached: Reached) -> bool:
     return reached.epoch is not None and is_due(reached.epoch.index + 1, config.every_epochs, plan.config.train.epochs)
 
 
-def _val_accuracy(reached: Reached) -> float | None:
+def _of_model(reached: Reached) -> StageReport | None:
     reports = reached.epoch.reports if reached.epoch is not None else None
-    return reports[-1].val_accuracy if reports else None
+    return reports[-1] if reports else None
 
 
 @contextmanager

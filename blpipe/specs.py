@@ -25,10 +25,11 @@ class DataSpec:
     Args:
         shape: of one prepared sample, for example (3, 32, 32).
         dtype: of a prepared batch, "float32" or "int64".
-        target_shape: of one target, () for a class label; targets are int64.
-        classes: how many classes there are.
+        target_shape: of one target, () for a class label.
+        classes: how many classes there are; of values, how many a target has in its last dimension.
         train_samples: how many training samples.
         test_samples: how many test samples.
+        target_dtype: "int64" for labels, "float32" for values.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +38,16 @@ class DataSpec:
     classes: int
     train_samples: int
     test_samples: int
+    target_dtype: str = "int64"
+
+    @property
+    def labelled(self) -> bool:
+        """Whether targets are labels of classes, and no values."""
+        return self.target_dtype == "int64"
+
+    def targets(self, size: int) -> TensorSpec:
+        """The targets of so many samples."""
+        return TensorSpec((size, *self.target_shape), getattr(torch, self.target_dtype))
 
     def batch(self, size: int) -> TensorSpec:
         """So many samples together."""

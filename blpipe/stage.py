@@ -116,7 +116,7 @@ class Stage:
         With a joint backward the tail takes it in `link_backward`; here the error only passes through the tail.
 
         Args:
-            targets: int64 [microbatch, …].
+            targets: [microbatch, …], int64 labels or float32 values.
             share: this microbatch's share of the batch: the loss is a mean over the batch.
             mix_ratio: the share of each image's own label in its loss; see `mixed_loss`.
 

@@ -47,14 +47,16 @@ class Tally:
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Count a microbatch: its mean loss, and the targets [B, …] with the largest of the logits [B, …, classes].
 
-        Of targets [B, T], those that are `IGNORED` are not counted.
+        Of targets [B, T], those that are `IGNORED` are not counted. Of values, the loss alone is.
         """
         before = self.loss_sum
         if not isinstance(before, Tensor):
             before = loss.new_full((), before, dtype=torch.double)
         self.loss_sum = torch.add(before, loss.detach(), alpha=len(targets))
-        self._correct = self._correct + (logits.detach().argmax(-1) == targets).sum()
         self._samples += len(targets)
+        if targets.is_floating_point():
+            return
+        self._correct = self._correct + (logits.detach().argmax(-1) == targets).sum()
         self._targets = self._targets + (targets.numel() if targets.dim() == 1 else (targets != IGNORED).sum())
 
     def is_finite(self) -> bool:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +14,10 @@ from conftest import assert_same_run, small_config, train_in_processes, train_lo
 
 from blpipe import cli
 from blpipe.config import DataConfig
+from blpipe.config_types import Named
 from blpipe.data import open_data
+from blpipe.models import build_model
+from blpipe.specs import DataSpec
 
 PARTS = """
 import torch
@@ -167,6 +172,36 @@ WHAT = {"target": "parts_of_tests:returns", "stages": 2}
 ])
 def test_what_is_wrong_with_ones_own_parts_is_said_in_a_line(changes, match, capsys):
     refused(tree("bad", **changes), capsys, match)
+
+
+DRAWS = """
+import random
+import numpy
+import torch
+from torch import nn
+
+TABLE = torch.rand(2), numpy.random.rand(), random.random()
+
+def net():
+    return [nn.Linear(2, 3), nn.Linear(3, 2)]
+"""
+
+
+def test_what_a_module_draws_as_it_is_imported_changes_no_weights_and_repeats(tmp_path, monkeypatch):
+    """One process may import it for the model, and another for the data before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "draws.py").write_text(DRAWS)
+    built, tables = [], []
+    for again in range(3):
+        built.append(build_model(Named(target="draws:net"), DataSpec((2,), "float32", (), 2, 8, 8), 0))
+        tables.append(sys.modules["draws"].TABLE)
+        if again:  # the first time it is imported, the second it was, the third it is anew
+            del sys.modules["draws"]
+            torch.rand(1), random.random(), np.random.rand()
+    for model, (numbers, *others) in zip(built[1:], tables[1:], strict=True):
+        assert torch.equal(model[0].weight, built[0][0].weight)
+        assert torch.equal(numbers, tables[0][0])
+        assert others == list(tables[0][1:])
 
 
 # Installed packages.

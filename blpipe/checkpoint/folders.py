@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ class Manifest:
 
     Args:
         steps_done: optimizer steps of the run that it has behind it.
-        val_accuracy: of the model, where it stands at the end of an epoch that was evaluated.
+        val_accuracy: of the model, where it stands at the end of an epoch that was evaluated, and has labels.
         stages: the names of the blocks of every stage.
         metadata: the versions of the plain model's modules.
         files: the seals of all other files, by name.
         steps_per_epoch: of the run; None in what earlier versions wrote.
+        val_loss: likewise, of the model at the end of an epoch that was evaluated.
     """
 
     steps_done: int
@@ -45,6 +47,7 @@ class Manifest:
     metadata: dict[str, Any]
     files: dict[str, FileSeal]
     steps_per_epoch: int | None = None
+    val_loss: float | None = None
 
 
 def checkpoint_after(run: Path, steps_done: int) -> Path:
@@ -165,7 +168,9 @@ def newest_intact(run: Path) -> tuple[Path, list[str]]:
 
 
 def best_of(run: Path) -> Path:
-    """The checkpoint of the best accuracy. Raises UserError where none is known."""
+    """The checkpoint of the best accuracy, or where there is none of the least loss. Raises UserError where none is
+    known.
+    """
     best = _best(checkpoints(run))
     if best is None:
         raise UserError(f"{run}: holds no checkpoint at the end of an epoch that was evaluated; leave --best out")
@@ -173,7 +178,7 @@ def best_of(run: Path) -> Path:
 
 
 def prune(run: Path, keep: int, keep_best: bool) -> None:
-    """Delete all but the last `keep` checkpoints, and the one of the best accuracy."""
+    """Delete all but the last `keep` checkpoints, and the best one, as `best_of` has it."""
     found = checkpoints(run)
     best = _best(found) if keep_best else None
     _delete(set(found[:-keep]) - {best})
@@ -194,15 +199,19 @@ def _delete(checkpoints: Iterable[Path]) -> None:
 
 
 def _best(found: list[Path]) -> Path | None:
-    measured = [(accuracy, path) for path in found if (accuracy := _accuracy(path)) is not None]
+    measured = [(score, path) for path in found if (score := _score(path)) is not None]
     return max(measured)[1] if measured else None
 
 
-def _accuracy(checkpoint: Path) -> float | None:
+def _score(checkpoint: Path) -> float | None:
+    """The accuracy, or where there is none the loss, turned round; None for a checkpoint that has neither."""
     try:
-        return manifest(checkpoint).val_accuracy
+        saved = manifest(checkpoint)
     except UserError:  # damaged since
         return None
+    if saved.val_accuracy is None and saved.val_loss is not None and isfinite(saved.val_loss):
+        return -saved.val_loss
+    return saved.val_accuracy
 
 
 def _digest_of(tree: Any) -> str:

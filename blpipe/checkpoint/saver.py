@@ -15,7 +15,7 @@ from torch import Tensor
 from blpipe.checkpoint.folders import CONFIG, FileSeal, Manifest, aside, checkpoint_after, complete, prune, seals
 from blpipe.checkpoint.state import state_of, without_warning
 from blpipe.config_file import dump_config
-from blpipe.engines.common import Engine
+from blpipe.engines.common import Engine, StageReport
 from blpipe.errors import CheckpointError, one_line
 from blpipe.models.build import plain_metadata
 from blpipe.plan import Plan
@@ -40,8 +40,12 @@ class Saver:
         self._writing: Future[str | None] | None = None
         self._newest = newest
 
-    def save(self, steps_done: int, val_accuracy: float | None = None) -> None:
-        """Begin to save; waits for the checkpoint before, and for the device."""
+    def save(self, steps_done: int, model: StageReport | None = None) -> None:
+        """Begin to save; waits for the checkpoint before, and for the device.
+
+        Args:
+            model: what the last stage did, at the end of an epoch.
+        """
         if steps_done == self._newest:
             return
         problem = self._wait()
@@ -50,7 +54,7 @@ class Saver:
         self._newest = steps_done
         state = {key: tensor.detach().to("cpu", copy=True)
                  for key, tensor in state_of(self._plan, self._engine).items()}
-        self._writing = self._thread.submit(self._write, steps_done, state, val_accuracy)
+        self._writing = self._thread.submit(self._write, steps_done, state, model)
 
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
@@ -67,7 +71,7 @@ class Saver:
         writing, self._writing = self._writing, None
         return None if writing is None else writing.result()
 
-    def _write(self, steps_done: int, state: dict[str, Tensor], val_accuracy: float | None) -> str | None:
+    def _write(self, steps_done: int, state: dict[str, Tensor], model: StageReport | None) -> str | None:
         target = checkpoint_after(self._run, steps_done)
         try:
             self._on_leader(partial(_begin, aside(target), self._plan))
@@ -76,7 +80,7 @@ class Saver:
                 writer = dcp.FileSystemWriter(aside(target), per_thread_copy_ahead=0)
                 dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             files = self._gather(partial(seals, aside(target), f"__{self._rank}_*"))
-            self._on_leader(partial(self._complete, target, steps_done, val_accuracy, files))
+            self._on_leader(partial(self._complete, target, steps_done, model, files))
         except (Exception, dcp.CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(aside(target), ignore_errors=True)
@@ -85,11 +89,12 @@ class Saver:
             return f"cannot write the checkpoint {target}: {why}; what was saved before is still there"
         return None
 
-    def _complete(self, target: Path, steps_done: int, val_accuracy: float | None, files: dict[str, FileSeal]) -> None:
+    def _complete(self, target: Path, steps_done: int, model: StageReport | None, files: dict[str, FileSeal]) -> None:
         files = {**files, **seals(aside(target), ".metadata"), **seals(aside(target), CONFIG)}
         names = [self._plan.block_names(k) for k in range(len(self._plan.stages))]
-        complete(target, Manifest(steps_done, val_accuracy, names, plain_metadata(self._plan.model), files,
-                                  len(self._plan.step_sizes)))
+        accuracy, loss = (None, None) if model is None else (model.val_accuracy, model.val_loss)
+        complete(target, Manifest(steps_done, accuracy, names, plain_metadata(self._plan.model), files,
+                                  len(self._plan.step_sizes), loss))
         kept = self._plan.config.checkpoint
         with suppress(OSError):  # what cannot be deleted stays
             prune(self._run, kept.keep, kept.best)

@@ -22,7 +22,7 @@ from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, fixed_randomness, generator
 from blpipe.specs import EVERYTHING, DataSpec, Share
-from blpipe.text import human_bytes
+from blpipe.text import dtype_name, human_bytes
 
 __all__ = ["SETS", "Data", "Mixing", "open_data"]
 
@@ -49,8 +49,8 @@ class Data:
         usual = config.normalize or source
         self._mean, self._std = (prepare.constants(values, device) for values in (usual.mean, usual.std))
         dtype = "int64" if train.dtype == torch.int64 else "float32"
-        self.spec = DataSpec(train.shape, dtype, train.target_shape, source.classes, len(train),
-                             len(source.test))
+        self.spec = DataSpec(train.shape, dtype, train.target_shape, source.classes, len(train), len(source.test),
+                             dtype_name(train.target_dtype))
 
     def to(self, device: torch.device) -> "Data":
         """The same data, prepared on `device`, and also held there if `data.place` says so.
@@ -85,8 +85,8 @@ class Data:
         what transforms draw, and a Dataset for itself, does.
 
         Yields:
-            x float32 [B, …], normalised, or int64 [B, …] as it is; y int64 [B, …]; on `device`. The last batch is
-            smaller where the samples do not divide, unless `drop_last`.
+            x float32 [B, …], normalised, or int64 [B, …] as it is; y [B, …], int64 labels or float32 values; on
+            `device`. The last batch is smaller where the samples do not divide, unless `drop_last`.
 
         Raises:
             UserError: a sample cannot be read and is not skipped, or its label is not one of the classes.
@@ -172,8 +172,7 @@ def open_data(config: DataConfig, seed: int) -> Data:
         where = "data.target" if config.target is not None else f"data.name: {config.name!r}"
         source = from_target(returned, config, where)
     check_alike(source)
-    train = source.train
-    problems = list(prepare.problems(config, train.shape, train.dtype, train.target_shape))
+    problems = list(prepare.problems(config, source.train))
     if problems:
         raise ConfigError(*problems)
     if config.name != "imagefolder":  # which transforms an image before it fits it to its size

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from blpipe.config import DataConfig
+from blpipe.data.splits import Split
 from blpipe.device import transfer
 from blpipe.text import dtype_name
 
 
-def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype,
-             target_shape: tuple[int, ...]) -> Iterator[str]:
-    """What of `augment` and `normalize` does not fit raw samples of this shape and type, one line each."""
+def problems(config: DataConfig, train: Split) -> Iterator[str]:
+    """What of `augment` and `normalize` does not fit these raw samples, one line each."""
+    shape, dtype = train.shape, train.dtype
     images = len(shape) == 3 and dtype != torch.int64
     sample = f"{dtype_name(dtype)} {list(shape)}"
     wanted = {"augment.crop": config.augment.crop, "augment.flip": config.augment.flip,
@@ -26,11 +27,11 @@ def problems(config: DataConfig, shape: tuple[int, ...], dtype: torch.dtype,
     if config.augment.crop >= min(shape[1:]):
         yield (f"data.augment.crop: {config.augment.crop} is not smaller than the images, "
                f"{shape[1]}×{shape[2]}; at most {min(shape[1:]) - 1}")
-    if target_shape:
+    if train.target_shape or train.target_dtype.is_floating_point:
         for name in ("mixup", "cutmix"):
             if value := getattr(config.augment, name):
                 yield (f"data.augment.{name}: {value:g} needs one label an image, and the targets are "
-                       f"{list(target_shape)}; leave it out")
+                       f"{dtype_name(train.target_dtype)} {list(train.target_shape)}; leave it out")
     if config.normalize is None:
         return
     for name, values in (("mean", config.normalize.mean), ("std", config.normalize.std)):

@@ -19,7 +19,7 @@ class Source:
     Args:
         train: the training samples.
         test: the test samples.
-        classes: how many classes there are.
+        classes: see `DataSpec`.
         mean: the default normalisation of values in 0…1, per channel or one for all; None for none.
         std: likewise.
     """
@@ -42,6 +42,11 @@ class Source:
             return self.train.nbytes + self.test.nbytes
         return None
 
+    @property
+    def labelled(self) -> bool:
+        """Whether targets are labels of classes, and no values."""
+        return not self.train.target_dtype.is_floating_point
+
     def splits(self) -> list[tuple[str, Split]]:
         """Both splits with their names."""
         return [("train", self.train), ("test", self.test)]
@@ -59,7 +64,7 @@ def check_fits_model(source: Source, classes: int) -> None:
     """Raises ConfigError where a label lies outside 0…classes-1, or may, where none is known up front."""
     for name, split in source.splits():
         if split.labels is None:
-            if source.classes > classes:
+            if source.labelled and source.classes > classes:
                 raise ConfigError(f"data: the data have {source.classes} classes, and the model gives {classes} "
                                   f"logits; have it give {source.classes}")
             continue
@@ -87,10 +92,11 @@ def check_alike(source: Source) -> None:
         if len(split) == 0 or 0 in split.shape + split.target_shape:
             raise ConfigError(f"data: {name} is empty: {len(split)} samples of {list(split.shape)}; "
                               "give at least one")
-    kinds = [(split.dtype, list(split.shape), list(split.target_shape)) for _, split in source.splits()]
+    kinds = [(split.dtype, list(split.shape), split.target_dtype, list(split.target_shape))
+             for _, split in source.splits()]
     if kinds[0] != kinds[1]:
-        train, test = (f"{dtype_name(dtype)} {shape} with target {target}"
-                       for dtype, shape, target in kinds)
+        train, test = (f"{dtype_name(dtype)} {shape} with target {dtype_name(target_dtype)} {target}"
+                       for dtype, shape, target_dtype, target in kinds)
         raise ConfigError(f"data: train samples are {train}, but test samples are {test}; make them alike")
 
 

@@ -25,7 +25,12 @@ Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """Samples in memory, the host's or a device's: `x` [N, …], uint8 images, float32 or int64; `y` int64 [N, …]."""
+    """Samples in memory, the host's or a device's.
+
+    Args:
+        x: [N, …], uint8 images, float32 or int64.
+        y: [N, …], int64 labels or float32 values.
+    """
 
     x: Tensor
     y: Tensor
@@ -49,9 +54,14 @@ class TensorSplit:
         return tuple(self.y.shape[1:])
 
     @property
+    def target_dtype(self) -> torch.dtype:
+        """The type of a target."""
+        return self.y.dtype
+
+    @property
     def labels(self) -> Tensor | None:
-        """Every target [N, …]."""
-        return self.y
+        """Every label [N, …]; None where targets are values."""
+        return None if self.y.is_floating_point() else self.y
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +92,7 @@ class TensorSplit:
 class DatasetSplit:
     """Samples that a Dataset makes one by one, in `workers` processes (0: in this one).
 
-    Every sample has the shape and type of the first, and labels lie in 0…classes-1; both are checked on
+    Every sample and target has the shape and type of the first, and labels lie in 0…classes-1; both are checked on
     every batch. `where` names the data in messages, for example "data.target: train". With `skip`, the next sample
     that can be read stands in for one that cannot; `skipped` collects a line about each of these, by index.
     """
@@ -93,6 +103,7 @@ class DatasetSplit:
     shape: tuple[int, ...]
     dtype: torch.dtype
     target_shape: tuple[int, ...]
+    target_dtype: torch.dtype
     labels: Tensor | None
     where: str
     workers: int
@@ -105,9 +116,9 @@ class DatasetSplit:
         """A split over all of `dataset`, whose first sample gives the shapes.
 
         Args:
-            dataset: map-style, of (tensor, int or int64 tensor).
-            classes: how many there are.
-            labels: every target int64 [N, …], where they are known up front.
+            dataset: map-style, of (tensor, number or tensor).
+            classes: how many there are; where targets are values, of no meaning.
+            labels: every label int64 [N, …], where they are known up front.
             where: names the data in messages.
             config: its `workers` and `bad_samples`.
 
@@ -122,8 +133,8 @@ class DatasetSplit:
                 found = first_readable(dataset, range(count), where, config.bad_samples == "skip")
         except UserError as error:
             raise ConfigError(str(error)) from error
-        return cls(dataset, count, classes, tuple(found.x.shape), found.x.dtype, tuple(found.y.shape), labels, where,
-                   config.workers, config.bad_samples == "skip")
+        return cls(dataset, count, classes, tuple(found.x.shape), found.x.dtype, tuple(found.y.shape), found.y.dtype,
+                   labels, where, config.workers, config.bad_samples == "skip")
 
     def __len__(self) -> int:
         return self.count
@@ -181,11 +192,12 @@ class _Batches(Dataset[Any]):
         places = chain(range(index, split.count), range(index))
         sample = first_readable(split.dataset, places, split.where, split.skip)
         index, x, y = sample.place, sample.x, sample.y
-        if (tuple(x.shape), x.dtype, tuple(y.shape)) != (split.shape, split.dtype, split.target_shape):
+        first = split.shape, split.dtype, split.target_shape, split.target_dtype
+        if (tuple(x.shape), x.dtype, tuple(y.shape), y.dtype) != first:
             raise UserError(f"{split.where} sample {index} is {describe(x)} with target {describe(y)}, but "
-                            f"the first is {dtype_name(split.dtype)} {list(split.shape)} with target int64 "
-                            f"{list(split.target_shape)}; make them all alike")
-        if bool(outside(y, split.classes, y.dim() > 0).any()):
+                            f"the first is {dtype_name(split.dtype)} {list(split.shape)} with target "
+                            f"{dtype_name(split.target_dtype)} {list(split.target_shape)}; make them all alike")
+        if not y.is_floating_point() and bool(outside(y, split.classes, y.dim() > 0).any()):
             raise UserError(f"{split.where} sample {index} has the label {y.tolist()}, outside "
                             f"0..{split.classes - 1}; mend the data or its number of classes")
         return sample
@@ -220,11 +232,13 @@ def usable(x: Tensor) -> Tensor | None:
 
 
 def usable_target(y: Any) -> Tensor | None:
-    """`y`, a tensor, array or number, as int64; None where it holds no integers."""
+    """`y`, a tensor, array or number, as int64 labels or float32 values; None where it holds neither."""
     try:
-        y = torch.as_tensor(y)
+        y = torch.as_tensor(y).detach()
     except Exception:  # whatever it is, it is no tensor
         return None
+    if y.is_floating_point():
+        return y.to(torch.float32)
     return y.to(torch.int64) if _is_integer(y) else None
 
 
@@ -248,7 +262,7 @@ def first_readable(dataset: Dataset[Any], places: Iterable[int], where: str, ski
     """The first sample of those at `places`; with `skip`, the first that can be read.
 
     Raises:
-        UserError: it cannot be read, with `skip` none of them can, or it is no (tensor, int or int64 tensor).
+        UserError: it cannot be read, with `skip` none of them can, or it is no (tensor, number or tensor).
     """
     reasons: dict[int, str] = {}
     for index in places:
@@ -286,7 +300,7 @@ def _sample(dataset: Dataset[Any], index: int, where: str) -> tuple[Tensor, Tens
     y = None if x is None else usable_target(pair[1])
     if x is not None and y is not None:
         return x, y
-    raise UserError(f"{where} sample {index} is {describe(pair)}; expected (tensor, int or int64 tensor)")
+    raise UserError(f"{where} sample {index} is {describe(pair)}; expected (tensor, number or tensor)")
 
 
 def _is_integer(x: Tensor) -> bool:

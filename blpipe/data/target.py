@@ -1,5 +1,6 @@
 """The user's own data: what the function at `data.target`, or a registered one, returned, as a Source."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from blpipe.data.source import Source, class_count
 from blpipe.data.splits import DatasetSplit, Split, TensorSplit, describe, usable, usable_target
 from blpipe.errors import ConfigError
 
-EXPECTED = ("expected (train, test), each a pair (x, y) of tensors or arrays [N, …], y of integers, or a "
-            "map-style torch Dataset of (tensor, int or int64 tensor)")
+EXPECTED = ("expected (train, test), each a pair (x, y) of tensors or arrays [N, …], y of integers (labels) or floats "
+            "(values), or a map-style torch Dataset of (tensor, number or tensor)")
 
 
 def from_target(returned: Any, config: DataConfig, where: str) -> Source:
@@ -30,14 +31,11 @@ def from_target(returned: Any, config: DataConfig, where: str) -> Source:
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise ConfigError(f"{where}: returned {describe(returned)}; {EXPECTED}")
     train_where, test_where = f"{where}: train", f"{where}: test"
-    if isinstance(returned[0], Dataset):
-        classes = _classes(returned[0], where)
-        train: Split = _from_dataset(returned[0], classes, config, train_where)
-    else:
-        train = _pair(returned[0], train_where)
-        classes = class_count(train.y, where)
-    test = _from_dataset(returned[1], classes, config, test_where) \
-        if isinstance(returned[1], Dataset) else _pair(returned[1], test_where)
+    train = _split(returned[0], 0, config, train_where)
+    classes = _classes(returned[0], train, where)
+    if isinstance(train, DatasetSplit):
+        train = replace(train, classes=classes)
+    test = _split(returned[1], classes, config, test_where)
     normalisation = (0.5,) if train.dtype == torch.uint8 else None
     return Source(train, test, classes, normalisation, normalisation)
 
@@ -68,25 +66,28 @@ def _tensor(value: Any) -> Tensor | None:
         return None
 
 
-def _from_dataset(dataset: Dataset[Any], classes: int, config: DataConfig, where: str) -> DatasetSplit:
-    return DatasetSplit.open(dataset, classes, _targets(dataset, where), where, config)
+def _split(given: Any, classes: int, config: DataConfig, where: str) -> Split:
+    if not isinstance(given, Dataset):
+        return _pair(given, where)
+    return DatasetSplit.open(given, classes, _labels(given, where), where, config)
 
 
-def _classes(dataset: Dataset[Any], where: str) -> int:
-    """How many classes a Dataset for training says there are, or 1 + its largest target."""
-    targets = _targets(dataset, f"{where}: train")
-    classes = getattr(dataset, "classes", ())
-    if hasattr(classes, "__len__") and len(classes) > 0:
+def _classes(given: Any, train: Split, where: str) -> int:
+    """As many as a Dataset for training says there are, or 1 + the largest label; of values, see `DataSpec`."""
+    if train.target_dtype.is_floating_point:
+        return train.target_shape[-1] if train.target_shape else 1
+    classes = getattr(given, "classes", ())
+    if isinstance(given, Dataset) and hasattr(classes, "__len__") and len(classes) > 0:
         return len(classes)
-    if targets is None:
+    if train.labels is None:
         raise ConfigError(f"{where}: the train Dataset says neither how many classes there are nor what "
                           "its targets are; give it the attribute classes (their names) or targets (a label "
                           "for each sample)")
-    return class_count(targets, where)
+    return class_count(train.labels, where)
 
 
-def _targets(dataset: Dataset[Any], where: str) -> Tensor | None:
-    """Every target, int64 [N, …], of a Dataset that knows them up front."""
+def _labels(dataset: Dataset[Any], where: str) -> Tensor | None:
+    """Every label, int64 [N, …], of a Dataset that knows them up front."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ConfigError(f"{where} is a {type(dataset).__name__}, which has no length or no order; "
                           f"{EXPECTED}")
@@ -97,6 +98,6 @@ def _targets(dataset: Dataset[Any], where: str) -> Tensor | None:
         return None
     labels = usable_target(targets)
     if labels is None or labels.ndim == 0 or len(labels) != len(dataset):
-        raise ConfigError(f"{where}: the attribute targets is {describe(targets)}, not an integer for each "
+        raise ConfigError(f"{where}: the attribute targets is {describe(targets)}, not a number for each "
                           f"of the {len(dataset)} samples; mend it or leave it out")
-    return labels
+    return None if labels.is_floating_point() else labels

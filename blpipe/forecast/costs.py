@@ -118,7 +118,8 @@ def profile(network: Network, device: torch.device, data: Data | None = None) ->
 def _profile(network: Network, device: torch.device, data: Data | None) -> Profile:
     config = network.config
     size = config.train.microbatch_size
-    targets = torch.zeros((size, *network.data.target_shape), dtype=torch.int64)
+    shape, dtype = network.data.targets(size)
+    targets = torch.zeros(shape, dtype=dtype)
     first, feed = None, 0.0
     if data is not None:
         first, targets, feed = _first_microbatch(network, data.to(device), size, device)

@@ -252,8 +252,8 @@ class Forecaster:
         return ("full", "full") if kind == "bp" else (self.config.train.wire, self.config.method.link.wire)
 
     def _forward_bytes(self, end: int, wire: WirePrecision) -> int:
-        target_bytes = 8 * prod(self.costs.network.data.target_shape) * self.config.train.microbatch_size
-        return self._sent_bytes(end, wire) + target_bytes
+        shape, dtype = self.costs.network.data.targets(self.config.train.microbatch_size)
+        return self._sent_bytes(end, wire) + dtype.itemsize * prod(shape)
 
     def _sent_bytes(self, boundary: int, wire: WirePrecision) -> int:
         return self.costs.blocks[boundary - 1].output_bytes // (2 if wire == "bf16" else 1)
