@@ -68,4 +68,10 @@ def run_processes(processes: int, module: str, argument: str) -> int:
     """Run `module` in so many processes under torchrun, one thread each; returns the exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                "-m", module, argument]
-    return subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    with subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}) as torchrun:
+        try:
+            return torchrun.wait()
+        except BaseException:
+            torchrun.terminate()  # it ends its processes, which would outlive it if it were killed
+            torchrun.wait()
+            raise

@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -114,6 +115,27 @@ def widened(x: Tensor, wire: WirePrecision) -> Tensor:
 def narrowed(x: Tensor, wire: WirePrecision) -> Tensor:
     """A tensor in the precision in which it is sent."""
     return x.to(torch.bfloat16) if wire == "bf16" else x
+
+
+def spare_cudnn_norms(module: nn.Module) -> None:
+    """Have torch's own kernels run the BatchNorms of `module` where their maps are channels last.
+
+    cuDNN's need all of the GPU at once, and so wait for a receive that runs beside them (github.com/pytorch/pytorch,
+    issue 80259); one that was posted ahead may wait for this very stage. Those of contiguous maps do not.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.forward = partial(_normed, norm)  # type: ignore[method-assign]
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """The backward takes the kernels of the forward."""
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.enabled
+    cudnn.enabled = before and x.is_contiguous()
+    try:
+        return type(norm).forward(norm, x)
+    finally:
+        cudnn.enabled = before
 
 
 def use_channels_last(module: Module) -> Module:

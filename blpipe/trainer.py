@@ -15,7 +15,7 @@ from blpipe.engines.pipeline import PipelineEngine, contract
 from blpipe.errors import ConfigError
 from blpipe.plan import Plan
 from blpipe.transport.horizon import Horizon
-from blpipe.transport.world import Meeting, World, choose_device
+from blpipe.transport.world import Meeting, World, check_launches, choose_device
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
     device, own_gpu = choose_device(plan.config.runtime.device)
     if device.type == "cuda" and not own_gpu and meeting.rank == 0:
         print("note: there are more processes than GPUs here; they share them, and send through host memory")
+    if own_gpu:
+        check_launches()
     _use(device)
     agreed = {**contract(plan), "data": (plan.data if data is None else data.spec).to_json()}
     data = None if data is None else data.to(device)

@@ -1,6 +1,7 @@
 """Precision, layout and where the data are: what changes, and what must not."""
 
 import os
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from blpipe.config import DataConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.device import Precision, set_up, transfer, use_channels_last, use_precision
+from blpipe.device import Precision, set_up, spare_cudnn_norms, transfer, use_channels_last, use_precision
 from blpipe.engines.local import LocalEngine
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
@@ -273,3 +274,21 @@ def test_deterministic_algorithms_alone_are_used_where_asked_for(on, monkeypatch
     finally:
         torch.use_deterministic_algorithms(False)
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+
+def test_norms_of_maps_in_channels_last_do_without_cudnn_and_nothing_else_does(monkeypatch):
+    used = []
+    norm = nn.functional.batch_norm
+    monkeypatch.setattr(nn.functional, "batch_norm", lambda *given, **named: (
+        used.append(torch.backends.cudnn.enabled), norm(*given, **named))[1])
+    part = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    plain = deepcopy(part)
+    spare_cudnn_norms(part)
+    part = deepcopy(part)  # which holds its own copies
+    x = torch.randn(2, 3, 5, 6)
+    for each in (x, x.to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(part(each), plain(each))
+    assert used == [True, True, False, True]
+    assert torch.backends.cudnn.enabled
+    assert part.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(part[1].running_mean, plain[1].running_mean)

@@ -1,7 +1,10 @@
 """The benchmark of throughputs: a small case in two real processes, and the arithmetic of its tables."""
 
 import json
+import signal
+import sys
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +39,20 @@ def measured(tmp_path_factory):
         assert throughput.main([str(QUICK), "--device", "cpu", "--out", str(folder)]) == 0
     case, = json.loads((folder / "k2.json").read_text()).values()
     return folder, case
+
+
+def test_an_interrupted_benchmark_leaves_no_process(tmp_path, start):
+    (tmp_path / "sleeper.py").write_text(
+        "import os, pathlib, sys, time\npathlib.Path(sys.argv[1], str(os.getpid())).touch()\ntime.sleep(600)\n")
+    places = tmp_path / "places"
+    places.mkdir()
+    code = (f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]; import benchmarks.command as c; "
+            f"c.REPOSITORY = {str(tmp_path)!r}; c.run_processes(2, 'sleeper', {str(places)!r})")
+    run = start([sys.executable, "-c", code], tmp_path)
+    run.wait_until(lambda: len([*places.iterdir()]) == 2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(30) != 0
+    assert not [pid for pid in places.iterdir() if (Path("/proc") / pid.name).exists()]
 
 
 def plan_of(case, name):

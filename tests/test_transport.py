@@ -188,6 +188,32 @@ def test_a_rank_that_cannot_connect_says_so(monkeypatch):
         world.World(Meeting(None, 1, 2, 60.0), torch.device("cpu"), False, {})
 
 
+@pytest.mark.parametrize(("name", "value", "refused"), [
+    ("CUDA_LAUNCH_BLOCKING", "1", True), ("CUDA_LAUNCH_BLOCKING", "0", False),
+    ("CUDA_DEVICE_MAX_CONNECTIONS", "1", True), ("CUDA_DEVICE_MAX_CONNECTIONS", "32", False)])
+def test_an_environment_in_which_a_posted_receive_blocks_its_stage_is_refused(name, value, refused, monkeypatch):
+    monkeypatch.setenv(name, value)
+    if not refused:
+        world.check_launches()
+        return
+    with pytest.raises(UserError, match=f"^{name}: .*; unset it"):
+        world.check_launches()
+
+
+def test_a_process_of_several_that_is_not_told_which_gpu_is_its_own_takes_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert world.choose_device("auto") == (torch.device("cuda", 2), True)
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(UserError, match="^LOCAL_RANK: is not set"):
+        world.choose_device("auto")
+    assert world.choose_device("cpu") == (torch.device("cpu"), False)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert world.choose_device("auto") == (torch.device("cuda", 0), True)
+
+
 @pytest.mark.parametrize(("endpoint", "nodes", "port"), [("node1", 2, 29400), ("node1:5000", 2, 5000)])
 def test_several_nodes_meet_at_torchruns_port_unless_another_is_named(endpoint, nodes, port, monkeypatch):
     monkeypatch.setattr("blpipe.transport.rendezvous.TCPStore", lambda host, port, **options: (host, port))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blpipe.config import Config
-from blpipe.device import Precision, use_channels_last
+from blpipe.device import Precision, spare_cudnn_norms, use_channels_last
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
 from blpipe.gradients import norm_of
 from blpipe.graphs import Recorder
@@ -236,11 +236,13 @@ def recording_stream(plan: Plan, device: torch.device) -> torch.cuda.Stream | No
     return torch.cuda.Stream(device) if has_graphs(plan.config, device) else None
 
 
-def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder | None = None) -> Stage:
+def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder | None = None,
+                beside_receives: bool = False) -> Stage:
     """The stage with this index, from 0, on `device`.
 
     Args:
         recorder: of CUDA graphs; None to run without.
+        beside_receives: whether receives run on the device while it computes.
 
     Raises:
         ConfigError: a head, loss or optimizer that cannot be built.
@@ -252,6 +254,10 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
         head = _on(device, plan.build_head(index), config.train.channels_last)
     loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity(), config.train.channels_last)
     parts = [blocks, loss, *([] if head is None else [head])]
+    # With deterministic algorithms in every engine: then all compute the same. What is compiled has kernels of its own.
+    alike = device.type == "cuda" and (beside_receives or torch.are_deterministic_algorithms_enabled())
+    for part in parts if alike and not config.train.compile else ():
+        spare_cudnn_norms(part)
     links = plan.links[index]
     waits = links.tail if links.joint else 0  # blocks whose first gradients come with the first error
     early = list(blocks[:len(blocks) - waits].parameters())

@@ -1,9 +1,12 @@
 """One process per stage: the same programs as in the local engine, over queues between processes."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from time import perf_counter
 from typing import Any
+
+import torch
 
 from blpipe.data import Data
 from blpipe.engines.alone import load_kernels
@@ -48,6 +51,9 @@ from blpipe.trace import Span, SpanLog
 from blpipe.transport.world import World
 
 
+STEPS_AHEAD = 2  # of the GPU, that the host may launch
+
+
 class PipelineEngine:
     """See `Engine`. This process runs one stage of one replica, as `world` says.
 
@@ -61,7 +67,8 @@ class PipelineEngine:
         self.plan, self.data, self.world = plan, data, world
         self.group = world.saving
         self.index = k = world.stage
-        self.stage = build_stage(plan, k, world.device, recorder_on(recording_stream(plan, world.device)))
+        over_nccl = world.via.type == "cuda"
+        self.stage = build_stage(plan, k, world.device, recorder_on(recording_stream(plan, world.device)), over_nccl)
         self.stages = {k: self.stage}
         self.replicas = {world.replica: self.stages}
         self.role = role(plan, k)
@@ -77,6 +84,8 @@ class PipelineEngine:
         if self._sum is not None:
             self._sum.put(*self.stage.update.lead())
             self.stage.update.follow(self._sum.get())
+            self._sum.put(*self.stage.to_reduce())  # of a step's sizes, which NCCL sets up before any receive is posted
+            self._sum.get()
         queues: list[Any] = [self._activations_in, self._activations_out, self._errors_in, self._errors_out, self._sum]
         self.queues = [queue for queue in queues if queue is not None]
         self._backprop = Backprop(plan, self.stage, world) if plan.config.method.name == "bp" else None
@@ -87,7 +96,8 @@ class PipelineEngine:
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
         self._feed = TrainFeed(data, plan) if data is not None else None
         self._losses = LossWatch(plan, at_once=world.device.type == "cpu")
-        if world.via.type == "cuda" and self._backprop is None:
+        self._steps_begun: deque[torch.cuda.Event] = deque()  # on the GPU
+        if over_nccl and self._backprop is None:
             try:
                 load_kernels(self.stage, plan, k, world.device, data)
             except Exception as error:
@@ -103,6 +113,7 @@ class PipelineEngine:
         def count() -> None:
             nonlocal next_step
             next_step += 1
+            self._stay_near()
             on_step()
 
         feed = self._feed.begin(epoch, start) if self._feed is not None else None
@@ -213,6 +224,14 @@ class PipelineEngine:
             backprop.drain()
         except Exception as error:
             raise blame(self.plan, self.index, where, error) from error
+
+    def _stay_near(self) -> None:
+        """Wait until the GPU has reached a step of not long ago: what the host launches ahead holds memory for it."""
+        if self.world.device.type == "cuda":
+            self._steps_begun.append(torch.cuda.Event(blocking=True))
+            self._steps_begun[-1].record()
+            if len(self._steps_begun) > STEPS_AHEAD:
+                self._steps_begun.popleft().synchronize()
 
     def _expect_activations(self, sizes: Iterable[int], spec: Callable[[int, int], TensorSpec]) -> None:
         if self._activations_in is not None:

@@ -21,6 +21,9 @@ from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
 from blpipe.transport.sums import SumQueue
 
 
+_MIN_CONNECTIONS = 8  # CUDA's own default
+
+
 @dataclass
 class Meeting:
     """A key-value store that all processes of a run share, before and beside any process group.
@@ -120,8 +123,27 @@ def choose_device(kind: str) -> tuple[torch.device, bool]:
         raise UserError("runtime.device: cuda, but torch sees no GPU here; use runtime.device=cpu")
     if kind == "cpu" or not gpus:
         return torch.device("cpu"), False
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", local_rank % gpus), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus
+    places = [os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if None in places and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("LOCAL_RANK: is not set, or LOCAL_WORLD_SIZE is not: they say which GPU is this process's; use "
+                        "torchrun, which sets them, or runtime.device=cpu")
+    local_rank, processes = (int(value) for value in (places[0] or "0", places[1] or "1"))
+    return torch.device("cuda", local_rank % gpus), processes <= gpus
+
+
+def check_launches() -> None:
+    """Over NCCL, a receive that was posted ahead must not keep what is launched after it from running.
+
+    Raises:
+        UserError: the environment has CUDA run one after the other.
+    """
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        raise UserError("CUDA_LAUNCH_BLOCKING: a stage would wait for messages that it has posted receives for, and "
+                        "never send; unset it, or look for the fault in one process, without torchrun")
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    if connections.isdecimal() and int(connections) < _MIN_CONNECTIONS:
+        raise UserError(f"CUDA_DEVICE_MAX_CONNECTIONS: {connections} lets a receive that was posted ahead block a "
+                        f"stage's kernels; unset it, or set {_MIN_CONNECTIONS} or more")
 
 
 class World:
@@ -151,6 +173,8 @@ class World:
 
     def _connect(self, meeting: Meeting, own_gpu: bool, begin: bool) -> None:
         timeout = timedelta(seconds=meeting.timeout_seconds)
+        # A time-out's word to dump stays in torchrun's store, where it would end the processes that it starts again.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         if begin:
             dist.init_process_group("nccl" if own_gpu else "gloo", store=meeting.store, rank=self.rank,
                                     world_size=self.size, timeout=timeout, device_id=self.device if own_gpu else None)
