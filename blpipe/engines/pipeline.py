@@ -50,7 +50,6 @@ from blpipe.tally import Tally
 from blpipe.trace import Span, SpanLog
 from blpipe.transport.world import World
 
-
 STEPS_AHEAD = 2  # of the GPU, that the host may launch
 
 

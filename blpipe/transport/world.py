@@ -20,7 +20,6 @@ from blpipe.transport.messages import Layout
 from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
 from blpipe.transport.sums import SumQueue
 
-
 _MIN_CONNECTIONS = 8  # CUDA's own default
 
 
