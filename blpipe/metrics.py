@@ -13,7 +13,8 @@ import torch
 
 import blpipe
 from blpipe.config import Config
-from blpipe.engines.common import StageReport, factors
+from blpipe.engines.common import factors
+from blpipe.engines.reports import StageReport
 from blpipe.errors import CheckpointError, ConfigError, UserError, one_line
 from blpipe.files import write_text
 from blpipe.plan import Plan

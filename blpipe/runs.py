@@ -18,7 +18,8 @@ from blpipe.checkpoint.state import load, load_weights, model_state
 from blpipe.config import Config, PartitionConfig
 from blpipe.data import Data, open_data
 from blpipe.device import set_up
-from blpipe.engines.common import Engine, StageReport, check_weights
+from blpipe.engines.common import Engine, check_weights
+from blpipe.engines.reports import StageReport
 from blpipe.errors import StoppedError, UserError
 from blpipe.files import put
 from blpipe.forecast.costs import profile

@@ -9,9 +9,10 @@ import torch
 from blpipe import launch
 from blpipe.config import Config
 from blpipe.data import Data
-from blpipe.engines.common import Engine, OnStep, StageReport
+from blpipe.engines.common import Engine, OnStep
 from blpipe.engines.local import LocalEngine
 from blpipe.engines.pipeline import PipelineEngine, contract
+from blpipe.engines.reports import StageReport
 from blpipe.errors import ConfigError
 from blpipe.plan import Plan
 from blpipe.transport.horizon import Horizon

@@ -16,7 +16,8 @@ from torch.profiler import profile as torch_profile
 from blpipe.config import LinkConfig, MethodConfig
 from blpipe.config_file import load_config, parse_config
 from blpipe.data import open_data
-from blpipe.engines.common import build_stage, role
+from blpipe.engines.build import build_stage
+from blpipe.engines.common import role
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.forecast import Forecaster

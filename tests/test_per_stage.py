@@ -11,7 +11,7 @@ from torch import nn
 from blpipe.config import MethodConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.engines.common import build_stage
+from blpipe.engines.build import build_stage
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.memory import Rehearsal

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.engines.common import build_stage
+from blpipe.engines.build import build_stage
 from blpipe.plan import make_plan
 from blpipe.seeds import derive_seed
 

@@ -24,7 +24,8 @@ from blpipe.checkpoint.folders import checkpoints
 from blpipe.checkpoint.state import read
 from blpipe.config_file import load_config, parse_config
 from blpipe.data import open_data
-from blpipe.engines.common import build_stage, train_epoch
+from blpipe.engines.build import build_stage
+from blpipe.engines.common import train_epoch
 from blpipe.errors import ConfigError, UserError
 from blpipe.plan import make_plan
 from blpipe.specs import Share

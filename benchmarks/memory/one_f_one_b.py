@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the backend "fake" known
 
 from blpipe.engines.backprop import Backprop
-from blpipe.engines.common import build_stage
+from blpipe.engines.build import build_stage
 from blpipe.engines.feed import Feed
 from blpipe.plan import Plan
 from blpipe.steps import Step

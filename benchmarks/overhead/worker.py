@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.device import set_up
-from blpipe.engines.common import build_stage, train_epoch
+from blpipe.engines.build import build_stage
+from blpipe.engines.common import train_epoch
 from blpipe.engines.pipeline import PipelineEngine, contract
 from blpipe.plan import make_plan
 from blpipe.stage import Stage

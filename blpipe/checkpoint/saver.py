@@ -15,7 +15,8 @@ from torch import Tensor
 from blpipe.checkpoint.folders import CONFIG, FileSeal, Manifest, aside, checkpoint_after, complete, prune, seals
 from blpipe.checkpoint.state import state_of, without_warning
 from blpipe.config_file import dump_config
-from blpipe.engines.common import Engine, StageReport
+from blpipe.engines.common import Engine
+from blpipe.engines.reports import StageReport
 from blpipe.errors import CheckpointError, one_line
 from blpipe.models.build import plain_metadata
 from blpipe.plan import Plan

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from blpipe.checkpoint.folders import config_of, damaged, manifest
-from blpipe.engines.common import Engine, EpochSums
+from blpipe.engines.common import Engine
+from blpipe.engines.reports import EpochSums
 from blpipe.errors import UserError, one_line
 from blpipe.models.build import plain_names
 from blpipe.plan import Plan

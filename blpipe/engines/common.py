@@ -1,100 +1,29 @@
-"""What the engines share: how a stage is made, and what each reports."""
+"""What the engines share: what each can do, and how it follows what its stages do."""
 
-import resource
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import pynvml
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blpipe.config import Config
-from blpipe.device import Precision, spare_cudnn_norms, use_channels_last
+from blpipe.engines.reports import EpochSums, StageProgress, StageReport
 from blpipe.errors import NonFiniteError, PeerLostError, StageError, UserError
 from blpipe.gradients import norm_of
-from blpipe.graphs import Recorder
-from blpipe.optim import build_optimizer, lr_factor
+from blpipe.optim import lr_factor
 from blpipe.plan import Plan
 from blpipe.program import Factors, Kind, Op, Role, always
-from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
 from blpipe.steps import Step
-from blpipe.tally import Tally, main_targets, mixed_loss
+from blpipe.tally import main_targets, mixed_loss
 from blpipe.trace import Span, SpanLog
-from blpipe.update import Update
-
-Module = TypeVar("Module", bound=nn.Module)
 
 TRACED_STEPS = 50  # of a run; with `runtime.trace`
 
 OnStep = Callable[[], object]  # called at each optimizer step of this process's first stage
 ShouldRun = Callable[[int], bool]  # whether a step of the run is to be done
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """What one stage did in one epoch, in all replicas: losses and accuracies of all samples, means of seconds and
-    utilisations, the most of memory. None: not measured, or no such thing (a `bp` stage's own loss).
-
-    busy_seconds and wait_seconds are of training alone: computing, and blocked on a neighbour. The GPU's
-    utilisation (0…1) and memory in use are its driver's readings at the end of the epoch, all programs' together.
-    skipped_steps: of the run, by `train.on_nonfinite`.
-    """
-
-    train_loss: float | None
-    train_accuracy: float | None
-    val_loss: float | None
-    val_accuracy: float | None
-    busy_seconds: float | None
-    wait_seconds: float | None
-    train_seconds: float
-    peak_memory_bytes: int
-    gpu_utilization: float | None
-    gpu_memory_bytes: int | None
-    skipped_steps: list[int]
-
-
-@dataclass(frozen=True)
-class ReplicaReport:
-    """Of a stage in one replica, as `StageReport`; `train` and `val` are the states of tallies."""
-
-    train: list[float]
-    val: list[float]
-    busy_seconds: float | None
-    wait_seconds: float | None
-    train_seconds: float
-    peak_memory_bytes: int
-    gpu_utilization: float | None
-    gpu_memory_bytes: int | None
-
-
-@dataclass(frozen=True)
-class StageProgress:
-    """One stage in the middle of an epoch: loss and seconds so far, and its device's readings, as in `StageReport`."""
-
-    loss: float | None
-    busy_seconds: float | None
-    wait_seconds: float | None
-    gpu_utilization: float | None
-    gpu_memory_bytes: int | None
-
-
-@dataclass(frozen=True)
-class EpochSums:
-    """Of one stage, in the training of one epoch: the sums of its tally, and seconds."""
-
-    tally: Tally
-    busy_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    train_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> tuple[float, float, float]:
-        """Busy, waiting and all of them."""
-        return self.busy_seconds, self.wait_seconds, self.train_seconds
 
 
 class Engine(Protocol):
@@ -226,59 +155,6 @@ def train_epoch(engine: Engine, epoch: int, on_step: OnStep = lambda: None) -> N
     engine.train(epoch, engine.plan.train_steps(epoch)[0].index, always, on_step)
 
 
-def has_graphs(config: Config, device: torch.device) -> bool:
-    """Whether stages run as CUDA graphs: where the config wants them and the device has them."""
-    return config.runtime.cuda_graphs and device.type == "cuda" and config.method.name != "bp"
-
-
-def recording_stream(plan: Plan, device: torch.device) -> torch.cuda.Stream | None:
-    """For CUDA graphs; None without."""
-    return torch.cuda.Stream(device) if has_graphs(plan.config, device) else None
-
-
-def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder | None = None,
-                beside_receives: bool = False) -> Stage:
-    """The stage with this index, from 0, on `device`.
-
-    Args:
-        recorder: of CUDA graphs; None to run without.
-        beside_receives: whether receives run on the device while it computes.
-
-    Raises:
-        ConfigError: a head, loss or optimizer that cannot be built.
-    """
-    config, last = plan.config, index == len(plan.stages) - 1
-    blocks = _on(device, plan.stages[index], config.train.channels_last)
-    head: nn.Module | None = nn.Identity() if last else None
-    if not last and config.method.name != "bp":
-        head = _on(device, plan.build_head(index), config.train.channels_last)
-    loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity(), config.train.channels_last)
-    parts = [blocks, loss, *([] if head is None else [head])]
-    # With deterministic algorithms in every engine: then all compute the same. What is compiled has kernels of its own.
-    alike = device.type == "cuda" and (beside_receives or torch.are_deterministic_algorithms_enabled())
-    for part in parts if alike and not config.train.compile else ():
-        spare_cudnn_norms(part)
-    links = plan.links[index]
-    waits = links.tail if links.joint else 0  # blocks whose first gradients come with the first error
-    early = list(blocks[:len(blocks) - waits].parameters())
-    late = [p for p in blocks.parameters() if all(p is not other for other in early)]
-    judges = [p for part in (head, loss) if part is not None for p in part.parameters()]  # as checkpoints number them
-    optimizer = build_optimizer(config.optimizer, early, late, judges)
-    update = Update(parts, optimizer, clip_norm=config.optimizer.clip_norm,
-                    skip_nonfinite=config.train.on_nonfinite == "skip", leads=plan.replica == 0)
-    return Stage(blocks, head, loss, update, links,
-                 RandomStream(derive_seed(config.seed, "stage", index, *plan.share.labels), device),
-                 precision=Precision(config.train.precision, device), wire=config.train.wire,
-                 recompute=config.train.recompute, compile=config.train.compile, recorder=recorder)
-
-
-def _on(device: torch.device, module: Module, channels_last: bool) -> Module:
-    """`module`, moved unless it is there already: fake tensors cannot be moved."""
-    there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
-    module = module if there else module.to(device)
-    return use_channels_last(module) if channels_last else module
-
-
 def forward_with_graph(stage: Stage, x: Tensor) -> Tensor:
     """For `bp`, run a stage's blocks on one microbatch: the graph goes on through x and the output."""
     return stage.precision.run(stage.run_blocks, x)
@@ -314,44 +190,6 @@ def seconds_since(started: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter() - started
-
-
-def replica_report(train: Tally, val: Tally, busy: float | None, wait: float | None, train_seconds: float,
-                   device: torch.device) -> ReplicaReport:
-    """Of one stage of one replica, with the readings of its device."""
-    return ReplicaReport(train.state(), val.state(), busy, wait, train_seconds, peak_memory_bytes(device),
-                         *gpu_readings(device))
-
-
-def report(replicas: Sequence[ReplicaReport]) -> StageReport:
-    """A stage's report, from those of all of its replicas."""
-    train, val = Tally.of_all([each.train for each in replicas]), Tally.of_all([each.val for each in replicas])
-
-    def mean(key: str) -> float | None:
-        values = [getattr(each, key) for each in replicas]
-        return None if None in values else sum(values) / len(values)
-
-    readings = [each.gpu_memory_bytes for each in replicas if each.gpu_memory_bytes is not None]
-    return StageReport(train.loss, train.accuracy, val.loss, val.accuracy, mean("busy_seconds"), mean("wait_seconds"),
-                       max(each.train_seconds for each in replicas), max(each.peak_memory_bytes for each in replicas),
-                       mean("gpu_utilization"), max(readings, default=None), train.skipped)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of torch's allocations on a GPU; on a CPU the peak resident size of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def gpu_readings(device: torch.device) -> tuple[float | None, int | None]:
-    """The GPU's utilisation 0…1 and its memory in use, by NVML; None where there is no GPU or no reading."""
-    if device.type != "cuda":
-        return None, None
-    try:
-        return torch.cuda.utilization(device) / 100, torch.cuda.device_memory_used(device)
-    except (pynvml.NVMLError, RuntimeError):  # a driver or a container without NVML
-        return None, None
 
 
 def blame(plan: Plan, index: int, where: str, error: Exception) -> Exception:

@@ -17,28 +17,22 @@ import torch
 from torch import Tensor
 
 from blpipe.data import Data
+from blpipe.engines.build import build_stage, recording_stream
 from blpipe.engines.common import (
     TRACED_STEPS,
-    EpochSums,
     LossWatch,
     OnStep,
     OpWatch,
     ShouldRun,
-    StageProgress,
-    StageReport,
     blame,
-    build_stage,
     factors,
     forward_with_graph,
-    gpu_readings,
     loss_with_graph,
-    recording_stream,
-    replica_report,
-    report,
     role,
     seconds_since,
 )
 from blpipe.engines.feed import Feed, TrainFeed, test_microbatches
+from blpipe.engines.reports import EpochSums, StageProgress, StageReport, gpu_readings, replica_report, report
 from blpipe.graphs import recorder_on
 from blpipe.plan import Plan
 from blpipe.program import Op, Ports, evaluation_program, execute, train_program

@@ -14,7 +14,7 @@ from blpipe.balance import Table, best_starts
 from blpipe.config import Config, MethodConfig, TrainConfig
 from blpipe.config_types import WirePrecision
 from blpipe.engines.alone import rehearsed_steps
-from blpipe.engines.common import has_graphs
+from blpipe.engines.build import has_graphs
 from blpipe.forecast.baselines import SCHEDULES, Backward
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes

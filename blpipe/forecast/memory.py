@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from blpipe.balance import Table
 from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig, PartitionConfig
 from blpipe.engines.alone import rehearsed_steps, run_alone
-from blpipe.engines.common import build_stage, has_graphs
+from blpipe.engines.build import build_stage, has_graphs
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.ledger import Ledger, Pool, without_values
 from blpipe.graphs import Recorder
