@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "[test]"
 ruff check --config launch/ruff.toml .
 mypy
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

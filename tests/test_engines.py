@@ -30,7 +30,7 @@ def mixed(stages):
 
 def grid(stages, lengths, delays, microbatches):
     """Every combination, the optimizers in turn."""
-    return [small_config(f"length_{length}_delay_{delay}_micro_{micro}", train__epochs=3, partition__stages=stages,
+    return [small_config(f"length_{length}_delay_{delay}_micro_{micro}", partition__stages=stages,
                          method__link={"length": length, "delay": delay}, train__microbatches=micro,
                          data__args={"shape": [2, 8, 8], "classes": 4, "samples": 56},
                          optimizer=(SGD, ADAMW)[number % 2])

@@ -231,7 +231,7 @@ def test_at_the_models_own_output_both_are_the_cross_entropy(name):
     ("pred_sim", {"alpha": 1}, r"^method\.loss\.args: .*'alpha'; it takes beta$"),
     ("supcon", {"beta": 1}, r"^method\.loss\.args: .*'beta'; it takes temperature, weight$"),
     ("pred_simm", {}, r"^method\.loss\.name: unknown 'pred_simm' \(did you mean 'pred_sim'\?\); "
-                      r"one of cross_entropy, pred_sim, supcon, or method\.loss\.target for your own$"),
+                      r"one of bce, cross_entropy, mse, pred_sim, supcon, or method\.loss\.target for your own$"),
 ])
 def test_arguments_that_do_not_fit_are_refused(name, args, message):
     with pytest.raises(ConfigError, match=message):

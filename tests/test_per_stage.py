@@ -138,7 +138,7 @@ def test_a_list_and_stages_that_are_to_be_found_do_not_fit(part):
     ({"loss": ["supcon", {"name": "pred_sim", "args": {"beta": 2}}, "supcon"]},
      r"method\.loss\.1: ValueError: beta 2 must be from 0 to 1 \(with args \{'beta': 2\}\)"),
     ({"loss": ["supcon", {"target": "test_per_stage:own_loss"}, "supcon"]},
-     r"method\.loss\.1: RuntimeError for logits \[2, 4\] and targets \[2\]: .*"),
+     r"method\.loss\.1: RuntimeError for logits \[2, 4\] and targets int64 \[2\]: .*"),
 ])
 def test_what_is_wrong_with_a_part_of_a_list_is_said_with_its_place(method, message):
     with pytest.raises(ConfigError) as caught:

@@ -277,13 +277,13 @@ def own_loss(what):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"method": {"loss": "mse"}}, r"^method\.loss\.name: unknown 'mse'"),
+    ({"method": {"loss": "hinge"}}, r"^method\.loss\.name: unknown 'hinge'"),
     ({"method": {"loss": {"target": "test_plan:own_loss", "args": {"what": "vector"}}}},
      r"^method\.loss: the function must return a scalar tensor, the mean over the batch$"),
     ({"method": {"loss": {"target": "test_plan:own_loss", "args": {"what": "number"}}}},
      r"^method\.loss: the function must return a scalar tensor, the mean over the batch$"),
     ({"method": {"loss": {"target": "test_plan:own_loss", "args": {"what": "fails"}}}},
-     r"^method\.loss: RuntimeError for logits \[2, 4\] and targets \[2\]: "),
+     r"^method\.loss: RuntimeError for logits \[2, 4\] and targets int64 \[2\]: "),
     ({"optimizer": {"name": "sdg"}}, r"^optimizer\.name: unknown 'sdg' \(did you mean 'sgd'\?\)"),
     ({"optimizer": {"args": {"betas": [1]}}}, r"^optimizer\.args: got an unexpected keyword argument 'betas'"),
 ])

@@ -62,7 +62,7 @@ def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, folde
     for kill in range(kills):
         deaths[dice.randrange(2)][kill] = dice.randint(3, 30)  # forwards, two a step
     tree = config_of(model={"target": "models_under_test:mortal_net", "args": {"first": deaths[0], "last": deaths[1]}},
-                     train__epochs=30)
+                     train__epochs=10 + kills)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = start(restarting(kills), folder)
     assert run.end(560) == 0, run.said
@@ -103,7 +103,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(command, changes, folder, star
 
 def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder, start):
     """With links on time; the others above are late."""
-    tree = config_of(method__link={"delay": 0}, train__epochs=120, checkpoint={"every_epochs": 0, "every_steps": 60})
+    tree = config_of(method__link={"delay": 0}, train__epochs=60, checkpoint={"every_epochs": 0, "every_steps": 24})
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = start(restarting(1), folder)
     wait_for_checkpoint(run)
