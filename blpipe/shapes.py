@@ -13,6 +13,7 @@ from torch.func import functional_call
 from blpipe.errors import ConfigError, one_line
 from blpipe.models.build import named_blocks
 from blpipe.models.nodes import DECIDES_BY_BATCH
+from blpipe.models.unchanged import unchanged
 from blpipe.specs import DataSpec, Shape, TensorSpec
 
 _CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d,
@@ -65,24 +66,29 @@ def trace_module(what: str, module: nn.Module, given: TensorSpec, data: DataSpec
     Raises:
         ConfigError: it cannot take that input, or gives no tensor [batch, …].
     """
-    modes = [(part, part.training) for part in module.modules()]
-    module.train(training)
+    state = {n: torch.empty_like(t, device="meta") for n, t in (*module.named_parameters(), *module.named_buffers())}
     try:
-        state = {n: torch.empty_like(t, device="meta")
-                 for n, t in (*module.named_parameters(), *module.named_buffers())}
-        with torch.device("meta"), torch.no_grad():
-            x = functional_call(module, state, (torch.empty(given.shape, dtype=given.dtype),))
+        with unchanged(module), _no_nested_tensors(), torch.device("meta"), torch.no_grad():
+            x = functional_call(module.train(training), state, (torch.empty(given.shape, dtype=given.dtype),))
     except Exception as error:
         raise ConfigError(_cannot_take(what, given.shape, data, training, error)) from error
-    finally:
-        for part, mode in modes:
-            part.training = mode
     size = given.shape[0]
     if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[0] != size:
         shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ConfigError(f"{what} made {shape} of {list(given.shape)}; it must return one tensor [{size}, …] "
                           f"for a batch of {size}")
     return TensorSpec(tuple(x.shape), x.dtype)
+
+
+@contextmanager
+def _no_nested_tensors() -> Iterator[None]:
+    """Those of `nn.TransformerEncoder`'s fast path, in evaluation, do not run on the meta device."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error: Exception) -> str:
@@ -92,7 +98,7 @@ def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error:
     if DECIDES_BY_BATCH in str(error):
         return (f"train.batch_size: {what.removeprefix('model: ')} cannot take a batch of {given[0]}: "
                 f"{one_line(error)}; set sizes, microbatches and train.drop_last so that none of {given[0]} is left")
-    if "meta" in str(error):
+    if "meta" in str(error).lower():
         return (f"{what} cannot be traced: {one_line(error)}; blocks and heads must run on meta tensors: register "
                 "their tensors as buffers, and read no values in forward")
     return (f"{what} cannot take an input of shape {list(given)} (samples of {list(data.shape)}): "

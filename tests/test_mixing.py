@@ -90,8 +90,8 @@ def test_tokens_and_images_of_many_labels_are_refused(monkeypatch):
     refused_target(r"^data\.augment\.cutmix: needs images \[C, H, W\], the samples are int64 \[5\]; leave it out$",
                    ((tokens, labels), (tokens, labels)), monkeypatch, augment={"cutmix": 1.0})
     images, maps = torch.zeros(8, *IMAGE), torch.zeros(8, 8, 8, dtype=torch.int64)
-    refused_target(r"^data\.augment\.mixup: 0\.4 needs one label an image, and the targets are int64 \[8, 8\]; leave it out\n"
-                   r"data\.augment\.cutmix: 1 needs one label an image, ",
+    refused_target(r"^data\.augment\.mixup: 0\.4 needs one label an image, and the targets are int64 \[8, 8\]; leave "
+                   r"it out\ndata\.augment\.cutmix: 1 needs one label an image, ",
                    ((images, maps), (images, maps)), monkeypatch, augment=BOTH)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from blpipe.errors import ConfigError, one_line
+from blpipe.models.unchanged import unchanged
 from blpipe.seeds import fixed_randomness
 from blpipe.specs import DataSpec
 
@@ -43,9 +44,9 @@ def check_same(model: nn.Module, blocks: nn.Sequential, data: DataSpec) -> list[
         if not same:
             raise ConfigError(
                 f"model: in {mode} its blocks compute something else than it does. "
-                "Tracing sees neither hooks nor a train() of the model's own, nor what its forward does in Python (a "
-                "counter in an attribute, NumPy's random numbers, a write to part of a tensor); put that into a small "
-                "module of its own, or return the blocks yourself, as an nn.Sequential, a list or a dict")
+                "Tracing sees neither a train() of the model's own nor what its forward does in Python (NumPy's random "
+                "numbers, a write to part of a tensor); put that into a small module of its own, or return the blocks "
+                "yourself, as an nn.Sequential, a list or a dict")
     return notes[:1]
 
 
@@ -53,7 +54,8 @@ def check_same(model: nn.Module, blocks: nn.Sequential, data: DataSpec) -> list[
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        yield
+        with unchanged(model):
+            yield
     finally:
         for buffer, value in kept:
             buffer.data.copy_(value)

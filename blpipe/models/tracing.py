@@ -29,6 +29,7 @@ from blpipe.models.nodes import (
     operation,
     outputs_of,
 )
+from blpipe.models.unchanged import unchanged
 from blpipe.models.values import (
     IN_PLACE_OPERATORS,
     Proxy,
@@ -80,6 +81,9 @@ def trace(model: nn.Module, example: torch.Tensor | None) -> Traced:
     Raises:
         ConfigError: the model cannot be traced; it names the place and the ways out.
     """
+    if _is_hooked(model):
+        raise ConfigError("model: it has hooks, which its blocks would not run; put it into a module of its own, or "
+                          "return the blocks yourself, as an nn.Sequential, a list or a dict")
     modes = [(module, module.training) for module in model.modules()]
     try:
         return _trace_in_modes(model, example)
@@ -96,9 +100,8 @@ def _trace_in_modes(model: nn.Module, example: torch.Tensor | None) -> Traced:
     opaque: set[type[nn.Module]] = set()
     while True:
         try:
-            tracers = [_Tracer(opaque, example) for _ in range(2)]
-            graphs = [_trace(model, tracer, training) for tracer, training in zip(tracers, (False, True), strict=True)]
-            return Traced(*merge(model, *graphs), _left_out(graphs, tracers[0].asserts))
+            (evaluated, asserts), (trained, _) = (_trace(model, opaque, example, mode) for mode in (False, True))
+            return Traced(*merge(model, evaluated, trained), _left_out([evaluated, trained], asserts))
         except Untraceable as problem:
             module = model.get_submodule(problem.path)
             if module is model or type(module) in opaque or 2 * _size(module) > _size(model):
@@ -142,7 +145,7 @@ class _Tracer(fx.Tracer):
         self.asserts: list[str] = []  # the places of those that were skipped
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self._opaque or super().is_leaf_module(m, module_qualified_name)
+        return _is_hooked(m) or type(m) in self._opaque or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         # One tensor: further arguments keep their defaults, as when the model is called with one.
@@ -208,17 +211,57 @@ def _modes() -> tuple[bool, ...]:
             *map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
-def _trace(model: nn.Module, tracer: _Tracer, training: bool) -> fx.Graph:
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something runs with the module that its forward does not tell."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
+def _trace(model: nn.Module, opaque: set[type[nn.Module]], example: torch.Tensor | None,
+           training: bool) -> tuple[fx.Graph, list[str]]:
+    """The graph of a mode, and the places of asserts that were skipped."""
     model.train(training)
+    tracer, counters = _Tracer(opaque, example), _numbers(model)
+    with unchanged(model):
+        graph = _graph_of(model, tracer)
+        _refuse_new_buffers(model)
+        once = _numbers(model)
+        made = {name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")}
+    vars(model).update(made)  # fx keeps tensors that a forward makes there
+    if once != counters:  # of what is counted, or kept: the latter changes once
+        with unchanged(model):
+            for (path, name), number in once.items():
+                setattr(model.get_submodule(path), name, number)
+            _graph_of(model, _Tracer(opaque, example))
+            twice = _numbers(model)
+        for (path, name), number in once.items():
+            if twice.get((path, name)) != number:
+                raise Untraceable(f"its forward counts in the attribute {name}", "", path)
+    _out_of_place(graph, model)
+    return graph, tracer.asserts
+
+
+def _numbers(model: nn.Module) -> dict[tuple[str, str], int | float]:
+    """The attributes that are numbers, by the paths of modules and their names."""
+    return {(path, name): value for path, module in model.named_modules() for name, value in vars(module).items()
+            if type(value) in (int, float)}
+
+
+def _refuse_new_buffers(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name, value in module._buffers.items():
+            if isinstance(value, fx.Proxy):
+                raise Untraceable(f"its forward replaces the buffer {name}; write into it", "", path)
+
+
+def _graph_of(model: nn.Module, tracer: _Tracer) -> fx.Graph:
     try:
-        graph = tracer.trace(model)
+        return tracer.trace(model)
     except Exception as error:
         modules = [module_path(call) for call in tracer.module_stack]
         raise Untraceable(f"{type(error).__name__}: {one_line(error)}",
                           _place(reversed(list(traceback.walk_tb(error.__traceback__)))),
                           modules[-1] if modules else "") from error
-    _out_of_place(graph, model)
-    return graph
 
 
 def _frames_upward(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
@@ -242,10 +285,14 @@ def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
     order = {node: index for index, node in enumerate(graph.nodes)}
     memory: dict[fx.Node, fx.Node] = {}  # what a node is a view of; itself if of nothing
     for node in order:
-        memory[node] = memory[node.all_input_nodes[0]] if _is_view(node, model) else node
+        first = node.all_input_nodes[0] if node.all_input_nodes else node
+        shares = _is_view(node, model) or (memory.get(first, first).op == "get_attr" and _writes(node, model))
+        memory[node] = memory[first] if shares else node
         overwritten = _overwritten(node, model)
         if overwritten is None:
             continue
+        if memory[overwritten].op == "get_attr":
+            raise Untraceable("it writes to a parameter or buffer by another name", node.meta["place"], inside(node))
         if not is_size(overwritten):
             def is_later(user: fx.Node, now: int = order[node]) -> bool:
                 return order.get(user, -1) > now
@@ -268,15 +315,20 @@ def _overwritten(node: fx.Node, model: nn.Module) -> fx.Node | None:
     first = next(iter((*node.args, *node.kwargs.values())), None)
     if node.op not in ("call_function", "call_method", "call_module") or not isinstance(first, fx.Node):
         return None
-    name = str(getattr(node.target, "__name__", node.target))
     if isinstance(node.kwargs.get("out"), fx.Node):
         raise Untraceable("out= overwrites a tensor", node.meta["place"], inside(node))
+    return first if first.op != "get_attr" and _writes(node, model) else None
+
+
+def _writes(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node writes into its first tensor."""
+    name = str(getattr(node.target, "__name__", node.target))
     in_place = node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS.values()
     if node.op == "call_module":
         in_place |= getattr(model.get_submodule(str(node.target)), "inplace", False) is True
     elif name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
         in_place |= getattr(node.target, "__module__", None) != "_operator"  # whose and_ and or_ write nowhere
-    return first if in_place and first.op != "get_attr" else None
+    return in_place
 
 
 def _make_new(graph: fx.Graph, node: fx.Node, overwritten: fx.Node) -> None:

@@ -220,6 +220,11 @@ class Proxy(fx.Proxy):
         sizes = [self._size(tensors, dimension) for dimension in range(tensors[0].dim())]
         return torch.Size(sizes) if all(isinstance(size, int) for size in sizes) else Sizes(sizes)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise AttributeError(f"it sets .{name} of a tensor, which tracing would not see")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         # A part that is a tensor, such as x.mT, is known like any other; torch's proxies of attributes are not.
         if all(isinstance(getattr(value, name, None), Tensor) for value in known_values(self.node) or [None]):
