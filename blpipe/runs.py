@@ -1,12 +1,10 @@
 """Run folders: what each subcommand does with one."""
 
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 
 import torch
 from tqdm import tqdm
@@ -39,6 +37,7 @@ from blpipe.program import steps_ahead
 from blpipe.progress import Progress
 from blpipe.resume import StartPoint
 from blpipe.run_folder import StartOptions, claimed, is_being_restarted, make_ready, run_folder_of
+from blpipe.signals import Signals
 from blpipe.specs import DataSpec
 from blpipe.trace import write_trace
 from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, train
@@ -246,9 +245,13 @@ def _train(engine: Engine, run: _Run) -> int | None:
         print(run_line(plan, choose_device(plan.config.runtime.device)[0], engine.name))
         _tell(notes)
     reached = Reached(start, None, stopped=False)
-    with _stop_requests() as stop, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:
+    with Signals() as signals, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:
         with Progress(engine, plan, start, run.meeting, run.shown) as progress:
-            for reached in train(engine, plan, start, _horizon(run, start, stop), progress.tick):
+            def on_step() -> None:
+                signals.check()
+                progress.tick()
+
+            for reached in train(engine, plan, start, _horizon(run, start, signals), on_step):
                 if reached.epoch is not None:
                     _tell_of(reached.epoch, run, log)
                     if plan.config.runtime.trace and reached.epoch.index == start // per_epoch:
@@ -262,13 +265,13 @@ def _train(engine: Engine, run: _Run) -> int | None:
     return reached.steps_done if reached.stopped else None
 
 
-def _horizon(run: _Run, start: int, stop: Event) -> Horizon:
+def _horizon(run: _Run, start: int, signals: Signals) -> Horizon:
     plan = run.plan
     if run.meeting is None:
-        return Horizon(start, stop.is_set)
+        return Horizon(start, signals.stop_asked)
     ahead = steps_ahead([links.hops_in for links in plan.links], plan.delay, plan.config.train.microbatches)
     replicated = plan.config.train.replicas > 1  # another replica's first stage may be in the next step already
-    return Horizon(start, stop.is_set, run.meeting, ahead + replicated)
+    return Horizon(start, signals.stop_asked, run.meeting, ahead + replicated)
 
 
 def _finish(log: RunLog, folder: Path) -> None:
@@ -310,14 +313,3 @@ def _is_save_due(plan: Plan, reached: Reached) -> bool:
 def _of_model(reached: Reached) -> StageReport | None:
     reports = reached.epoch.reports if reached.epoch is not None else None
     return reports[-1] if reports else None
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Event]:
-    """Set by SIGTERM."""
-    found = Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: found.set())
-    try:
-        yield found
-    finally:
-        signal.signal(signal.SIGTERM, before)
