@@ -14,6 +14,7 @@ from blpipe.checkpoint.folders import best_of, checkpoints, manifest
 from blpipe.data import open_data
 from blpipe.engines.common import train_epoch
 from blpipe.errors import ConfigError, UserError
+from blpipe.forecast.report import make_report
 from blpipe.losses import bce, cross_entropy, mse
 from blpipe.metrics import read_rows
 from blpipe.plan import make_plan
@@ -115,6 +116,15 @@ def test_one_stage_is_a_plain_loop():
         optimizer.step()
     train_epoch(engine, 0)
     assert all(torch.equal(one, other) for one, other in zip(plain, engine.stages[0].blocks.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("costs", ["measured", "analytic"])
+def test_a_plan_and_backpropagation_take_values(costs, tmp_path):
+    config = parse_config(tree("run", partition={"stages": 2, "costs": costs}))
+    assert all(row.samples_per_second > 0 for row in make_report(config).methods)
+    run = train_locally(tree("bp", method={"name": "bp", "loss": "mse"}), tmp_path)
+    first, last = (row["val_loss"] for row in read_rows(run) if row["stage"] == 3)
+    assert last < first
 
 
 def test_both_engines_learn_the_same_values_and_the_least_loss_is_best(tmp_path, capsys):
