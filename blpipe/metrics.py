@@ -4,7 +4,7 @@ import json
 import platform
 from dataclasses import asdict
 from importlib.util import find_spec
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,8 @@ def run_line(plan: Plan, device: torch.device, engine: str) -> str:
     count, frozen = (sum(p.numel() for p in chosen) for chosen in
                      (parameters, [p for p in parameters if not p.requires_grad]))
     replicas = f", {config.train.replicas} replicas" if config.train.replicas > 1 else ""
-    targets = f"{data.classes} classes" if data.labelled else f"targets of {list(data.target_shape)} values"
+    values = prod(data.target_shape)
+    targets = f"{data.classes} classes" if data.labelled else f"{values} value{'s' * (values > 1)} a target"
     where = f"one process on {device}" if engine == "local" else f"{config.processes} processes on {device.type}"
     return (f"{config.method.name} in {len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}{replicas}, {where}: "
             f"{count:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; {data.train_samples:,} training "

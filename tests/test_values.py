@@ -134,7 +134,7 @@ def test_both_engines_learn_the_same_values_and_the_least_loss_is_best(tmp_path,
     for one, each in zip(trees, (late, on_time), strict=True):
         assert_same_run(train_locally(one, tmp_path), each)
     said = capsys.readouterr().out
-    assert "targets of [2] values" in said
+    assert "2 values a target" in said
     assert "test loss by stage" in said
     assert "accuracy" not in said
     losses = [row["val_loss"] for row in read_rows(late) if row["stage"] == 3]
