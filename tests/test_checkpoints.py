@@ -447,6 +447,17 @@ def test_a_restart_goes_on_with_its_own_run_alone(folder, launched, monkeypatch,
     assert run("train", "small.yaml") == 0  # it had died before there was one
 
 
+def test_a_restart_replaces_no_run_of_its_config_whoever_began_it(folder, launched):
+    mark = checkpoints(Path("runs/small"))[0] / "mark"
+    mark.touch()
+    launched(1, name="another")
+    assert run("train", "small.yaml", "--overwrite") == 0
+    assert mark.exists()
+    launched(1, name="a third")
+    assert run("train", "small.yaml", "--overwrite", "seed=1") == 0
+    assert not mark.exists()
+
+
 def test_a_restart_goes_on_from_the_last_checkpoint_wherever_it_began(folder, launched):
     first, last = checkpoints(Path("runs/small"))
     launched(0)

@@ -76,6 +76,20 @@ LATE, PIPELINE = {"method__link": {"delay": 2, "length": "all"}}, torchrun_comma
 READ_BY_A_WORKER = {"data__workers": 1, "data__augment": {"transforms": ["RandomHorizontalFlip"]}}
 
 
+def name_in_a_script(run_id: str) -> str:
+    """What a process calls the launch that a shell script has begun it in."""
+    name = f"{sys.executable} -c 'from blpipe import launch; print(launch.run_name())'; exit 0"
+    return subprocess.run(["sh", "-c", name], env=child_environment() | {"TORCHELASTIC_RUN_ID": run_id}, timeout=60,
+                          capture_output=True, text=True, check=True).stdout.rstrip("\n")
+
+
+def test_a_launch_has_one_name_whatever_begins_its_processes():
+    process = Path("/proc/self/stat").read_text().split(")")[-1].split()
+    assert name_in_a_script("blpipe") == name_in_a_script("blpipe") == f"blpipe {os.getpid()} {process[19]}"
+    own = "0b5a0f0e-3c5f-4b0e-9a6e-1d1f5a0c7f11"
+    assert name_in_a_script(own) == own
+
+
 @pytest.mark.parametrize(("command", "changes"), [
     ([sys.executable, *TRAIN], LATE), (PIPELINE, LATE | READ_BY_A_WORKER),
     (PIPELINE, {"partition__stages": 1, "train__replicas": 2})], ids=["local", "late", "replicas"])
