@@ -1,14 +1,27 @@
 """Files that are there whole or not at all."""
 
 import errno
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, then put it there. Raises OSError, with the file before still there."""
-    put(path, lambda partial: partial.write_text(text))
+    def write(partial: Path) -> None:
+        with partial.open("w") as file:
+            file.write(text)
+            sync(file)
+
+    put(path, write)
+
+
+def sync(file: IO[str]) -> None:
+    """Have the disk keep what was written to a file, whatever becomes of the machine. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:

@@ -16,7 +16,7 @@ from blpipe.config import Config
 from blpipe.engines.common import factors
 from blpipe.engines.reports import StageReport
 from blpipe.errors import CheckpointError, ConfigError, UserError, one_line
-from blpipe.files import write_text
+from blpipe.files import sync, write_text
 from blpipe.plan import Plan
 from blpipe.text import blocks_text, percent, table
 from blpipe.trainer import Epoch
@@ -44,7 +44,7 @@ class RunLog:
     def __init__(self, run: Path, plan: Plan, engine: str, epochs_done: int = 0):
         self._plan, self._engine = plan, engine
         self._rows_path, self._result_path = run / "metrics.jsonl", run / "result.json"
-        self._rows = rows_of(run, epochs_done)
+        self._rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
         self._unwritten = False  # whether rows of earlier epochs could not be written
         try:
             self._write_all()
@@ -68,6 +68,11 @@ class RunLog:
         self._rows += rows
         return [*self._append(rows), *self._draw(rows, last_step + 1)]
 
+    def catch_up(self) -> None:
+        """Write the rows that could not be written before, if now they can: no checkpoint should be ahead of them."""
+        if self._unwritten:
+            self._append([])
+
     def _draw(self, rows: list[dict[str, Any]], steps_done: int) -> list[str]:
         """Give TensorBoard the numbers of the rows."""
         if self._board is None:
@@ -90,6 +95,7 @@ class RunLog:
             else:
                 with self._rows_path.open("a") as file:
                     file.writelines(map(_line, rows))
+                    sync(file)
         except OSError as error:
             self._unwritten = True
             return [f"cannot write {self._rows_path}: {error.strerror}; training goes on, and its rows are kept"]
@@ -100,28 +106,28 @@ class RunLog:
         write_text(self._rows_path, "".join(map(_line, self._rows)))
 
     def finish(self) -> dict[str, Any]:
-        """Write and return the result."""
-        plan, stages = self._plan, len(self._plan.stages)
-        last = [row for row in self._rows if row["epoch"] == self._rows[-1]["epoch"]]
-        if len(last) != stages:
-            raise UserError(f"{self._rows_path}: lacks rows of the last epoch; restore it, or train anew with "
-                            "--overwrite")
-        seconds = sum(row["train_seconds"] for row in self._rows if row["stage"] == 1)
+        """Write and return the result; what lost rows would say of it is None."""
+        plan, epochs = self._plan, self._plan.config.train.epochs
+        last = {row["stage"]: row for row in self._rows if row["epoch"] == epochs}
+        accuracies, losses = ([last.get(number, {}).get(key) for number in range(1, len(plan.stages) + 1)]
+                              for key in ("val_accuracy", "val_loss"))
+        first = [row for row in self._rows if row["stage"] == 1]
+        seconds = sum(row["train_seconds"] for row in first)
         result = {
             "engine": self._engine,
             "method": plan.config.method.name,
-            "val_accuracy": last[-1]["val_accuracy"],
-            "stage_val_accuracy": [row["val_accuracy"] for row in last],
-            "val_loss": last[-1]["val_loss"],
-            "stage_val_loss": [row["val_loss"] for row in last],
-            "samples_per_second": self._plan.samples_per_epoch * plan.config.train.epochs / seconds,
-            "train_seconds": seconds,
-            "steps": plan.config.train.epochs * len(plan.step_sizes),
+            "val_accuracy": accuracies[-1],
+            "stage_val_accuracy": accuracies,
+            "val_loss": losses[-1],
+            "stage_val_loss": losses,
+            "samples_per_second": plan.samples_per_epoch * len(first) / seconds if first else None,
+            "train_seconds": seconds if len(first) == epochs else None,
+            "steps": epochs * len(plan.step_sizes),
             "stages": [row | {
                 "busy_seconds": _total(rows, "busy_seconds"),
                 "wait_seconds": _total(rows, "wait_seconds"),
-                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows),
-            } for row, rows in zip(stage_rows(plan), map(self._rows_like, last), strict=True)],
+                "peak_memory_bytes": max((r["peak_memory_bytes"] for r in rows), default=None),
+            } for row, rows in zip(stage_rows(plan), map(self._rows_like, range(len(plan.stages))), strict=True)],
             "versions": {"blpipe": blpipe.__version__, "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
         }
@@ -135,14 +141,15 @@ class RunLog:
             self._board.close()
         return result
 
-    def _rows_like(self, last: dict[str, Any]) -> list[dict[str, Any]]:
-        """Those of the same stage of the same blocks; a run that went on may have had others. Old rows name none."""
-        return [row for row in self._rows if all(row.get(key, last[key]) == last[key] for key in ("stage", "blocks"))]
+    def _rows_like(self, index: int) -> list[dict[str, Any]]:
+        """Those of this stage of these blocks; a run that went on may have had others. Old rows name none."""
+        blocks = blocks_text(self._plan.block_names(index))
+        return [row for row in self._rows if row["stage"] == index + 1 and row.get("blocks", blocks) == blocks]
 
 
 def _total(rows: list[dict[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows]
-    return None if None in values else sum(values)
+    return None if None in values or not values else sum(values)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -174,14 +181,14 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rows_of(run: Path, epochs_done: int) -> list[dict[str, Any]]:
-    """The rows of the first so many epochs. Raises UserError where some are missing."""
-    rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
-    missing = set(range(1, epochs_done + 1)) - {row["epoch"] for row in rows}
-    if missing:
-        raise UserError(f"{run / 'metrics.jsonl'}: holds no rows of epoch {min(missing)}, which the checkpoint has "
-                        "behind it; restore it, or train anew with --overwrite")
-    return rows
+def notes_on_rows(run: Path, epochs_done: int) -> list[str]:
+    """What a user may want to know of the rows of the first so many epochs. Raises UserError, as `read_rows` does."""
+    missing = sorted(set(range(1, epochs_done + 1)) - {row["epoch"] for row in read_rows(run)})
+    if not missing:
+        return []
+    more = f" and {len(missing) - 1} more" if missing[1:] else ""
+    return [f"{run / 'metrics.jsonl'}: holds no rows of epoch {missing[0]}{more}, which the checkpoint has behind it; "
+            "the run goes on without them"]
 
 
 def run_line(plan: Plan, device: torch.device, engine: str) -> str:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from blpipe.metrics import (
     check_tensorboard,
     epoch_line,
     evaluation_table,
-    rows_of,
+    notes_on_rows,
     run_line,
     stage_rows,
     stage_table,
@@ -179,7 +179,8 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
     plan = make_plan(config, data.spec, network)
     resume.refuse_other_lengths(start_point, plan)
     if start_point.checkpoint is not None:
-        rows_of(run, manifest(start_point.checkpoint).steps_done // len(plan.step_sizes))
+        epochs_done = manifest(start_point.checkpoint).steps_done // len(plan.step_sizes)
+        start_point = replace(start_point, notes=start_point.notes + notes_on_rows(run, epochs_done))
     data.check_fits_model(plan.classes)
     return plan, data, start_point
 
@@ -258,6 +259,8 @@ def _train(engine: Engine, run: _Run) -> int | None:
                         _write_trace(run.folder, engine, plan)
                 if _is_save_due(plan, reached):
                     check_weights(plan, engine.stages, reached.steps_done)
+                    if log is not None:
+                        log.catch_up()
                     saver.save(reached.steps_done, _of_model(reached))
         saver.finish()
         if log is not None and not reached.stopped:

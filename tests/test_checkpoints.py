@@ -15,10 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import assert_same_run, small_config, state_of, torchrun, train_in_processes, train_locally
+from conftest import (
+    assert_same_run,
+    interrupt_second_save,
+    small_config,
+    state_of,
+    torchrun,
+    train_in_processes,
+    train_locally,
+)
 from test_cli import run
 
-from blpipe import cli, runs
+from blpipe import cli, metrics, runs
 from blpipe.checkpoint.folders import checkpoints, manifest, seals, write_manifest
 from blpipe.checkpoint.state import _IndexUnpickler, load, read
 from blpipe.checkpoint.state import state_of as state_of_engine
@@ -338,17 +346,44 @@ def test_other_lengths_than_the_checkpoints_are_refused(folder, capsys):
     assert "blpipe: data: an epoch has 6 steps, but 7 in " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, b"\xff}\n", b'{"stage": 1}\n'])
-def test_a_resume_without_the_rows_before_it_deletes_nothing(folder, content, capsys):
+@pytest.mark.parametrize("content", [b"\xff}\n", b'{"stage": 1}\n'])
+def test_a_resume_whose_rows_cannot_be_read_deletes_nothing(folder, content, capsys):
     assert run("train", "--resume", "runs/small", "train.epochs=2") == 0
     rows, (_, second, *_) = Path("runs/small/metrics.jsonl"), checkpoints(Path("runs/small"))
-    rows.unlink() if content is None else rows.write_bytes(content)
+    rows.write_bytes(content)
     before = {path: path.read_bytes() for path in Path("runs/small").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert run("train", "--resume", str(second)) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert re.match("blpipe: runs/small/metrics.jsonl: (holds no rows of epoch 1, .*|is damaged: .*); restore it", line)
+    assert re.match("blpipe: runs/small/metrics.jsonl: is damaged: .*; restore it", line)
     assert {path: path.read_bytes() for path in Path("runs/small").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_without_rows_that_were_lost(folder, capsys):
+    Path("runs/small/metrics.jsonl").unlink()
+    for epochs in (1, 3):  # that it has done, and some more
+        assert run("train", "--resume", "runs/small", f"train.epochs={epochs}") == 0
+        assert ("note: runs/small/metrics.jsonl: holds no rows of epoch 1, which the checkpoint has behind it; the run "
+                "goes on without them\n") in capsys.readouterr().out
+        rows, result = read_rows(Path("runs/small")), json.loads(Path("runs/small/result.json").read_text())
+        later = [] if epochs == 1 else [2, 3]
+        assert [(row["epoch"], row["stage"]) for row in rows] == [(e, s) for e in later for s in (1, 2, 3)]
+        assert result["stage_val_accuracy"] == ([row["val_accuracy"] for row in rows[-3:]] or [None] * 3)
+        assert (result["samples_per_second"] is None) == (epochs == 1)
+        assert result["train_seconds"] is None
+
+
+def test_no_checkpoint_is_ahead_of_rows_that_found_no_room(folder, monkeypatch, capsys):
+    def full(file):
+        file.flush()
+        os.truncate(file.name, 0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics, "sync", full)
+    interrupt_second_save(monkeypatch)
+    assert run("train", "small.yaml", "name=full", "train.epochs=2") == 130
+    assert "note: cannot write runs/full/metrics.jsonl: No space left on device; training" in capsys.readouterr().out
+    assert [(row["epoch"], row["stage"]) for row in read_rows(Path("runs/full"))] == [(1, 1), (1, 2), (1, 3)]
 
 
 HOLD = """

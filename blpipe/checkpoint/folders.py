@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from blpipe.config import Config
 from blpipe.config_file import load_config
 from blpipe.errors import DamagedError, UserError, one_line
+from blpipe.files import sync
 
 CONFIG, _MANIFEST = "config.yaml", "checkpoint.json"
 
@@ -80,8 +81,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     body = asdict(manifest)
     with (folder / _MANIFEST).open("w") as file:
         json.dump({"sha256": _digest_of(body), "manifest": body}, file)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def checkpoints(run: Path) -> list[Path]:
