@@ -86,9 +86,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply(tree, override)
     config = parse_config(tree)
     try:
-        dump_config(config)
+        text = dump_config(config)
+        if len(text.encode()) > _MOST_BYTES:
+            raise ValueError(f"{len(text.encode()):,} bytes with every key and a line a value, of {_MOST_BYTES:,}")
+        yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: holds a value that a run folder's config.yaml cannot: {one_line(error)}") from None
+        raise ConfigError(f"{path}: holds what a run folder's config.yaml cannot: {one_line(error)}; give less, or in "
+                          "another form") from None
     return config
 
 

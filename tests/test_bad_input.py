@@ -183,6 +183,17 @@ def test_what_is_too_much_when_written_out_is_refused_at_once(folder, text):
         load_config(path)
 
 
+@pytest.mark.parametrize(("value", "why"), [
+    ("[" + "1, " * 9_000 + "]", r"\d\d,\d\d\d bytes with every key and a line a value, of 65,536; give less"),
+    ("[" * 50 + "]" * 50, "it is more than 50 deep")], ids=["long", "deep"])
+def test_what_a_run_folder_could_not_keep_is_refused_before(folder, value, why):
+    """It can be read in its own file, or as an override."""
+    path = folder / "much.yaml"
+    path.write_text("partition: {stages: 2}\nmodel: {name: mlp, args: {x: 1}}\n")
+    with pytest.raises(ConfigError, match=rf"much\.yaml: holds what a run folder's config\.yaml cannot: {why}"):
+        load_config(path, [f"model.args.x={value}"])
+
+
 def test_a_file_of_more_than_64_kib_is_refused_unread(folder):
     path = folder / "long.yaml"
     path.write_text(SMALLEST_YAML + "#" * (64 * 1024 - len(SMALLEST_YAML)))
