@@ -110,6 +110,15 @@ def test_weights_that_are_nan_are_not_saved(part):
         check_weights(engine.plan, engine.stages, 6)
 
 
+def test_weights_that_are_not_trained_may_be_anything():
+    config = parse_config(config_of("stop"))
+    data = open_data(config.data, config.seed)
+    engine = open_local(make_plan(config, data.spec), data)
+    for name, kept in (("mask", torch.full((2,), -torch.inf)), ("count", torch.ones(2, dtype=torch.int64))):
+        engine.stages[1].head.register_parameter(name, torch.nn.Parameter(kept, requires_grad=False))
+    check_weights(engine.plan, engine.stages, 6)
+
+
 def test_a_stage_that_trains_nothing_skips_too():
     stage = make_stage(skip_nonfinite=True)
     stage.update.optimizer = None

@@ -139,14 +139,16 @@ class OpWatch:
 
 
 def check_weights(plan: Plan, stages: dict[int, Stage], steps_done: int) -> None:
-    """Look at all weights that a checkpoint would keep, where `train.on_nonfinite` is `stop`; waits for the device.
+    """Look at all weights that are trained, where `train.on_nonfinite` is `stop`; waits for the device.
+
+    Others may be infinite, as masks are, or of types that have no norm.
 
     Raises:
         StageError: some are NaN or infinite.
     """
     if plan.config.train.on_nonfinite == "stop":
         for index, stage in stages.items():
-            if not norm_of(p.detach() for part in stage.parts for p in part.parameters()).isfinite():
+            if not norm_of(p.detach() for part in stage.parts for p in part.parameters() if p.requires_grad).isfinite():
                 raise blame(plan, index, f"step {steps_done - 1}", NonFiniteError())
 
 
