@@ -19,6 +19,10 @@ def check_kept(blocks: list[str], *parts: nn.Module) -> None:
             if not isinstance(value, torch.Tensor):
                 raise ConfigError(f"model: {name} {where} is a {type(value).__name__} in the state_dict, and a "
                                   "checkpoint holds tensors alone; register it as a buffer, or leave it out")
+            if value.layout is torch.strided and any(step == 0 for size, step in zip(value.shape, value.stride(),
+                                                                                     strict=True) if size > 1):
+                raise ConfigError(f"model: {name} {where} is expanded, and a checkpoint could not be read back into "
+                                  "what several elements share; add .contiguous()")
         for name, module in part.named_modules():
             if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 continue

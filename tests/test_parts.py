@@ -89,6 +89,17 @@ def test_an_embedding_that_bounds_its_norms_is_refused():
         check_kept(["stem"], nn.Sequential(nn.Identity(), nn.Embedding(3, 3, max_norm=1.0)))
 
 
+def test_a_buffer_whose_elements_share_memory_is_refused():
+    block = nn.Identity()
+    block.register_buffer("passing", torch.ones(1).expand(4), persistent=False)
+    block.register_buffer("single", torch.ones(1).expand(1, 1))
+    block.register_buffer("scale", torch.ones(4))
+    check_kept(["stem"], block)
+    block.scale = torch.ones(3, 1).expand(3, 4)
+    with pytest.raises(ConfigError, match=r"^model: scale in the stage stem is expanded, .*; add \.contiguous\(\)$"):
+        check_kept(["stem"], block)
+
+
 @pytest.mark.parametrize(("key", "target"), [("head", "same_head"), ("loss", "same_loss")])
 def test_stages_that_would_share_a_head_or_a_loss_are_refused(key, target):
     refused(rf"^method\.{key}: stage [23] has the parameters of an earlier stage's; have the target make a new ",
