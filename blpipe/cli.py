@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launch.under_torchrun():
         # Once one process has ended, torchrun ends the others: first let them find out and say what happened.
         launch.outlive_sigterm(_GRACE_SECONDS)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows another
-            stream.reconfigure(errors="replace")
+    _open_streams()
     arguments = None
     try:
         arguments = _parse(argv)
@@ -53,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read what we print has gone, as in `plan … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _open_streams() -> None:
+    """Have stdout and stderr take all that is printed, line by line: a file shows at once how far a run is."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as the shell has closed it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows another
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import yaml
 from conftest import interrupt_second_save, small_config
 from test_cli import run
 
+from blpipe import runs
 from blpipe.checkpoint.folders import checkpoint_after, checkpoints, manifest
 from blpipe.errors import DamagedError, UserError
 
@@ -44,6 +45,29 @@ def test_a_reader_that_has_gone_is_no_traceback(folder, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", output)
         assert run("plan", "small.yaml", "partition.costs=analytic") == 128 + signal.SIGPIPE
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_in_a_file_is_written_line_by_line(folder, monkeypatch):
+    said = []
+
+    def look(folder, plan, *_):
+        said.append(Path("log").read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "Saver", look)
+    with open("log", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        assert run("train", "small.yaml", "--overwrite") == 130
+    assert said[0].startswith("backlink in 3 stages, ")
+    assert said[0].endswith("\n")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_is_none_that_is_missed(folder, monkeypatch, stream):
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, stream, None)
+        assert run("train", "small.yaml", "--overwrite") == 0
+        getattr(sys, stream).close()
 
 
 def test_a_checkpoint_is_found_from_where_it_is_and_by_a_link(folder, monkeypatch):
