@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blpipe.checkpoint.folders import best_of, check, checkpoints, config_of, manifest, newest_intact
+from blpipe.checkpoint.folders import best_of, check, checkpoints, config_of, is_checkpoint, manifest, newest_intact
 from blpipe.config import Config
 from blpipe.config_file import load_config
 from blpipe.config_types import folder_name
@@ -17,6 +17,7 @@ _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend
 _CHANGEABLE = ("partition", "optimizer.lr", "schedule", "data.root", "data.download", "data.workers", "data.place",
                "data.bad_samples", "train.epochs", "train.replicas", "train.eval_batch_size", "train.eval_every_epochs",
                "train.on_nonfinite", "train.recompute", "method.link.keep")
+_PER_STAGE = ("method.head", "method.loss", "method.link.weight")  # as lists these may change with the number of stages
 _OF_EVALUATION = ("data", "train.eval_batch_size", "train.precision", "train.channels_last")
 
 
@@ -36,7 +37,8 @@ class StartPoint:
 
 
 def find(path: Path, best: bool = False) -> StartPoint:
-    """The checkpoint that `path` names: a run folder's newest intact one, or the one that it is the folder of.
+    """The checkpoint that `path` names: a run folder's newest intact one, or the one that it is the folder of, which
+    may be a copy elsewhere.
 
     Args:
         best: the run folder's checkpoint of the best accuracy instead.
@@ -44,7 +46,7 @@ def find(path: Path, best: bool = False) -> StartPoint:
     Raises:
         UserError: no run, no checkpoint, or none that is intact.
     """
-    checkpoint = _checkpoint_at(path)
+    checkpoint = _checkpoint_at(path) or (path if is_checkpoint(path) else None)
     if best and checkpoint:
         raise UserError(f"--best: {path} is one checkpoint; give its run folder, or leave --best out")
     if checkpoint:
@@ -81,6 +83,9 @@ def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: no run, or another name or place for it.
     """
+    if is_checkpoint(path) and _checkpoint_at(path) is None:
+        raise UserError(f"--resume: {path}: is a checkpoint outside of its run folder, in which it would go on; give "
+                        "that folder, or put it back into checkpoints/ there")
     run = run_of(path)
     saved, config = config_of_run(run), config_of_run(run, overrides)
     for key, before, now in (("name", saved.name, config.name), ("runtime.runs", saved.runtime.runs,
@@ -127,6 +132,8 @@ def resume_from(config: Config, path: Path) -> tuple[Config, StartPoint]:
     removed = [f"{', '.join(later)}: after {found.checkpoint.name}, and removed"] if later else []
     changes = _changes(saved, config)
     refused = _but(_CHANGEABLE, changes)
+    if config.partition.stage_count != saved.partition.stage_count:
+        refused = [change for change in refused if change.key not in _PER_STAGE or not change.of_list]
     if refused:
         raise ConfigError(*(f"{change.key}: {_told(change.now)}, but {_told(change.before)} in {found.checkpoint}; set "
                             "it back, or train anew under another name" for change in refused))
@@ -182,6 +189,11 @@ class _Change:
     key: str
     before: Any
     now: Any
+
+    @property
+    def of_list(self) -> bool:
+        """Whether a list was given before, or is now."""
+        return isinstance(self.before, tuple) or isinstance(self.now, tuple)
 
 
 def _told(value: Any) -> str:

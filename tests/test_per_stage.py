@@ -17,6 +17,7 @@ from blpipe.forecast.costs import profile
 from blpipe.forecast.memory import Rehearsal
 from blpipe.forecast.stages import settle
 from blpipe.plan import make_network, make_plan
+from blpipe.resume import resumed_config
 from blpipe.runs import evaluate_run, train_run
 
 CPU = torch.device("cpu")
@@ -172,6 +173,19 @@ def test_losses_are_saved_by_the_block_before_them_and_a_resumed_run_goes_on_wit
                    "loss/3/projection.conv.weight": (8, 8, 3, 3)}
     assert {f"optimizer/{key}/momentum_buffer" for key in own} <= state.keys()
     assert "0 … 1" in evaluate_run(whole)
+
+
+def test_lists_change_with_the_number_of_stages_alone(tmp_path, capsys):
+    run = train_locally(small_config("run", method=LISTS | {"link": {"weight": [1.0, 0.5]}}, train__epochs=1), tmp_path)
+    others = ["method.loss=[supcon, cross_entropy]", "method.link.weight=0.5", "method.head=[conv]"]
+    train_run(resumed_config(run, ["partition={stages: 2}", "train.epochs=2", *others]), resume_from=run)
+    assert "note: method.link.weight: 0.5, was (1.0, 0.5) before" in capsys.readouterr().out
+    for key, value in (("head", "mlp_sr"), ("loss", "pred_sim")):
+        with pytest.raises(ConfigError, match=rf"^method\.{key}: .* set it back, or train anew"):
+            train_run(resumed_config(run, [f"method.{key}={value}", "train.epochs=3"]), resume_from=run)
+    with pytest.raises(ConfigError, match=r"^method\.link\.weight: 0\.7, but 0\.5 in "):
+        train_run(resumed_config(run, ["partition={stages: 1}", "method.head=conv", "method.loss=[cross_entropy]",
+                                       "method.link.weight=0.7", "train.epochs=3"]), resume_from=run)
 
 
 # What it costs.

@@ -78,6 +78,22 @@ def test_a_checkpoint_is_found_from_where_it_is_and_by_a_link(folder, monkeypatc
     assert run("eval", last.name) == 0
 
 
+def test_a_copy_of_a_checkpoint_is_one_wherever_it_is(folder, capsys):
+    last = checkpoints(Path("runs/small"))[-1]
+    shutil.copytree(last, "kept/best")
+    shutil.copytree(last, f"kept/{last.name}")
+    shutil.rmtree("runs")
+    capsys.readouterr()
+    for copy in ("kept/best", f"kept/{last.name}"):
+        assert run("eval", copy) == 0
+        assert run("export", copy, "--out", "model.pt", "--overwrite") == 0
+        assert capsys.readouterr().err == ""
+        assert run("train", "--resume", copy) == 2
+        assert capsys.readouterr().err == (f"blpipe: --resume: {copy}: is a checkpoint outside of its run folder, in "
+                                           "which it would go on; give that folder, or put it back into checkpoints/ "
+                                           "there\n")
+
+
 def test_a_copy_whose_name_no_run_can_have_is_not_gone_on_in(folder, capsys):
     shutil.copytree("runs/small", "runs/my run")
     capsys.readouterr()

@@ -92,7 +92,12 @@ def checkpoints(run: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}; mend it, and try again") from error
     return sorted(folder / name for name in names
-                  if name.startswith("step_") and os.path.lexists(folder / name / _MANIFEST))
+                  if name.startswith("step_") and is_checkpoint(folder / name))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is a complete one, wherever it is."""
+    return os.path.lexists(folder / _MANIFEST)
 
 
 def manifest(checkpoint: Path) -> Manifest:
