@@ -20,15 +20,16 @@ class Boundary:
 
     Args:
         shape: of one sample at the boundary, without the batch: [C, H, W], or [H, W, C] if `channels_last`;
-            [T, D] or [D].
+            [T, D], or [C, T] if `signal`; or [D].
         classes: number of logits.
-        later: shapes at the outputs of the blocks that follow, in order; maps always as [C, H, W]. None follow
-            on the model's own output, the logits.
+        later: shapes at the outputs of the blocks that follow, in order; maps always as [C, H, W], and signals as
+            tokens [T, C]. None follow on the model's own output, the logits.
         channels_last: whether `shape` is a map with its channels last.
         target_shape: of one sample's logits without their last dimension: () for one label or a row of values, (T,)
             where every position has one.
         index: of the block right before the boundary, from 0.
         labelled: whether targets are labels of classes; if not, they are values.
+        signal: whether `shape` is [C, T], channels first, as Conv1d gives them, and not tokens [T, D].
     """
 
     shape: Shape
@@ -38,6 +39,7 @@ class Boundary:
     target_shape: Shape = ()
     index: int = 0
     labelled: bool = True
+    signal: bool = False
 
     @property
     def last(self) -> bool:
@@ -51,16 +53,18 @@ class Boundary:
 
     @property
     def per_token(self) -> bool:
-        """Whether every token has a target."""
-        return len(self.shape) == 2 and self.target_shape == self.shape[:1]
+        """Whether every token, of a signal every moment, has a target."""
+        return len(self.shape) == 2 and self.target_shape == tokens_of(self.shape, self.signal)[:1]
 
     @property
     def features(self) -> int:
-        """The channels of a map, or the size of a token or of flat features."""
+        """The channels of a map or a signal, or the size of a token or of flat features."""
         if len(self.shape) not in (1, 2, 3):
             raise ValueError(f"a boundary of shape {list(self.shape)} is no map, tokens or features; "
                              "give a target of your own")
-        return channels_first(self.shape, self.channels_last)[0] if self.is_map else self.shape[-1]
+        if self.is_map:
+            return channels_first(self.shape, self.channels_last)[0]
+        return tokens_of(self.shape, self.signal)[-1]
 
 
 class ChannelsFirst(nn.Module):
@@ -69,6 +73,14 @@ class ChannelsFirst(nn.Module):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Permute."""
         return x_BHWC.permute(0, 3, 1, 2)
+
+
+class ToTokens(nn.Module):
+    """A signal [B, C, T] to [B, T, C], as tokens are."""
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        """Transpose."""
+        return x_BCT.mT
 
 
 class PoolToFeatures(nn.Module):
@@ -209,8 +221,15 @@ def channels_first(shape: Shape, channels_last: bool) -> Shape:
     return (shape[-1], *shape[:-1]) if channels_last else shape
 
 
+def tokens_of(shape: Shape, signal: bool) -> Shape:
+    """The shape of a signal as that of tokens, [T, C]; any other as it is."""
+    return shape[::-1] if signal else shape
+
+
 def before_pool(boundary: Boundary) -> "OrderedDict[str, nn.Module]":
-    """The first layers of whatever reads the boundary: a map gets its channels first."""
+    """The first layers of whatever reads the boundary: a map gets its channels first, and a signal becomes tokens."""
+    if boundary.signal:
+        return OrderedDict(transpose=ToTokens())
     return OrderedDict(permute=ChannelsFirst()) if boundary.channels_last else OrderedDict()
 
 

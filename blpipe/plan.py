@@ -12,7 +12,7 @@ from blpipe.config import Config
 from blpipe.config_types import WirePrecision
 from blpipe.data import Mixing
 from blpipe.errors import ConfigError, one_line
-from blpipe.heads import Boundary, build_head, channels_first
+from blpipe.heads import Boundary, build_head, channels_first, tokens_of
 from blpipe.links import Links, stage_links
 from blpipe.losses import build_loss
 from blpipe.models import build_model
@@ -20,7 +20,7 @@ from blpipe.models.build import model_notes, named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import check_stage_count, partition
 from blpipe.parts import check_kept, check_own, check_reached_by_name
-from blpipe.shapes import channels_last, layer_calls, trace_module, trace_shapes
+from blpipe.shapes import channels_last, layer_calls, signals, trace_module, trace_shapes
 from blpipe.specs import DataSpec, Share, TensorSpec
 from blpipe.steps import Step, batch_sizes, evaluation_sizes, step_sizes, training_sizes
 from blpipe.text import blocks_text, dtype_name
@@ -204,11 +204,14 @@ def make_network(config: Config, data: DataSpec) -> Network:
                               f"{_told(evaluated[other[0]])} in evaluation; have it give the same in both")
     any_size = next(iter(traced))
     shapes = [spec.shape[1:] for spec in traced[any_size].values()]
-    last = channels_last(traced[any_size], calls)
+    last, signal = channels_last(traced[any_size], calls), signals(traced[any_size], calls)
+    if signal[-1] and not data.labelled:  # heads give such values along T, for each of the channels
+        signal = [False] * len(shapes)
+    signal[-1] = False  # logits are [T, classes]
     classes = _classes(traced[any_size], data)
-    later = tuple(map(channels_first, shapes, last))
+    later = tuple(tokens_of(channels_first(shape, last[i]), signal[i]) for i, shape in enumerate(shapes))
     return Network(config, data, model, {size: list(specs.values()) for size, specs in traced.items()},
-                   [Boundary(shape, classes, later[i + 1:], last[i], shapes[-1][:-1], i, data.labelled)
+                   [Boundary(shape, classes, later[i + 1:], last[i], shapes[-1][:-1], i, data.labelled, signal[i])
                     for i, shape in enumerate(shapes)])
 
 

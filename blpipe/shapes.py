@@ -1,4 +1,4 @@
-"""What crosses each boundary: shapes, dtypes and where a map has its channels, without running anything."""
+"""What crosses each boundary: shapes, dtypes and where the channels are, without running anything."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -16,8 +16,10 @@ from blpipe.models.nodes import DECIDES_BY_BATCH
 from blpipe.models.unchanged import unchanged
 from blpipe.specs import DataSpec, Shape, TensorSpec
 
-_CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d,
-                   nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.MaxPool1d, nn.AvgPool1d,
+                   nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.GroupNorm,
+                   nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.MaxPool2d, nn.AvgPool2d,
+                   nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 EVERY_MODULE = vars(nn.Module()).keys()
 """What a module has besides what its class gives it."""
@@ -115,7 +117,7 @@ class LayerCall(NamedTuple):
 
 @contextmanager
 def layer_calls(model: nn.Sequential) -> Iterator[dict[str, list[LayerCall]]]:
-    """Record, by block, the calls of layers that tell where a map has its channels."""
+    """Record, by block, the calls of layers that tell where their input has its channels."""
     calls: dict[str, list[LayerCall]] = {name: [] for name, _ in named_blocks(model)}
 
     def recorder(name: str, last: bool) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -139,13 +141,25 @@ def channels_last(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[L
     The first layer in the next block that takes the map as it is tells; else the last one in the block itself
     that gives it; else the shape.
     """
-    answers = []
+    return [len(shape) == 4 and [*said, shape[1] == shape[2] != shape[3]][0]
+            for shape, said in _witnesses(specs, calls)]
+
+
+def signals(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:
+    """Whether the output of each block is a signal with its channels first, [B, C, T], and not tokens [B, T, D].
+
+    The layers tell as they do of maps; where none does, it is tokens.
+    """
+    return [len(shape) == 3 and not [*said, True][0] for shape, said in _witnesses(specs, calls)]
+
+
+def _witnesses(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]
+          ) -> Iterator[tuple[Shape, list[bool]]]:
+    """The output of each block, and whether its channels are last to the layers that tell, the best witness first."""
     for (name, (shape, _)), following in zip_longest(specs.items(), list(specs)[1:]):
         by_next = [call.channels_last for call in calls.get(following, []) if call.taken == shape]
         by_block = [call.channels_last for call in calls[name] if call.given == shape]
-        by_shape = len(shape) == 4 and shape[1] == shape[2] != shape[3]
-        answers.append(len(shape) == 4 and [*by_next, *reversed(by_block), by_shape][0])
-    return answers
+        yield shape, [*by_next, *reversed(by_block)]
 
 
 def _works_on_last(layer: nn.Module) -> bool | None:
