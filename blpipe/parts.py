@@ -34,8 +34,22 @@ def check_kept(blocks: list[str], *parts: nn.Module) -> None:
                                   "lose; build it without max_norm")
 
 
+def check_hooks(blocks: list[str], *parts: nn.Module) -> None:
+    """That no parameter waits for its gradient to be accumulated, as `bp` alone does it. Raises ConfigError."""
+    for name, parameter in (each for part in parts for each in part.named_parameters()):
+        if parameter.requires_grad and parameter._post_accumulate_grad_hooks:
+            raise ConfigError(f"model: {name} in the stage {blocks_text(blocks)} has a hook of "
+                              "register_post_accumulate_grad_hook, which runs with method.name=bp alone; take it out, "
+                              "or use register_hook")
+
+
 def check_reached_by_name(blocks: list[str], tail: nn.Sequential) -> None:
     """That a late link can put other weights in the place of all that it trains. Raises ConfigError."""
+    for name, parameter in tail.named_parameters():
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise ConfigError(f"model: {name} in the stage {blocks_text(blocks)} has a gradient hook, which the "
+                              "gradients of a late link do not pass, as they are those of a copy; take it out, or set "
+                              "method.link.delay=0")
     for name, module in tail.named_modules():
         for key, value in vars(module).items():
             own = key not in EVERY_MODULE and not type(module).__module__.startswith("torch.")

@@ -19,7 +19,7 @@ from blpipe.models import build_model
 from blpipe.models.build import model_notes, named_blocks
 from blpipe.optim import build_optimizer
 from blpipe.partition import check_stage_count, partition
-from blpipe.parts import check_kept, check_own, check_reached_by_name
+from blpipe.parts import check_hooks, check_kept, check_own, check_reached_by_name
 from blpipe.shapes import channels_last, layer_calls, signals, trace_module, trace_shapes
 from blpipe.specs import DataSpec, Share, TensorSpec
 from blpipe.steps import Step, batch_sizes, evaluation_sizes, step_sizes, training_sizes
@@ -246,6 +246,8 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
         head = _checked_head(plan, k) if not last and config.method.name != "bp" else nn.Identity()
         build_optimizer(config.optimizer, stage.parameters(), [p for part in (head, loss) for p in part.parameters()])
         check_kept(plan.block_names(k), stage, head, loss)
+        if config.method.name != "bp":
+            check_hooks(plan.block_names(k), stage, head, loss)
         if plan.links[k].hops_in and config.method.link.delay:
             check_reached_by_name(plan.block_names(k), stage[len(stage) - plan.links[k].tail:])
         check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, judges)

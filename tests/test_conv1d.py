@@ -52,7 +52,7 @@ def frequencies(samples=256, length=32):
 
 
 def boundaries(target, data=None, **args):
-    config = parse_config({"name": "a", "model": {"target": f"test_signals:{target}", "args": args},
+    config = parse_config({"name": "a", "model": {"target": f"test_conv1d:{target}", "args": args},
                            "partition": {"stages": 2}, "train": {"batch_size": 4}})
     return make_network(config, data or DataSpec((1, 32), "float32", (), 4, 8, 8)).boundaries
 
@@ -100,8 +100,8 @@ def test_losses_read_a_signal_as_tokens(name):
 
 
 def test_a_greedy_run_learns_frequencies_by_the_channels(tmp_path):
-    tree = small_config("frequencies", model={"target": "test_signals:net"},
-                        data={"target": "test_signals:frequencies"}, partition__stages=3,
+    tree = small_config("frequencies", model={"target": "test_conv1d:net"},
+                        data={"target": "test_conv1d:frequencies"}, partition__stages=3,
                         method={"name": "greedy", "head": "linear"}, train__epochs=4)
     plan = make_plan(parse_config(tree), DataSpec((1, 32), "float32", (), 4, 256, 64))
     assert [plan.build_head(k).fc.in_features for k in (0, 1)] == [16, 16]

@@ -84,6 +84,43 @@ def test_a_parameter_that_a_late_link_could_not_replace_is_refused():
     planned(model={"name": "mlp"}, partition={"stages": 2})
 
 
+def hooked_net(register, block=0):
+    net = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(128, 6)), nn.Linear(6, 6), nn.Linear(6, 4))
+    getattr(next(net[block].parameters()), register)(lambda *_: None)
+    return net
+
+
+def hooked_head(boundary):
+    head = nn.Linear(6, 4)
+    head.weight.register_post_accumulate_grad_hook(lambda _: None)
+    return head
+
+
+def hooked(register, **args):
+    return {"model": {"target": "test_parts:hooked_net", "args": {"register": register, **args}},
+            "partition": {"stages": 2}, "method__head": "linear"}
+
+
+def test_a_gradient_hook_where_a_late_link_trains_a_copy_is_refused():
+    tree = hooked("register_hook")
+    refused(r"^model: 0\.1\.weight in the stage 0 has a gradient hook, .*; take it out, or set method\.link\.delay=0$",
+            **tree | {"partition": {"cuts": ["1"]}})
+    planned(**tree | {"partition": {"cuts": ["2"]}})  # in the body, which no link trains
+    planned(**tree, method__link={"delay": 0, "length": "all"})
+    planned(**tree, method="greedy")
+    planned(**hooked("register_hook", block=2))  # in the last stage, which no link trains
+
+
+def test_a_hook_for_accumulated_gradients_is_refused_where_none_are():
+    tree = hooked("register_post_accumulate_grad_hook")
+    message = r"^model: 0\.1\.weight in the stage \S+ has a hook of register_post_accumulate_grad_hook, .*; take it out"
+    refused(message, **tree)
+    refused(message, **tree | {"method__name": "greedy"})
+    planned(**tree | {"method__head": None, "method": "bp"})
+    refused(r"^model: weight in the stage ", **hooked("register_hook", block=2),
+            method={"name": "greedy", "head": {"target": "test_parts:hooked_head"}})
+
+
 def test_an_embedding_that_bounds_its_norms_is_refused():
     with pytest.raises(ConfigError, match=r"^model: 1 in the stage stem writes to its weight in forward"):
         check_kept(["stem"], nn.Sequential(nn.Identity(), nn.Embedding(3, 3, max_norm=1.0)))
