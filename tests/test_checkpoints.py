@@ -25,6 +25,7 @@ from conftest import (
     train_locally,
 )
 from test_cli import run
+from torch import nn
 
 from blpipe import cli, metrics, runs
 from blpipe.checkpoint.folders import checkpoints, manifest, seals, write_manifest
@@ -119,6 +120,26 @@ def test_late_gradients_of_a_layer_in_two_blocks_are_gone_on_with(tmp_path):
     first = checkpoints(saved)[0]
     assert {key.rpartition("/")[2] for key in read(first, lambda key: key.startswith("held/"))} == {
         f"{layer}.{name}" for layer in ("first", "again") for name in ("weight", "bias")}
+    assert_same_run(saved, go_on(rewound(saved, 5, tmp_path / "from5")))
+
+
+class Doubled(nn.Linear):
+    """In float64."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1).double())
+
+
+def double_net():
+    return [Doubled(128, 6, dtype=torch.float64), nn.Linear(6, 4, dtype=torch.float64)]
+
+
+def test_state_of_another_type_than_the_weights_is_gone_on_with(tmp_path):
+    """nadam's product of momenta is float32."""
+    saved = train_locally(saved_config("run", model={"target": "test_checkpoints:double_net"}, partition={"stages": 1},
+                                       optimizer={"name": "nadam", "lr": 0.01}), tmp_path)
+    products = read(checkpoints(saved)[0], lambda key: key.endswith("mu_product"))
+    assert {product.dtype for product in products.values()} == {torch.float32}
     assert_same_run(saved, go_on(rewound(saved, 5, tmp_path / "from5")))
 
 

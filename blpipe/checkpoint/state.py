@@ -263,9 +263,18 @@ def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tenso
         for number, name in enumerate(names)}
     loaded["state"] = {number: values for number, values in loaded["state"].items() if values}
     stage.update.optimizer.load_state_dict(loaded)
-    for parameter, values in stage.update.optimizer.state.items():  # laid out as the weights are, as it was when saved
-        values |= {key: torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
-                   for key, value in values.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
+    for parameter, values in stage.update.optimizer.state.items():  # torch has given it the weights' types
+        for key, value in values.items():
+            saved = state.get(f"optimizer/{name_of[parameter]}/{key}")
+            if saved is not None:
+                values[key] = _as_saved(saved, parameter, value.device)
+
+
+def _as_saved(value: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+    """On a device, laid out as the weights are, where it has their shape."""
+    if value.shape != parameter.shape:
+        return value.to(device)
+    return torch.empty_like(parameter, dtype=value.dtype, device=device).copy_(value)
 
 
 def _optimized(plan: Plan, index: int, stage: Stage) -> dict[Tensor, str]:
