@@ -245,7 +245,7 @@ def _train(engine: Engine, run: _Run) -> int | None:
         log = RunLog(run.folder, plan, engine.name, start // per_epoch)
         print(run_line(plan, choose_device(plan.config.runtime.device)[0], engine.name))
         _tell(notes)
-    reached = Reached(start, None, stopped=False)
+    reached, ended, model = Reached(start, None, stopped=False), -1, None
     with Signals() as signals, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:
         with Progress(engine, plan, start, run.meeting, run.shown) as progress:
             def on_step() -> None:
@@ -254,6 +254,7 @@ def _train(engine: Engine, run: _Run) -> int | None:
 
             for reached in train(engine, plan, start, _horizon(run, start, signals), on_step):
                 if reached.epoch is not None:
+                    ended, model = reached.steps_done, _of_model(reached.epoch)
                     _tell_of(reached.epoch, run, log)
                     if plan.config.runtime.trace and reached.epoch.index == start // per_epoch:
                         _write_trace(run.folder, engine, plan)
@@ -261,7 +262,8 @@ def _train(engine: Engine, run: _Run) -> int | None:
                     check_weights(plan, engine.stages, reached.steps_done)
                     if log is not None:
                         log.catch_up()
-                    saver.save(reached.steps_done, _of_model(reached))
+                    # Of an epoch that has just ended, should a stop have been asked for while it was evaluated.
+                    saver.save(reached.steps_done, model if reached.steps_done == ended else None)
         saver.finish()
         if log is not None and not reached.stopped:
             _finish(log, run.folder)
@@ -313,6 +315,5 @@ def _is_save_due(plan: Plan, reached: Reached) -> bool:
     return reached.epoch is not None and is_due(reached.epoch.index + 1, config.every_epochs, plan.config.train.epochs)
 
 
-def _of_model(reached: Reached) -> StageReport | None:
-    reports = reached.epoch.reports if reached.epoch is not None else None
-    return reports[-1] if reports else None
+def _of_model(epoch: Epoch) -> StageReport | None:
+    return epoch.reports[-1] if epoch.reports else None

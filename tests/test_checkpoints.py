@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,7 @@ from blpipe.checkpoint.state import _IndexUnpickler, load, read
 from blpipe.checkpoint.state import state_of as state_of_engine
 from blpipe.config_file import load_config, parse_config, set_key
 from blpipe.data import open_data
+from blpipe.engines.local import LocalEngine
 from blpipe.errors import UserError
 from blpipe.files import write_text
 from blpipe.metrics import read_rows
@@ -472,6 +474,19 @@ def test_a_stop_right_after_a_resume_leaves_the_checkpoint_as_it_was(folder, mon
     monkeypatch.setattr(runs, "_horizon", lambda run, start, stop: Horizon(start, lambda: True))
     assert run("train", "--resume", "runs/small", "train.epochs=2") == 143
     assert manifest(newest) == before
+
+
+def test_a_stop_during_an_evaluation_leaves_a_checkpoint_with_what_it_found(folder, monkeypatch):
+    evaluate = LocalEngine.evaluate
+
+    def stopped(engine):
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(engine)
+
+    monkeypatch.setattr(LocalEngine, "evaluate", stopped)
+    assert run("train", "small.yaml", "name=stopped", "train.epochs=2", "checkpoint.every_steps=0") == 143
+    found, last = manifest(checkpoints(Path("runs/stopped"))[-1]), read_rows(Path("runs/stopped"))[-1]
+    assert (found.steps_done, found.val_accuracy, found.val_loss) == (6, last["val_accuracy"], last["val_loss"])
 
 
 # torchrun starts the processes again, under the name that it gave them.
