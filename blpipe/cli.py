@@ -8,10 +8,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from io import TextIOWrapper
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import blpipe
 from blpipe import launch
@@ -43,14 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     try:
         arguments = _parse(argv)
-        code = _main(arguments)
-        sys.stdout.flush()
-        return code
+        try:
+            return _main(arguments)
+        finally:
+            _flush(may_lose=arguments.command == "train")
     except KeyboardInterrupt:
         _end_interrupted(arguments is not None and arguments.command == "train")
     except BrokenPipeError:  # who read what we print has gone, as in `plan … | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         return 128 + signal.SIGPIPE
+
+
+def _flush(may_lose: bool) -> None:
+    """Have all that was printed written, or where it may be lost and has no room, as on a full disk, dropped.
+
+    On stderr it may always be: the exit code says it too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if stream is sys.stdout and (isinstance(error, BrokenPipeError) or not may_lose):
+                raise
+            _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """What is still to be written, now and later: else it would be the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_streams() -> None:
@@ -110,7 +131,7 @@ def _end_interrupted(trained: bool) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """End at once: an ordinary exit could wait for messages that nobody sends any more."""
-    sys.stdout.flush()
+    _flush(may_lose=True)
     os._exit(code)
 
 
@@ -122,7 +143,7 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
         raise SystemExit(2) from error
     except StoppedError as error:
         if launch.rank() == 0:
-            print(f"blpipe: {error}", file=sys.stderr, flush=True)
+            _say(str(error))
         raise SystemExit(128 + signal.SIGTERM) from None
 
 
@@ -136,7 +157,8 @@ def _report(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
+    with suppress(OSError):  # see `_flush`
+        print("\n".join(f"blpipe: {line}" for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
 def _is_reporter() -> bool:

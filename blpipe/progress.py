@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from blpipe.engines.common import Engine
 from blpipe.plan import Plan
-from blpipe.text import human_bytes, percent
+from blpipe.text import human_bytes, percent, say
 from blpipe.transport.world import Meeting
 
 _SECONDS = 0.5  # between two looks at the stages
@@ -67,8 +67,8 @@ class Progress:
         per_epoch, train = len(self._plan.step_sizes), self._plan.config.train
         epoch, step = divmod(self._steps - 1, per_epoch)
         rate = (self._steps - steps) * train.batch_size / (now - then)
-        tqdm.write(f"epoch {epoch + 1}/{train.epochs}  step {step + 1}/{per_epoch}"
-                   f"{f'  train loss {loss:.4f}' if loss is not None else ''}  {rate:,.0f} samples/s")
+        say(f"epoch {epoch + 1}/{train.epochs}  step {step + 1}/{per_epoch}"
+            f"{f'  train loss {loss:.4f}' if loss is not None else ''}  {rate:,.0f} samples/s")
 
     def _show(self, stages: dict[int, dict[str, Any]]) -> None:
         for k, stage in sorted(stages.items()):

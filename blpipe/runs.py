@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from blpipe import launch, resume
 from blpipe.checkpoint.folders import manifest
@@ -39,6 +38,7 @@ from blpipe.resume import StartPoint
 from blpipe.run_folder import StartOptions, claimed, is_being_restarted, make_ready, run_folder_of
 from blpipe.signals import Signals
 from blpipe.specs import DataSpec
+from blpipe.text import say
 from blpipe.trace import write_trace
 from blpipe.trainer import Epoch, Reached, choose_engine, is_due, open_local, open_pipeline, train
 from blpipe.transport.horizon import Horizon
@@ -138,7 +138,7 @@ def _found(path: Path, best: bool) -> Path:
 
 def _tell(notes: list[str]) -> None:
     for line in notes:
-        print(f"note: {line}", flush=True)
+        say(f"note: {line}")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _train(engine: Engine, run: _Run) -> int | None:
     if launch.rank() == 0:
         make_ready(run.folder, plan.config, run.start_point)
         log = RunLog(run.folder, plan, engine.name, start // per_epoch)
-        print(run_line(plan, choose_device(plan.config.runtime.device)[0], engine.name))
+        say(run_line(plan, choose_device(plan.config.runtime.device)[0], engine.name))
         _tell(notes)
     reached, ended, model = Reached(start, None, stopped=False), -1, None
     with Signals() as signals, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:
@@ -281,21 +281,20 @@ def _horizon(run: _Run, start: int, signals: Signals) -> Horizon:
 
 def _finish(log: RunLog, folder: Path) -> None:
     result = log.finish()
-    print(stage_table(result))
-    print(f"run folder: {folder}")
+    say(stage_table(result))
+    say(f"run folder: {folder}")
 
 
 def _tell_of(epoch: Epoch, run: _Run, log: RunLog | None) -> None:
     if log is not None:  # in the first process
         plan = run.plan
         _tell(log.add(epoch))
-        tqdm.write(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
+        say(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
         for number, report in enumerate(epoch.reports or [], start=1):
             if report.skipped_steps:
-                tqdm.write(f"note: stage {number} ({plan.stage_names[number - 1]}) skipped step "
-                           f"{', '.join(map(str, report.skipped_steps))}: loss or gradients NaN or infinite")
-    for line in run.data.notes() if run.data is not None else []:
-        tqdm.write(f"note: {line}")
+                say(f"note: stage {number} ({plan.stage_names[number - 1]}) skipped step "
+                    f"{', '.join(map(str, report.skipped_steps))}: loss or gradients NaN or infinite")
+    _tell(run.data.notes() if run.data is not None else [])
 
 
 def _write_trace(run: Path, engine: Engine, plan: Plan) -> None:

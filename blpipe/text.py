@@ -1,6 +1,24 @@
-"""Numbers and tables for people."""
+"""Numbers, tables and lines for people."""
 
+import sys
 from collections.abc import Sequence
+
+from tqdm import tqdm
+
+
+def say(line: str) -> None:
+    """Print a line of a run, above its progress bars. A log that has no room, as on a full disk, ends no run.
+
+    Raises:
+        BrokenPipeError: who read the lines has gone.
+    """
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # it is written with a later line, if then there is room
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:

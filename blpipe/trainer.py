@@ -15,6 +15,7 @@ from blpipe.engines.pipeline import PipelineEngine, contract
 from blpipe.engines.reports import StageReport
 from blpipe.errors import ConfigError
 from blpipe.plan import Plan
+from blpipe.text import say
 from blpipe.transport.horizon import Horizon
 from blpipe.transport.world import Meeting, World, check_launches, choose_device
 
@@ -90,7 +91,7 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
     """
     device, own_gpu = choose_device(plan.config.runtime.device)
     if device.type == "cuda" and not own_gpu and meeting.rank == 0:
-        print("note: there are more processes than GPUs here; they share them, and send through host memory")
+        say("note: there are more processes than GPUs here; they share them, and send through host memory")
     if own_gpu:
         check_launches()
     _use(device)

@@ -15,6 +15,7 @@ from test_cli import run
 from blpipe import runs
 from blpipe.checkpoint.folders import checkpoint_after, checkpoints, manifest
 from blpipe.errors import DamagedError, UserError
+from blpipe.metrics import read_rows
 
 
 @pytest.fixture
@@ -60,6 +61,15 @@ def test_a_log_in_a_file_is_written_line_by_line(folder, monkeypatch):
         assert run("train", "small.yaml", "--overwrite") == 130
     assert said[0].startswith("backlink in 3 stages, ")
     assert said[0].endswith("\n")
+
+
+@pytest.mark.parametrize(("change", "code"), [("train.epochs=2", 0), ("train.epochs=x", 2)])
+def test_a_log_that_has_no_room_ends_no_run(folder, monkeypatch, change, code):
+    with open("/dev/full", "w") as output, open("/dev/full", "w") as errors, monkeypatch.context() as full:
+        full.setattr(sys, "stdout", output)
+        full.setattr(sys, "stderr", errors)
+        assert run("train", "small.yaml", "--overwrite", change) == code
+    assert len(read_rows(Path("runs/small"))) == (6 if code == 0 else 3)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

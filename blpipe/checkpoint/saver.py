@@ -20,6 +20,7 @@ from blpipe.engines.reports import StageReport
 from blpipe.errors import CheckpointError, one_line
 from blpipe.models.build import plain_metadata
 from blpipe.plan import Plan
+from blpipe.text import say
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class Saver:
             return
         problem = self._wait()
         if problem is not None and self._rank == 0:
-            print(f"note: {problem}; training goes on", flush=True)
+            say(f"note: {problem}; training goes on")
         self._newest = steps_done
         state = {key: tensor.detach().to("cpu", copy=True)
                  for key, tensor in state_of(self._plan, self._engine).items()}
