@@ -324,19 +324,31 @@ def _checked_head(plan: Plan, index: int) -> nn.Module:
 
 
 def _checked_loss(plan: Plan, index: int) -> nn.Module:
-    key, loss = plan.config.method.loss_key(index), plan.build_loss(index)
-    samples = min(2, *training_sizes(plan.data, plan.config))  # few: they have values
-    outputs = next(iter(plan.outputs.values()))
-    logits, x = (torch.zeros(samples, *outputs[k].shape[1:]) for k in (-1, index))
-    shape, dtype = plan.data.targets(samples)
+    loss, outputs = plan.build_loss(index), next(iter(plan.outputs.values()))
+    check_loss(plan.config.method.loss_key(index), loss, plan.data, min(2, *training_sizes(plan.data, plan.config)),
+               outputs[-1], outputs[index])
+    return loss
+
+
+def check_loss(key: str, loss: nn.Module, data: DataSpec, samples: int, logits: TensorSpec, x: TensorSpec) -> None:
+    """That the loss is a scalar of zeros, for so many `samples`: few, as they have values.
+
+    Args:
+        key: of the loss in the config, for messages.
+        logits, x: what it is given, of any number of samples.
+
+    Raises:
+        ConfigError: it is not, or it raises.
+    """
+    zeros = [torch.zeros(samples, *spec.shape[1:]) for spec in (logits, x)]
+    shape, dtype = data.targets(samples)
     try:
-        value = loss(logits, torch.zeros(shape, dtype=dtype), x)
+        value = loss(zeros[0], torch.zeros(shape, dtype=dtype), zeros[1])
     except Exception as error:
-        raise ConfigError(f"{key}: {type(error).__name__} for logits {list(logits.shape)} and targets "
+        raise ConfigError(f"{key}: {type(error).__name__} for logits {list(zeros[0].shape)} and targets "
                           f"{dtype_name(dtype)} {list(shape)}: {one_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
         raise ConfigError(f"{key}: the function must return a scalar tensor, the mean over the batch")
-    return loss
 
 
 def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:

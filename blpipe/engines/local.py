@@ -9,7 +9,6 @@ save nothing here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from time import perf_counter
 
@@ -34,6 +33,7 @@ from blpipe.engines.common import (
 from blpipe.engines.feed import Feed, TrainFeed, test_microbatches
 from blpipe.engines.reports import EpochSums, StageProgress, StageReport, gpu_readings, replica_report, report
 from blpipe.graphs import recorder_on
+from blpipe.models.copies import copied
 from blpipe.plan import Plan
 from blpipe.program import Op, Ports, evaluation_program, execute, train_program
 from blpipe.stage import Stage
@@ -73,7 +73,7 @@ class LocalEngine:
         self.plan, self.data, self.device = plan, data, device
         self._plans = [replace(plan, replica=r) for r in range(plan.config.train.replicas)]
         stream, indices = recording_stream(plan, device), range(len(plan.stages))
-        own = [plan, *(replace(each, stages=deepcopy(plan.stages)) for each in self._plans[1:])]
+        own = [plan, *(replace(each, stages=copied(plan.stages)) for each in self._plans[1:])]
         self.replicas = {r: {k: build_stage(each, k, device, recorder_on(stream)) for k in indices}
                          for r, each in enumerate(own)}
         self.stages = self.replicas[0]

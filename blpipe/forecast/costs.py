@@ -1,7 +1,7 @@
 """What each block and each head costs: seconds measured on a device, or estimated where nothing should run."""
 
-import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -19,15 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from blpipe.config import LossConfig, OptimizerConfig, TrainConfig
 from blpipe.data import Data
 from blpipe.device import Precision, use_channels_last
-from blpipe.errors import ConfigError
+from blpipe.errors import ConfigError, one_line
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.heads import build_head
 from blpipe.losses import LocalLoss, build_loss
 from blpipe.models.build import named_blocks
+from blpipe.models.copies import copied
 from blpipe.optim import build_optimizer
-from blpipe.plan import Network
+from blpipe.plan import Network, check_loss
 from blpipe.shapes import likeness
 from blpipe.specs import Share, TensorSpec
+from blpipe.steps import training_sizes
 
 # Nominal speeds for estimates: (floating-point operations, bytes of memory traffic) a second.
 NOMINAL = {"cpu": (5e10, 1e10), "cuda": (4e13, 2e12)}
@@ -104,18 +106,23 @@ class Profile:
         return np.array([0.0] + [0.0 if head is None else head.step for head in self.heads])
 
 
-def profile(network: Network, device: torch.device, data: Data | None = None) -> Profile:
+def profile(network: Network, device: torch.device, data: Data | None = None, heads_at: Collection[int] = ()
+            ) -> Profile:
     """The costs of all blocks and of a head after each of them; blocks that are alike are looked at once.
 
     Args:
         device: measured on, or estimated for.
         data: measure, and begin with a batch of these; None estimates without running anything.
+        heads_at: the indices of blocks, from 0, behind which a head must fit.
+
+    Raises:
+        ConfigError: a block or the last loss cannot be tried, or a head or a loss that must fit, or none of them.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return _profile(network, device, data)
+        return _profile(network, device, data, heads_at)
 
 
-def _profile(network: Network, device: torch.device, data: Data | None) -> Profile:
+def _profile(network: Network, device: torch.device, data: Data | None, heads_at: Collection[int]) -> Profile:
     config = network.config
     size = config.train.microbatch_size
     shape, dtype = network.data.targets(size)
@@ -125,60 +132,81 @@ def _profile(network: Network, device: torch.device, data: Data | None) -> Profi
         first, targets, feed = _first_microbatch(network, data.to(device), size, device)
     known: dict[Hashable, Cost] = {}
 
-    def cost_of(module: nn.Module, alike: Hashable, given: TensorSpec, x: Tensor | None = None,
+    def cost_of(what: str, module: nn.Module, alike: Hashable, given: TensorSpec, x: Tensor | None = None,
                 goal: Tensor | None = None) -> Cost:
         key = (alike, given, x is None)
         if key not in known:
             trial = _Trial(module, given, x, goal, config.train)
-            known[key] = _estimate(trial, device)
-            if data is not None:
-                known[key] = trial.measure(device, known[key], config.optimizer)
+            with _trying(what):
+                cost = trial.estimate(device)
+                known[key] = cost if data is None else trial.measure(device, cost, config.optimizer)
         return known[key]
 
     inputs = [network.data.batch(size), *network.outputs[size]]
-    blocks = [cost_of(block, likeness(block), given, first if i == 0 else None)
-              for i, ((_, block), given) in enumerate(zip(named_blocks(network.model), inputs, strict=False))]
+    blocks = [cost_of(f"model: block {name}", block, likeness(block), given, first if i == 0 else None)
+              for i, ((name, block), given) in enumerate(zip(named_blocks(network.model), inputs, strict=False))]
+    few = min(2, *training_sizes(network.data, config))
+    refusals: list[ConfigError] = []
 
-    def head_cost(head: _HeadAndLoss | None, given: TensorSpec, last: bool) -> Cost | None:
+    def head_cost(head: _HeadAndLoss | None, given: TensorSpec, must_fit: bool) -> Cost | None:
         if head is None:
             return None
         try:
-            return cost_of(head, head.alike, given, goal=targets)
-        except ConfigError:
-            raise
-        except Exception:
-            if last:
+            check_loss(head.names[1], head.loss, network.data, few, inputs[-1], given)
+            return cost_of(head.what, head, head.alike, given, goal=targets)
+        except ConfigError as error:
+            if must_fit:
                 raise
+            refusals.append(error)
             return None  # it is built for what passes at other boundaries: no stage can end here
 
-    heads = [head_cost(head, given, last=i == len(blocks) - 1)
+    heads = [head_cost(head, given, i in heads_at or i == len(blocks) - 1)
              for i, (head, given) in enumerate(zip(_heads(network), inputs[1:], strict=True))]
+    if refusals and config.method.name != "bp" and not any(heads[:-1]):  # there are no such other boundaries
+        raise refusals[0]
     step_call = _step_call_seconds(config.optimizer, device) if data is not None else 0.0
     return Profile(network, [cost.without(step_call) for cost in blocks],
                    [cost.without(step_call) if cost else None for cost in heads], feed, step_call, device,
                    measured=data is not None)
 
 
-def _estimate(trial: "_Trial", device: torch.device) -> Cost:
+@contextmanager
+def _trying(what: str) -> Iterator[None]:
+    """Whatever a trial of a part raises becomes a ConfigError that calls the part `what`."""
+    tried = "plan and partition.strategy=balanced try each part by itself, without values"
     try:
-        return trial.estimate(device)
-    except DataDependentOutputException as error:  # blocks and heads were run on meta tensors before
-        raise ConfigError(f"method.loss: it reads values of its tensors ({error}); plan and partition.strategy "
-                          "balanced run it without values; compute it without, or give partition.cuts") from error
+        yield
+    except ConfigError:
+        raise
+    except DataDependentOutputException as error:
+        raise ConfigError(f"{what}: it reads values of its tensors ({error}); {tried}; compute it without, or train "
+                          "with partition.cuts, which need no trial") from error
+    except Exception as error:
+        raise ConfigError(f"{what}: {type(error).__name__}: {one_line(error)}; {tried}; mend it, or train with "
+                          "partition.cuts, which need no trial") from error
 
 
 class _HeadAndLoss(nn.Module):
-    """From what passes a boundary to the local loss."""
+    """From what passes a boundary to the local loss.
 
-    def __init__(self, head: nn.Module, loss: nn.Module, config: LossConfig):
+    Args:
+        config: of the loss.
+        names: what messages call the head, and the loss.
+        last: whether it is behind the last block, which has no head.
+    """
+
+    def __init__(self, head: nn.Module, loss: nn.Module, config: LossConfig, names: tuple[str, str], last: bool):
         super().__init__()
-        self.head, self.loss = head, loss
+        self.head, self.loss, self.names, self.what = head, loss, names, names[last]
         # Of logits alone: the same wherever it is. A function's own name would not be.
         self.alike = likeness(head), repr(config) if _of_logits(loss) else likeness(loss)
 
     def forward(self, x: Tensor, targets: Tensor, precision: Precision) -> Tensor:
         """The local loss."""
-        return self.loss(precision.run(self.head, x), targets, x)
+        with _trying(self.names[0]):
+            logits = precision.run(self.head, x)
+        with _trying(self.names[1]):
+            return self.loss(logits, targets, x)
 
 
 def _of_logits(loss: nn.Module) -> bool:
@@ -200,7 +228,8 @@ def _heads(network: Network) -> Iterator[_HeadAndLoss | None]:
                 raise
             yield None  # no stage can end here
         else:
-            yield _HeadAndLoss(head, loss, loss_config)
+            names = f"{config.head_key(stages[i])} (after block {name})", config.loss_key(stages[i])
+            yield _HeadAndLoss(head, loss, loss_config, names, boundary.last)
 
 
 def _first_microbatch(network: Network, data: Data, size: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
@@ -279,7 +308,7 @@ class _Trial:
 
     def measure(self, device: torch.device, cost: Cost, optimizer_config: OptimizerConfig) -> Cost:
         """`cost`, its seconds replaced by medians of measured ones."""
-        module = self._laid_out(copy.deepcopy(self._module).to(device))
+        module = self._laid_out(copied([self._module])[0].to(device))
         optimizer = build_optimizer(optimizer_config, module.parameters())
         x = self._any_input() if self._x is None else self._x
         x, targets = x.to(device), None if self._targets is None else self._targets.to(device)

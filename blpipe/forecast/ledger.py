@@ -1,9 +1,9 @@
 """Counting tensor memory, of real tensors and of fake ones, which allocate and compute nothing."""
 
-import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from blpipe.models.copies import computed
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -87,4 +89,6 @@ def without_values(module: Module, device: torch.device) -> Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device=device)
-    return copy.deepcopy(module, memo)
+    for tensor in computed([module]):  # not to be looked at more closely: it has a graph
+        memo[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return deepcopy(module, memo)

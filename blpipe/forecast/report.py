@@ -64,9 +64,11 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     if max(sweep, default=1) > blocks:
         raise ConfigError(f"--stages: {max(sweep)} stages need as many blocks, and the model has {blocks}; "
                           f"give numbers up to {blocks}, or a deeper model")
-    costs = profile(network, device, data if config.partition.costs == "measured" else None)
+    plan = None if config.partition.unsettled else make_plan(config, data.spec, network)  # before parts are tried
+    heads_at = [start - 1 for start in plan.starts[1:]] if plan and config.method.name != "bp" else []
+    costs = profile(network, device, data if config.partition.costs == "measured" else None, heads_at)
     config = settle(config, network, costs)
-    plan = make_plan(config, data.spec, network)
+    plan = plan or make_plan(config, data.spec, network)
     forecaster = Forecaster(costs, config, connection)
     one = forecaster.one_device()
     compared = forecaster.compare(len(plan.stages), plan.starts)
