@@ -355,8 +355,10 @@ def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:
     name, output = next(reversed(specs.items()))
     size = output.shape[0]
     if data.labelled and output.shape[:-1] != (size, *data.target_shape):
+        rows = len(output.shape) == 2 and len(data.target_shape) == 1
+        remedy = "; or give one label a sample: y.squeeze(1), or y.argmax(1) of one-hot rows" if rows else ""
         raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; for targets of "
-                          f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}")
+                          f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}{remedy}")
     if len(output.shape) < 2:
         raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; have it give {[size, 1]}")
     return output.shape[-1]

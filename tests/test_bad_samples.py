@@ -198,7 +198,7 @@ def test_any_sample_that_a_dataset_does_not_give_is_skipped(monkeypatch):
 @pytest.mark.parametrize(("flaw", "match"), [
     ((torch.rand(2), 2), r"sample 5 has the label 2, outside 0\.\.1"),
     ((torch.rand(3), 1), r"sample 5 is float32 \[3\] with target int64 \[\], but the first is float32 \[2\]"),
-    ("text", r"sample 5 is str; expected \(tensor, number or tensor\)"),
+    ("text", r"sample 5 is str; expected \(tensor or array, number or tensor\)"),
 ])
 def test_what_can_be_read_but_does_not_fit_is_never_skipped(monkeypatch, flaw, match):
     for found in ({5: flaw}, {5: flaw, 4: OSError("gone")}):  # nor as a stand-in

@@ -17,13 +17,15 @@ def as_dataset(x, y, **attributes) -> Listed:
     return Listed([(a, int(b)) for a, b in zip(x, y, strict=True)], **attributes)
 
 
-@pytest.mark.parametrize("kind", ["tensors", "arrays", "lists", "dataset", "labels as tensors", "mixed"])
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "lists", "dataset", "labels as tensors", "arrays one by one",
+                                  "mixed"])
 def test_a_target_in_every_shape_gives_the_same(monkeypatch, kind):
     readonly = X.numpy().copy()
     readonly.flags.writeable = False
     value = {"tensors": ((X, Y), (X, Y)), "arrays": ((readonly, Y.numpy()), (X.numpy()[:], Y.numpy())),
              "lists": [[X, Y.int()], [X, Y]], "dataset": (as_dataset(X, Y, targets=Y), as_dataset(X, Y)),
              "labels as tensors": (Listed([*zip(X, Y, strict=True)], classes=list("abc")), as_dataset(X, Y)),
+             "arrays one by one": (as_dataset(readonly, Y, targets=Y), as_dataset(X.numpy()[::-1][::-1], Y)),
              "mixed": ((X, Y), as_dataset(X, Y))}[kind]
     data = opened_target(value, monkeypatch, augment={"crop": 1, "flip": True})
     assert data.spec == DataSpec((3, 4, 4), "float32", (), 3, 6, 6)
@@ -129,6 +131,35 @@ def test_positions_may_be_left_out_of_targets_and_samples_may_not(monkeypatch):
     refused_target("train label -100 at index 5 is negative", ((x, flat), (x, flat)), monkeypatch)
 
 
+class Odd(Listed):
+    """Some of what blpipe asks of a Dataset goes wrong."""
+
+    def __init__(self, **answers):
+        super().__init__([(X[0], 0)])
+        self.answers = {"length": 1, **answers}
+
+    def __len__(self):
+        return self._answer("length")
+
+    @property
+    def targets(self):
+        return self._answer("targets")
+
+    @property
+    def classes(self):
+        return self._answer("classes")
+
+    def _answer(self, name):
+        answer = self.answers.get(name)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Unsized(Listed):
+    __len__ = None
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([])
@@ -149,6 +180,13 @@ class Stream(IterableDataset):
     (((X, Y), (X[:0], Y[:0])), r"test is empty"),
     (((X, Y - 1), (X, Y)), r"train label -1 at index 0 is negative"),
     ((Stream(), (X, Y)), r"train is a Stream, which has no length or no order; expected"),
+    ((Unsized([]), (X, Y)), r"train is a Unsized, which has no length or no order; expected"),
+    ((Odd(length=2.0), (X, Y)), r"train: its length cannot be read: TypeError: 'float' .*; have __len__ give a whole"),
+    (((X, Y), Odd(length=KeyError("no file"))), r"test: its length cannot be read: KeyError: .*; have __len__ give"),
+    ((Odd(targets=OSError("a\nb")), (X, Y)), r"train: the attribute targets cannot be read: OSError: a b; mend it or"),
+    ((Odd(classes=OSError("a\nb")), (X, Y)), r"train: the attribute classes cannot be read: OSError: a b; mend it or"),
+    ((Odd(classes=torch.tensor(3)), (X, Y)), r"train: the attribute classes: its length cannot be read: TypeError: "),
+    ((Listed([(np.array(["a"]), 0)], classes=["a"]), (X, Y)), r"train sample 0 is \(<U1 \[1\], int\); expected"),
     ((Listed([], classes=["a"]), (X, Y)), r"train is empty"),
     ((as_dataset(X, Y), (X, Y)), r"the train Dataset says neither .* attribute classes .* or targets"),
     ((as_dataset(X, Y, targets=[0]), (X, Y)), r"train: the attribute targets is list, not a number for ea"),
@@ -176,7 +214,7 @@ def test_train_and_test_must_be_alike(monkeypatch):
     ((X[0], -1), r"sample 4 has the label -1, outside 0\.\.2"),
     ((X[0, :2], 1), r"sample 4 is uint8 \[2, 4, 4\] with target int64 \[\], but the first is uint8 \[3, 4"),
     ((X[0].float(), 1), r"sample 4 is float32 \[3, 4, 4\] with target int64 \[\], but the first is uint8"),
-    ("text", r"sample 4 is str; expected \(tensor, number or tensor\)"),
+    ("text", r"sample 4 is str; expected \(tensor or array, number or tensor\)"),
     (RuntimeError("out\nof luck"), r"sample 4: cannot be read: RuntimeError: out of luck; mend or remove it, or set "),
 ])
 def test_a_bad_sample_is_named_when_it_is_fetched(monkeypatch, workers, sample, match):

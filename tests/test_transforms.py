@@ -102,7 +102,7 @@ def test_a_dataset_of_the_users_is_transformed_too(monkeypatch):
 def test_what_is_no_sample_is_said_as_without_transforms(monkeypatch):
     pair = Listed([(torch.zeros(3, 4, 4), 0), "text"], classes="ab"), Listed([(torch.zeros(3, 4, 4), 0)])
     data = opened_target(pair, monkeypatch, augment={"transforms": ["RandomHorizontalFlip"]})
-    with pytest.raises(UserError, match=r"^data\.target: train sample 1 is str; expected \(tensor, number"):
+    with pytest.raises(UserError, match=r"^data\.target: train sample 1 is str; expected \(tensor or array, "):
         list(data.train_batches(0, 0, 2, False))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -125,7 +126,7 @@ class DatasetSplit:
         Raises:
             ConfigError: it is empty, or its first sample is of no use.
         """
-        count = len(dataset)  # type: ignore[arg-type]  # map-style, so it has a length
+        count = length(dataset, where)
         if count == 0:
             raise ConfigError(f"{where} has no samples; give it at least one")
         try:
@@ -242,11 +243,29 @@ def usable_target(y: Any) -> Tensor | None:
     return y.to(torch.int64) if _is_integer(y) else None
 
 
+def as_tensor(value: Any) -> Tensor | None:
+    """A tensor as it is, an array as a tensor of its memory where it can be; None of anything else."""
+    if not isinstance(value, np.ndarray):
+        return value if isinstance(value, Tensor) else None
+    try:
+        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+    except (TypeError, ValueError):  # objects, texts, another byte order
+        return None
+
+
 def sample_tensor(sample: Any) -> Tensor | None:
-    """The usable tensor of a sample, a pair of that and its target; None of anything else."""
-    if isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor):
-        return usable(sample[0])
-    return None
+    """The usable tensor of a sample, a pair of that (or an array) and its target; None of anything else."""
+    x = as_tensor(sample[0]) if isinstance(sample, tuple | list) and len(sample) == 2 else None
+    return None if x is None else usable(x)
+
+
+def length(value: Any, where: str) -> int:
+    """len(value), of what messages call `where`. Raises ConfigError where that raises."""
+    try:
+        return len(value)
+    except Exception as error:
+        raise ConfigError(f"{where}: its length cannot be read: {type(error).__name__}: {one_line(error)}; have "
+                          "__len__ give a whole number") from error
 
 
 def describe(value: Any) -> str:
@@ -300,7 +319,7 @@ def _sample(dataset: Dataset[Any], index: int, where: str) -> tuple[Tensor, Tens
     y = None if x is None else usable_target(pair[1])
     if x is not None and y is not None:
         return x, y
-    raise UserError(f"{where} sample {index} is {describe(pair)}; expected (tensor, number or tensor)")
+    raise UserError(f"{where} sample {index} is {describe(pair)}; expected (tensor or array, number or tensor)")
 
 
 def _is_integer(x: Tensor) -> bool:

@@ -3,18 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from blpipe.config import DataConfig
 from blpipe.data.source import Source, class_count
-from blpipe.data.splits import DatasetSplit, Split, TensorSplit, describe, usable, usable_target
-from blpipe.errors import ConfigError
+from blpipe.data.splits import DatasetSplit, Split, TensorSplit, as_tensor, describe, length, usable, usable_target
+from blpipe.errors import ConfigError, one_line
 
 EXPECTED = ("expected (train, test), each a pair (x, y) of tensors or arrays [N, …], y of integers (labels) or floats "
-            "(values), or a map-style torch Dataset of (tensor, number or tensor)")
+            "(values), or a map-style torch Dataset of (tensor or array, number or tensor)")
 
 
 def from_target(returned: Any, config: DataConfig, where: str) -> Source:
@@ -43,9 +42,9 @@ def from_target(returned: Any, config: DataConfig, where: str) -> Source:
 def _pair(pair: Any, where: str) -> TensorSplit:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ConfigError(f"{where} is {describe(pair)}; {EXPECTED}")
-    x, y = (_tensor(part) for part in pair)
-    x = None if x is None else usable(x)
-    y = None if y is None else usable_target(y)
+    x, y = (as_tensor(part) for part in pair)
+    x = None if x is None else usable(x.cpu())
+    y = None if y is None else usable_target(y.cpu())
     if x is None or y is None or x.ndim == 0 or y.ndim == 0:
         raise ConfigError(f"{where} is {describe(tuple(pair))}; {EXPECTED}")
     if len(x) != len(y):
@@ -53,17 +52,6 @@ def _pair(pair: Any, where: str) -> TensorSplit:
     if x.numel() == 0 or y.numel() == 0:
         raise ConfigError(f"{where} is empty, {describe(tuple(pair))}; give at least one sample")
     return TensorSplit(x, y)
-
-
-def _tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if not isinstance(value, np.ndarray):
-        return None
-    try:
-        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
-    except (TypeError, ValueError):  # objects, texts, another byte order
-        return None
 
 
 def _split(given: Any, classes: int, config: DataConfig, where: str) -> Split:
@@ -76,9 +64,10 @@ def _classes(given: Any, train: Split, where: str) -> int:
     """As many as a Dataset for training says there are, or 1 + the largest label; of values, see `DataSpec`."""
     if train.target_dtype.is_floating_point:
         return train.target_shape[-1] if train.target_shape else 1
-    classes = getattr(given, "classes", ())
-    if isinstance(given, Dataset) and hasattr(classes, "__len__") and len(classes) > 0:
-        return len(classes)
+    names = _attribute(given, "classes", f"{where}: train") if isinstance(given, Dataset) else None
+    classes = length(names, f"{where}: train: the attribute classes") if hasattr(names, "__len__") else 0
+    if classes > 0:
+        return classes
     if train.labels is None:
         raise ConfigError(f"{where}: the train Dataset says neither how many classes there are nor what "
                           "its targets are; give it the attribute classes (their names) or targets (a label "
@@ -88,16 +77,26 @@ def _classes(given: Any, train: Split, where: str) -> int:
 
 def _labels(dataset: Dataset[Any], where: str) -> Tensor | None:
     """Every label, int64 [N, …], of a Dataset that knows them up front."""
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset) or getattr(dataset, "__len__", None) is None:
         raise ConfigError(f"{where} is a {type(dataset).__name__}, which has no length or no order; "
                           f"{EXPECTED}")
-    if len(dataset) == 0:
+    count = length(dataset, where)
+    if count == 0:
         raise ConfigError(f"{where} is empty; give at least one sample")
-    targets = getattr(dataset, "targets", None)
+    targets = _attribute(dataset, "targets", where)
     if targets is None:
         return None
     labels = usable_target(targets)
-    if labels is None or labels.ndim == 0 or len(labels) != len(dataset):
+    if labels is None or labels.ndim == 0 or len(labels) != count:
         raise ConfigError(f"{where}: the attribute targets is {describe(targets)}, not a number for each "
-                          f"of the {len(dataset)} samples; mend it or leave it out")
+                          f"of the {count} samples; mend it or leave it out")
     return None if labels.is_floating_point() else labels
+
+
+def _attribute(dataset: Dataset[Any], name: str, where: str) -> Any:
+    """An attribute that a Dataset may have, else None; it may be a property, of the user's own."""
+    try:
+        return getattr(dataset, name, None)
+    except Exception as error:
+        raise ConfigError(f"{where}: the attribute {name} cannot be read: {type(error).__name__}: {one_line(error)}; "
+                          "mend it or leave it out") from error
