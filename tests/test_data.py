@@ -202,7 +202,14 @@ def test_the_first_wrong_label_of_testing_is_found_too(monkeypatch):
         data.check_fits_model(2)
 
 
-def test_a_label_only_testing_has_is_found_by_the_check(monkeypatch):
+def test_a_label_that_only_testing_has_is_one_of_the_classes_of_pairs(monkeypatch):
     x, y = torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])
-    refused_target(r"^data: test label 5 at index 2 is none of the 2 classes, 0\.\.1; mend the data$",
-                   ((x, y), (x, torch.tensor([0, 1, 5, 0]))), monkeypatch)
+    data = opened_target(((x, y), (x, torch.tensor([0, 1, 5, 0]))), monkeypatch)
+    assert data.spec.classes == 6
+    data.check_fits_model(6)
+    with pytest.raises(ConfigError, match=r"^data: test label 5 at index 2 lies outside 0\.\.4, of which the model "):
+        data.check_fits_model(5)
+    refused_target(r"^data: test label -1 at index 0 is none of the 2 classes, 0\.\.1; mend the data$",
+                   ((x, y), (x, y - 1)), monkeypatch)
+    refused_target(r"^data: train samples are .* with target int64 \[\], but test samples are .* float32",
+                   ((x, y), (x, y / 0)), monkeypatch)

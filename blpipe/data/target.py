@@ -35,6 +35,9 @@ def from_target(returned: Any, config: DataConfig, where: str) -> Source:
     if isinstance(train, DatasetSplit):
         train = replace(train, classes=classes)
     test = _split(returned[1], classes, config, test_where)
+    pairs = isinstance(train, TensorSplit) and isinstance(test, TensorSplit)
+    if pairs and train.labels is not None and test.labels is not None:
+        classes = max(classes, 1 + int(test.labels.max()))  # the model may know one that training does not show
     normalisation = (0.5,) if train.dtype == torch.uint8 else None
     return Source(train, test, classes, normalisation, normalisation)
 
