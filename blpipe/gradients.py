@@ -72,7 +72,10 @@ def gradients_of(out: GradientEdge | None, parameters: Sequence[Tensor], x: Tens
     if not inputs or out is None:
         return [None] * len(parameters), None
     found = torch.autograd.grad(out, inputs, error, retain_graph=keep, allow_unused=True)
-    return found[:len(parameters)], found[-1] if len(found) > len(parameters) else None
+    gradients, of_x = found[:len(parameters)], found[-1] if len(found) > len(parameters) else None
+    if of_x is not None and any(gradient is of_x for gradient in gradients):
+        of_x = of_x.clone()  # of x + p autograd gives one for both, and an optimizer may write to a gradient
+    return gradients, of_x
 
 
 def weighted(gradients: Iterable[Tensor | None], weight: float | Tensor) -> Iterator[Tensor | None]:

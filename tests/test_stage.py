@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from blpipe.device import use_compiler
+from blpipe.gradients import edge_of, gradients_of
 from blpipe.links import Links
 from blpipe.losses import cross_entropy
 from blpipe.seeds import RandomStream
@@ -296,3 +297,11 @@ def test_a_compiled_stage_computes_the_same_to_rounding():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # body, tail, head
     for plain, compiled in zip(*(stage.blocks.parameters() for stage in stages), strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_and_a_gradient_that_autograd_gives_as_one_tensor_are_two():
+    """Of a sum: an optimizer may write to the gradient while the error is under way."""
+    x, parameter = torch.randn(1, 3, requires_grad=True), nn.Parameter(torch.zeros(1, 3))
+    (gradient,), error = gradients_of(edge_of((x + parameter).sum()), [parameter], x, None)
+    assert torch.equal(gradient, error)
+    assert gradient.data_ptr() != error.data_ptr()

@@ -79,7 +79,8 @@ def _there_and_back(rank: int, sizes: list[int]) -> None:
 
 def _plain_loop(stage: Stage, x: Tensor, targets: Tensor) -> None:
     """Forward, head, local backward, a second backward as the link's, and the optimizer's step."""
-    assert stage.head is not None and stage.optimizer is not None
+    optimizer = stage.update.optimizer
+    assert stage.head is not None and optimizer is not None
     parameters = list(stage.blocks.parameters())
     error: Tensor | None = None
     for _ in range(STEPS):
@@ -88,8 +89,8 @@ def _plain_loop(stage: Stage, x: Tensor, targets: Tensor) -> None:
         error = torch.zeros_like(out) if error is None else error
         for parameter, gradient in zip(parameters, torch.autograd.grad(out, parameters, error), strict=True):
             parameter.grad += gradient
-        stage.optimizer.step()
-        stage.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 if __name__ == "__main__":

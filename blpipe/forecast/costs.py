@@ -248,7 +248,7 @@ def _step_call_seconds(config: OptimizerConfig, device: torch.device) -> float:
     parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((1, 1), (1,))]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer, clock = build_optimizer(config, parameters if config.decay != "all" else parameters[1:]), Clock(device)
+    optimizer, clock = build_optimizer(config, parameters if config.decay != "all" else parameters[:1]), Clock(device)
     assert optimizer is not None
     for _ in range(_MOST_ROUNDS):
         clock.time(optimizer.step)

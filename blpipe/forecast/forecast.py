@@ -148,15 +148,16 @@ class Forecaster:
             head = self.costs.heads[end - 1] if method.name != "bp" else None
             last = end == len(self.costs.blocks)
             back = 0 if k == 0 else 1 if method.name == "bp" else len(plan.links[k].hops_out)
+            peak = rehearsal.peak_bytes(start, end, plan.links[k]) if self._can_rehearse(end - start, plan.links[k]) \
+                else None
             rows.append(StageForecast(
-                plan.block_names(k), sum(block.params for block in blocks),
+                plan.block_names(k), sum(parameter.numel() for parameter in plan.stages[k].parameters()),
                 micro * (sum(block.flops for block in blocks) + (head.flops if head is not None else 0)),
                 float(stage_cost(self.costs, start, end, method, plan.links[k]).batch_seconds(method.name, micro))
                 / self._speeds(len(plan.starts))[k],
                 0 if last else micro * self._forward_bytes(end, there),
                 micro * back * self._sent_bytes(start, back_wire),
-                rehearsal.peak_bytes(start, end, plan.links[k]) if self._can_rehearse(end - start, plan.links[k])
-                else int(estimates[start, end])))
+                int(estimates[start, end]) if peak is None else peak))
         return rows
 
     def _can_rehearse(self, blocks: int, links: Links) -> bool:

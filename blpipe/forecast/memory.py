@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from blpipe.balance import Table
 from blpipe.config import LinkConfig, MethodConfig, OptimizerConfig, PartitionConfig
@@ -60,9 +60,10 @@ class Rehearsal:
             self._network = replace(network, model=without_values(network.model, device),
                                     config=network.config.model_copy(update={"train": train}))
 
-    def peak_bytes(self, start: int, end: int, links: Links | None = None) -> int:
+    def peak_bytes(self, start: int, end: int, links: Links | None = None) -> int | None:
         """Peak of all tensors of a stage of the blocks start … end−1 while it trains in a process of its own.
 
+        None where something, such as an optimizer, reads their values.
         Its program runs for as many steps as it takes to have every link under way, its queues' buffers included.
         With `runtime.cuda_graphs` on a GPU, all that a recording keeps counts.
         Not counted: the process itself, the libraries' workspaces, and what an allocator keeps for later.
@@ -70,11 +71,14 @@ class Rehearsal:
         Args:
             links: of that stage; without, as if each block before and after it were a stage.
         """
-        with self._mode, self._device:  # where heads are made too: fake tensors cannot be moved
-            peak = self._rehearse(start, end, links)
-        for parameter in self._network.model.parameters():
-            parameter.grad = None
-        return peak
+        try:
+            with self._mode, self._device:  # where heads are made too: fake tensors cannot be moved
+                return self._rehearse(start, end, links)
+        except DataDependentOutputException:
+            return None
+        finally:
+            for parameter in self._network.model.parameters():
+                parameter.grad = None
 
     def _rehearse(self, start: int, end: int, links: Links | None) -> int:
         names, config = self._network.block_names, self._network.config
@@ -86,7 +90,7 @@ class Rehearsal:
         unlinked = method if method.name == "bp" else method.model_copy(update={"name": "greedy", "local_weight": 1.0})
         plan = make_plan(config.model_copy(update={"partition": partition, "method": unlinked}), self._network.data,
                          self._network)
-        links = links or most_links(method, start, end - start, len(names) - end)
+        links = links or most_links(method, start, end - start, len(names) - end, config.partition.stage_count)
         plan = replace(plan, links=[links if k == index else other for k, other in enumerate(plan.links)])
         ledger = Ledger()
         for tensor in (*plan.stages[index].parameters(), *plan.stages[index].buffers()):
@@ -108,10 +112,10 @@ def train_alone(plan: Plan, index: int, device: torch.device, recorder: Recorder
     run_alone(build_stage(plan, index, device, recorder), plan, index, steps, device)
 
 
-def most_links(method: MethodConfig, before: int, blocks: int, after: int) -> Links:
-    """Of a stage of so many blocks, where each block before and after it may be a stage."""
-    links = stage_links(method, [*[1] * before, blocks, *[1] * after])
-    return links[before]
+def most_links(method: MethodConfig, before: int, blocks: int, after: int, stages: int) -> Links:
+    """Of one of so many stages, of so many blocks, where each block before and after it may be a stage."""
+    before, after = min(before, stages - 1), min(after, stages - 1)
+    return stage_links(method, [*[1] * before, blocks, *[1] * after])[before]
 
 
 def estimated_bytes(costs: Profile) -> Table:
@@ -122,13 +126,13 @@ def estimated_bytes(costs: Profile) -> Table:
 
 
 def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
-    config, params, passing = costs.network.config, costs.sums["param_bytes"], _passing_bytes(costs)
-    own = params[end] - params[start]
+    config, passing = costs.network.config, _passing_bytes(costs)
+    own, trained = (each[end] - each[start] for each in _weight_bytes(costs.network))
     computing = _computing_bytes(costs, start, end)
     if config.train.replicas > 1:
-        computing = np.maximum(computing, own)  # the sums of gradients, when nothing else is computed
-    copies = 2 + state_copies(config.optimizer, costs.device)  # the weights, their gradients and the optimizer's own
-    needs = copies * own + computing
+        computing = np.maximum(computing, trained)  # the sums of gradients, when nothing else is computed
+    copies = 1 + state_copies(config.optimizer, costs.device)  # the gradients, and the optimizer's own
+    needs = own + copies * trained + computing
     if config.method.name == "bp":
         return needs
     there, back = (0.5 if wire == "bf16" else 1.0 for wire in (config.train.wire, config.method.link.wire))
@@ -137,6 +141,18 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
         linked = _linked_bytes(costs, start, end, computing, back)
         needs = needs + np.where(end < len(costs.blocks), linked, 0) + IN_FLIGHT * back * passing[start]
     return needs
+
+
+def _weight_bytes(network: Network) -> list[NDArray[np.int64]]:
+    """Of the parameters of the blocks 0 … i−1, and of those that are trained; one of several blocks counts once."""
+    seen: set[Tensor] = set()
+    sums = [[0], [0]]
+    for block in network.model:
+        new = [parameter for parameter in block.parameters() if parameter not in seen]
+        seen.update(new)
+        for each, chosen in zip(sums, (new, [p for p in new if p.requires_grad]), strict=True):
+            each.append(each[-1] + sum(parameter.nbytes for parameter in chosen))
+    return [np.array(each) for each in sums]
 
 
 def _passing_bytes(costs: Profile) -> NDArray[np.int64]:
@@ -166,7 +182,7 @@ def _linked_bytes(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int6
         computing: see `_computing_bytes`.
         back: the share of an error's bytes that is sent.
     """
-    config, params, passing = costs.network.config, costs.sums["param_bytes"], _passing_bytes(costs)
+    config, (_, trained), passing = costs.network.config, _weight_bytes(costs.network), _passing_bytes(costs)
     link, train = config.method.link, config.train
     held = costs.sums["output_bytes" if train.recompute else "saved_bytes"]
     tail = tail_start(link, start, end)
@@ -180,8 +196,8 @@ def _linked_bytes(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int6
     delay = link.delay_in_microbatches(train.microbatches)
     received = hops * errors_ahead(delay, train.microbatches, 1) * back * passing[end]
     if has_graphs(config, costs.device):  # a recording, and a snapshot, for each microbatch under way
-        return delay * farthest * (computing + params[end] - params[tail]) + received
-    snapshots = np.ceil(delay * farthest / train.microbatches) * (params[end] - params[tail])
+        return delay * farthest * (computing + trained[end] - trained[tail]) + received
+    snapshots = np.ceil(delay * farthest / train.microbatches) * (trained[end] - trained[tail])
     return snapshots + delay * farthest * kept + received
 
 

@@ -55,11 +55,14 @@ def stage_cost(costs: Profile, start: Any, end: Any, method: MethodConfig, links
     def total(field: str) -> Any:
         return costs.sums[field][end] - costs.sums[field][start]
 
-    block = costs.blocks[0]
+    def of_first(field: str) -> Any:
+        return np.append(np.diff(costs.sums[field]), 0.0)[start]
+
     first, last = np.equal(start, 0), np.equal(end, len(costs.blocks))
-    # The first stage's input wants no gradient.
-    backward = total("backward") - np.where(first, block.backward - block.weight_backward, 0.0)
-    for_input = total("input_backward") - np.where(first, block.input_backward, 0.0)
+    # The input of a stage that sends no error wants no gradient.
+    mute = first | (not method.linked if links is None else not links.hops_out) if method.name != "bp" else first
+    backward = total("backward") - np.where(mute, of_first("backward") - of_first("weight_backward"), 0.0)
+    for_input = total("input_backward") - np.where(mute, of_first("input_backward"), 0.0)
     again = total("forward") if costs.network.config.train.recompute else 0.0
     return StageCost(
         forward=np.where(first, costs.feed, 0.0) + total("forward"),
@@ -167,16 +170,17 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
     estimates, rehearsal = estimated_bytes(costs), Rehearsal(costs.network, costs.device)
     memory = _OPTIMISM * estimates  # exact where it was asked for
 
-    known: dict[Any, int] = {}
+    known: dict[Any, float] = {}
 
     def exact(start: int, end: int) -> float:
         if method == "bp":
             return float(estimates[start, end])
         # Stages of alike blocks at alike boundaries need the same.
         alike = (start == 0 or costs.blocks[start - 1].output_bytes, *costs.blocks[start:end], costs.heads[end - 1],
-                 most_links(fitting(costs.network.config.method), start, end - start, len(costs.blocks) - end))
+                 most_links(fitting(costs.network.config.method), start, end - start, len(costs.blocks) - end, stages))
         if alike not in known:
-            known[alike] = rehearsal.peak_bytes(start, end)
+            peak = rehearsal.peak_bytes(start, end)
+            known[alike] = float(estimates[start, end]) if peak is None else peak
         return known[alike]
 
     starts = cheapest_within(seconds, memory, exact, limit, speeds)
