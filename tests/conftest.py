@@ -26,6 +26,11 @@ LONGEST_FIRST = ("test_soak.py", "test_readme.py", "test_restarts.py", "test_zoo
                  "test_replicas.py", "test_nodes.py", "test_scaling.py")
 
 
+def pytest_configure(config):
+    """Be interrupted by SIGINT, and so all that tests start: a shell's background job begins with it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items):
     """Begin with the longest files, so that no worker is left alone with one at the end."""
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}

@@ -109,7 +109,7 @@ def changed(tree: dict, path: tuple[str, ...], value: Any) -> dict:
     return tree | {key: changed(below if isinstance(below, dict) else {}, tuple(rest), value) if rest else value}
 
 
-@examples(2000)
+@examples(1000)
 @given(changes=st.lists(st.tuples(places, wild), min_size=1, max_size=3))
 def test_a_config_with_any_values_in_it(changes):
     tree = DEFAULTS
@@ -156,7 +156,7 @@ def test_a_shipped_config_damaged_anywhere(folder, source, data):
     loaded(path)
 
 
-@examples(800)
+@examples(400)
 @given(overrides=st.lists(any_yaml | st.tuples(places.map(".".join), any_yaml).map("=".join), min_size=1, max_size=3))
 def test_any_overrides(folder, overrides):
     path = folder / "smallest.yaml"

@@ -151,9 +151,8 @@ OTHER_VERSION = "import blpipe; blpipe.__version__ = '9.9'; from blpipe.cli impo
 
 @pytest.mark.parametrize(("other", "mine", "theirs"), [
     (["-m", "blpipe", "train", "long.yaml", "optimizer.lr=0.07"], "0.05", "0.07"),
-    (["-m", "blpipe", "train", "long.yaml", "name=longer"], "long", "longer"),
     (["-c", OTHER_VERSION, "train", "long.yaml"], blpipe.__version__, "9.9"),
-], ids=["config.optimizer.lr", "config.name", "blpipe"])
+], ids=["config.optimizer.lr", "blpipe"])
 def test_a_neighbour_of_another_config_or_version_is_refused_on_both_sides(tmp_path, request, other, mine, theirs):
     command = write_config(tmp_path, partition__stages=2)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
