@@ -22,11 +22,9 @@ def has_graphs(config: Config, device: torch.device) -> bool:
     return config.runtime.cuda_graphs and device.type == "cuda" and config.method.name != "bp"
 
 
-
 def recording_stream(plan: Plan, device: torch.device) -> torch.cuda.Stream | None:
     """For CUDA graphs; None without."""
     return torch.cuda.Stream(device) if has_graphs(plan.config, device) else None
-
 
 
 def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder | None = None,
@@ -63,7 +61,6 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
                  RandomStream(derive_seed(config.seed, "stage", index, *plan.share.labels), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,
                  recompute=config.train.recompute, compile=config.train.compile, recorder=recorder)
-
 
 
 def _on(device: torch.device, module: Module, channels_last: bool) -> Module:

@@ -33,7 +33,6 @@ class StageReport:
     skipped_steps: list[int]
 
 
-
 @dataclass(frozen=True)
 class ReplicaReport:
     """Of a stage in one replica, as `StageReport`; `train` and `val` are the states of tallies."""
@@ -48,7 +47,6 @@ class ReplicaReport:
     gpu_memory_bytes: int | None
 
 
-
 @dataclass(frozen=True)
 class StageProgress:
     """One stage in the middle of an epoch: loss and seconds so far, and its device's readings, as in `StageReport`."""
@@ -58,7 +56,6 @@ class StageProgress:
     wait_seconds: float | None
     gpu_utilization: float | None
     gpu_memory_bytes: int | None
-
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,11 @@ class EpochSums:
         return self.busy_seconds, self.wait_seconds, self.train_seconds
 
 
-
 def replica_report(train: Tally, val: Tally, busy: float | None, wait: float | None, train_seconds: float,
                    device: torch.device) -> ReplicaReport:
     """Of one stage of one replica, with the readings of its device."""
     return ReplicaReport(train.state(), val.state(), busy, wait, train_seconds, peak_memory_bytes(device),
                          *gpu_readings(device))
-
 
 
 def report(replicas: Sequence[ReplicaReport]) -> StageReport:
@@ -99,13 +94,11 @@ def report(replicas: Sequence[ReplicaReport]) -> StageReport:
                        mean("gpu_utilization"), max(readings, default=None), train.skipped)
 
 
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak of torch's allocations on a GPU; on a CPU the peak resident size of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
 
 
 def gpu_readings(device: torch.device) -> tuple[float | None, int | None]:

@@ -127,7 +127,8 @@ def estimated_bytes(costs: Profile) -> Table:
 
 def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
     config, passing = costs.network.config, _passing_bytes(costs)
-    own, trained = (each[end] - each[start] for each in _weight_bytes(costs.network))
+    all_bytes, trained_bytes = _weight_bytes(costs.network)
+    own, trained = all_bytes[end] - all_bytes[start], trained_bytes[end] - trained_bytes[start]
     computing = _computing_bytes(costs, start, end)
     if config.train.replicas > 1:
         computing = np.maximum(computing, trained)  # the sums of gradients, when nothing else is computed
@@ -138,7 +139,7 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     there, back = (0.5 if wire == "bf16" else 1.0 for wire in (config.train.wire, config.method.link.wire))
     needs = needs + passing[start] + there * (ACTIVATIONS_AHEAD * passing[start] + IN_FLIGHT * passing[end])
     if config.method.linked:
-        linked = _linked_bytes(costs, start, end, computing, back)
+        linked = _linked_bytes(costs, start, end, computing, trained_bytes, back)
         needs = needs + np.where(end < len(costs.blocks), linked, 0) + IN_FLIGHT * back * passing[start]
     return needs
 
@@ -175,14 +176,15 @@ def _computing_bytes(costs: Profile, start: NDArray[np.int64], end: NDArray[np.i
 
 
 def _linked_bytes(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64], computing: NDArray[np.float64],
-                  back: float) -> NDArray[np.float64]:
+                  trained: NDArray[np.int64], back: float) -> NDArray[np.float64]:
     """What a stage that is not the last keeps for the errors to come, and these.
 
     Args:
         computing: see `_computing_bytes`.
+        trained: of `_weight_bytes`.
         back: the share of an error's bytes that is sent.
     """
-    config, (_, trained), passing = costs.network.config, _weight_bytes(costs.network), _passing_bytes(costs)
+    config, passing = costs.network.config, _passing_bytes(costs)
     link, train = config.method.link, config.train
     held = costs.sums["output_bytes" if train.recompute else "saved_bytes"]
     tail = tail_start(link, start, end)

@@ -53,6 +53,7 @@ _VIEWS = {  # what may share its result's memory with its input
     "hsplit", "vsplit", "dsplit", "unfold", "broadcast_to", "as_strided", "type_as", "double", "squeeze_",
     "unsqueeze_", "real", "view_as_real", "view_as_complex"}
 
+
 class Traced(NamedTuple):
     """A forward as one graph.
 
