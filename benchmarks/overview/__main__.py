@@ -34,8 +34,12 @@ ACCURACY: dict[str, tuple[str, int, Sequence[Settings]]] = {
 
 NETWORKS = {"ViT, 12 layers": "ViT", "ViT, 12 layers in halves": "ViT,\nhalf-layers", "ResNet-20, width 2": "ResNet-20",
             "ResNet-110": "ResNet-110", "VGG-11, 4096 hidden": "VGG-11"}
-SPEED = {"BackLink, a batch late": ("BackLink d=1", "#4c78a8"), "DDP": ("DDP", "#bab0ac")}
-MEMORY = {"1F1B": "bp", "the last loss, late": "last loss, d = 1/M", "BackLink": "BackLink, length 1, d = 1/M"}
+SPEED = {"BackLink, a batch late": ("BackLink d=1", COLOURS["BackLink"]),
+         "the last loss, a microbatch late": ("last loss d=1/M", COLOURS["the last loss, late"]),
+         "DDP": ("DDP", "#bab0ac")}
+MEMORY = {"1F1B": ("bp", COLOURS["1F1B"]),
+          "the last loss, a microbatch late": ("last loss, d = 1/M", COLOURS["the last loss, late"]),
+          "BackLink, a microbatch late": ("BackLink, length 1, d = 1/M", COLOURS["BackLink"])}
 
 
 def main() -> int:
@@ -76,11 +80,11 @@ def _draw_accuracy(axis: Any) -> None:
 
 def _draw_speed(axis: Any) -> None:
     for number, (label, (method, colour)) in enumerate(SPEED.items()):
-        places = [place + 0.36 * (number - 0.5) for place in range(len(NETWORKS))]
+        places = [place + 0.28 * (number - 1) for place in range(len(NETWORKS))]
         values = speeds(method)
-        axis.bar(places, values, 0.34, color=colour, label=label)
+        axis.bar(places, values, 0.26, color=colour, label=label)
         for place, value in zip(places, values, strict=True):
-            axis.annotate(f"{value:.2f}", (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+            axis.annotate(f"{value:.2f}", (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
     axis.axhline(1.0, color=COLOURS["1F1B"], linestyle="--", label="1F1B, over its own best cuts")
     axis.set_xticks(range(len(NETWORKS)), NETWORKS.values(), fontsize=8)
     axis.set(title="speed over 1F1B's, two processes on a CPU", ylim=(0, 2))
@@ -88,17 +92,18 @@ def _draw_speed(axis: Any) -> None:
 
 
 def _draw_memory(axis: Any) -> None:
-    for label, method in MEMORY.items():
+    for label, (method, colour) in MEMORY.items():
         for again, style in ((False, "-"), (True, "--")):
             peaks = peaks_by_k("microbatches", method, again)
-            axis.plot(peaks.keys(), [peak / 2**30 for peak in peaks.values()], style, color=COLOURS[label], marker="o",
+            axis.plot(peaks.keys(), [peak / 2**30 for peak in peaks.values()], style, color=colour, marker="o",
                       markersize=4, label=f"{label}, recomputed" if again else label)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(list(peaks), map(str, peaks))
-    ticks = [2.0**power for power in range(-4, 4)]
+    ticks = [2.0**power for power in range(-5, 4)]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set(title="memory of the largest stage, GiB", xlabel="stages of ResNet-110, and microbatches a batch")
+    axis.set(title="memory of the largest stage, GiB", xlabel="stages of ResNet-110, and microbatches a batch",
+             ylim=(0.02, 8.5))
     axis.legend(frameon=False, fontsize=8, loc="lower left")
 
 
