@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install blpipe with its test extra into .venv, then lint, types and tests (but for those marked slow). Arguments go to pytest.
+# Install blpipe with its test extra into .venv, then lint, types and tests (but the slow ones). Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "[test]"
 ruff check --config launch/ruff.toml .
