@@ -120,10 +120,12 @@ class Mortal(nn.Module):
 
     Args:
         deaths: for each time that torchrun has started the processes again, at which; 0: not this block, this time.
+        by: the signal's name.
     """
 
-    def __init__(self, deaths: list[int]):
+    def __init__(self, deaths: list[int], by: str):
         super().__init__()
+        self.signal = signal.Signals[by]
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.left = deaths[restarts] if restarts < len(deaths) else 0
 
@@ -132,14 +134,15 @@ class Mortal(nn.Module):
         if x.device != torch.device("meta"):
             self.left -= 1
             if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.signal)
         return x
 
 
-def mortal_net(first: list[int], last: list[int]) -> dict[str, nn.Module]:
+def mortal_net(first: list[int], last: list[int], by: str = "SIGKILL") -> dict[str, nn.Module]:
     """`conv_net` whose first and last blocks are mortal."""
     blocks = {f"block{i}": block for i, block in enumerate(conv_net())}
-    return {"first": nn.Sequential(blocks.pop("block0"), Mortal(first)), **blocks, "last": Mortal(last)}
+    return {"first": nn.Sequential(blocks.pop("block0"), Mortal(first, by)), **blocks,
+            "last": Mortal(last, by)}
 
 
 class Tied(nn.Module):

@@ -133,8 +133,8 @@ def network():
 
 
 def start_node(network: Network, number: int, folder: Path, restarts: int = 0) -> Started:
-    """run.yaml by launch/node.sh, two of its stages on each node."""
-    return network.start(number, folder, "env", f"RESTARTS={restarts}", "bash", NODE, "2", "2", network.addresses[0],
+    """run.yaml by launch/node.sh, one of its stages on each node."""
+    return network.start(number, folder, "env", f"RESTARTS={restarts}", "bash", NODE, "2", "1", network.addresses[0],
                          "run.yaml")
 
 
@@ -147,7 +147,7 @@ def write_config(folder: Path, stages: int, **changes) -> dict:
 
 @pytest.mark.timeout(300)
 def test_a_node_that_is_lost_and_started_again_changes_nothing(tmp_path, network):
-    tree = write_config(tmp_path, 4, train__epochs=15, checkpoint={"every_epochs": 1})
+    tree = write_config(tmp_path, 2, train__epochs=15, checkpoint={"every_epochs": 1})
     first, second = (start_node(network, number, tmp_path, restarts=1) for number in (1, 2))
     first.wait_for("epoch 3/")
     assert first.listens() | second.listens() <= {*network.addresses}

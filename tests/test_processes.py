@@ -12,9 +12,9 @@ from conftest import Started, small_config, torchrun, torchrun_command
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a run in three stages that lasts until it is stopped, in long.yaml; it mostly trains."""
+    """A folder with a run that lasts until it is stopped, in long.yaml; it mostly trains."""
     tree = small_config("long", train__epochs=10_000, checkpoint={"every_epochs": 0},
-                        data__args={"shape": [2, 8, 8], "classes": 4, "samples": 4000})
+                        data__args={"shape": [2, 8, 8], "classes": 4, "samples": 1000})
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
@@ -38,9 +38,10 @@ def assert_bad_usage(done: subprocess.CompletedProcess) -> None:
 
 @pytest.fixture
 def train(folder, start):
-    """Starts three ranks under torchrun, up to their first epoch."""
-    def begin(*overrides: str) -> Started:
-        run = start(torchrun_command(3, "-m", "blpipe", "train", "long.yaml", *overrides), folder)
+    """Starts so many ranks under torchrun, up to their first epoch."""
+    def begin(stages: int, *overrides: str) -> Started:
+        run = start(torchrun_command(stages, "-m", "blpipe", "train", "long.yaml", f"partition.stages={stages}",
+                                     *overrides), folder)
         run.wait_until(lambda: "epoch 1/" in run.said)
         return run
     return begin
@@ -59,18 +60,18 @@ def test_bad_input_is_said_by_one_rank_before_any_group_exists(folder):
 
 
 def test_what_the_first_rank_alone_can_find_ends_all_of_them(folder):
-    done = torchrun(2, "-m", "blpipe", "train", "long.yaml", "partition.stages=2", "train.batch_size=5000", cwd=folder)
+    done = torchrun(2, "-m", "blpipe", "train", "long.yaml", "partition.stages=2", "train.batch_size=1200", cwd=folder)
     line, = said_by_blpipe(done.stderr)
-    assert line.startswith("blpipe: train.batch_size: 5000 is more than the 4000 training samples")
+    assert line.startswith("blpipe: train.batch_size: 1200 is more than the 1000 training samples")
     assert_bad_usage(done)
     assert not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize(("method", "killed"), [("backlink", 1), ("greedy", 2), ("bp", 1)])
-def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(train, method, killed):
-    run = train(f"method={method}")
+@pytest.mark.parametrize(("method", "stages", "killed"), [("backlink", 3, 1), ("greedy", 2, 1), ("bp", 2, 1)])
+def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(train, method, stages, killed):
+    run = train(stages, f"method={method}")
     workers = run.workers()
-    assert len(workers) == 3
+    assert len(workers) == stages
     os.kill(workers[killed], signal.SIGKILL)
     run.end(10)
     line, = said_by_blpipe(run.said)
@@ -83,7 +84,7 @@ def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(train, method, kille
 
 
 def test_an_interrupt_ends_all_processes_at_once(train):
-    run = train()
+    run = train(2)
     workers = run.workers()
     os.killpg(run.process.pid, signal.SIGINT)
     run.end(10)

@@ -37,16 +37,16 @@ def on_a_terminal(command, folder) -> str:
 
 @pytest.mark.parametrize("command", [[sys.executable, *TRAIN], torchrun_command(2, *TRAIN)], ids=["local", "pipeline"])
 def test_every_stage_has_a_bar_that_says_how_it_gets_on(command, tmp_path):
-    tree = small_config("long", partition__stages=2, train__epochs=80, train__eval_every_epochs=0)
+    tree = small_config("long", partition__stages=2, train__epochs=40, train__eval_every_epochs=0)
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree))
     shown = on_a_terminal(command, tmp_path)
     for stage in (1, 2):
-        bars = re.findall(rf"stage {stage} +\d+%\|[^|]*\| (\d+)/480 \[[^],\r\n]*, loss (\d\.\d+), [\d,]+ samples/s, "
+        bars = re.findall(rf"stage {stage} +\d+%\|[^|]*\| (\d+)/240 \[[^],\r\n]*, loss (\d\.\d+), [\d,]+ samples/s, "
                           r"busy [\d.]+ %, waiting [\d.]+ %\]", shown)
         assert bars, shown
         steps = [int(number) for number, _ in bars]
         assert steps == sorted(steps)
-        assert 0 < steps[-1] <= 480
+        assert 0 < steps[-1] <= 240
 
 
 def test_what_is_not_known_of_a_stage_is_left_out():
