@@ -104,12 +104,31 @@ def in_processes(tmp_path_factory):
     return dict(zip(METHODS, runs, strict=True))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """By method, a run in this process that saves after every fifth step."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.set_num_threads(1)
+    return {name: train_locally(saved_config(name, **changes), folder) for name, changes in METHODS.items()}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a finished run of two checkpoints in runs/small."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.set_num_threads(1)
+    (folder / "small.yaml").write_text(yaml.safe_dump(saved_config("small", 3, train__epochs=1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["train", "small.yaml"]) == 0
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with a finished run of two checkpoints in runs/small."""
+def folder(small, tmp_path, monkeypatch):
+    """A working directory with a copy of it."""
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(saved_config("small", 3, train__epochs=1)))
-    assert cli.main(["train", "small.yaml"]) == 0
     return tmp_path
 
 
@@ -146,14 +165,13 @@ def test_state_of_another_type_than_the_weights_is_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_checkpoints_change_nothing_and_a_run_goes_on_from_each_bit_for_bit(name, undisturbed, tmp_path):
-    saved = train_locally(saved_config(name, **METHODS[name]), tmp_path)
-    steps = [manifest(path).steps_done for path in checkpoints(saved)]
+def test_checkpoints_change_nothing_and_a_run_goes_on_from_each_bit_for_bit(name, undisturbed, saved, tmp_path):
+    steps = [manifest(path).steps_done for path in checkpoints(saved[name])]
     assert steps == [5, 10, 12]
     if name != "bp":
-        assert_same_run(undisturbed[name], saved)
+        assert_same_run(undisturbed[name], saved[name])
     for step in steps[:-1]:
-        assert_same_run(saved, go_on(rewound(saved, step, tmp_path / f"from{step}")))
+        assert_same_run(saved[name], go_on(rewound(saved[name], step, tmp_path / f"from{step}")))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -167,13 +185,13 @@ def test_what_the_pipeline_saves_goes_on_in_one_process(name, undisturbed, in_pr
         assert_same_run(undisturbed[name], in_processes[name])
 
 
-def test_what_one_process_saves_goes_on_in_the_pipeline(undisturbed, in_processes, tmp_path):
+def test_what_one_process_saves_goes_on_in_the_pipeline(undisturbed, saved, in_processes, tmp_path):
     trees = []
     for name, changes in METHODS.items():
         if name == "bp":  # saved by the pipeline too, since its arithmetic is another one
             checkpoint = rewound(in_processes[name], 5, tmp_path / "pipeline")
         else:
-            checkpoint = rewound(train_locally(saved_config(name, **changes), tmp_path), 10, tmp_path / "pipeline")
+            checkpoint = rewound(saved[name], 10, tmp_path / "pipeline")
         trees.append(saved_config(name, **changes) | {"resume_from": str(checkpoint)})
     for name, resumed in zip(METHODS, train_in_processes(trees, 3, tmp_path), strict=True):
         assert_same_run(in_processes["bp"] if name == "bp" else undisturbed[name], resumed)
@@ -722,6 +740,6 @@ def test_a_trace_or_a_board_that_cannot_be_written_is_told_of(folder, monkeypatc
 
 
 def test_a_full_disk_is_told_of_by_one_of_several_processes(folder, small_disk):
-    done = torchrun(3, "-m", "blpipe", "train", "small.yaml", f"runtime.runs={small_disk}", "train.epochs=2",
-                    cwd=folder)
+    done = torchrun(2, "-m", "blpipe", "train", "small.yaml", f"runtime.runs={small_disk}", "train.epochs=2",
+                    "partition.stages=2", cwd=folder)
     check_full_disk(done.returncode, done.stdout, done.stderr, small_disk)

@@ -17,7 +17,7 @@ from blpipe.program import Kind
 def config(tmp_path, monkeypatch):
     """A config of three stages in the working directory."""
     monkeypatch.chdir(tmp_path)
-    tree = small_config("planned", train__microbatches=4, partition={"stages": 3, "costs": "analytic"})
+    tree = small_config("planned", train__microbatches=2, partition={"stages": 3, "costs": "analytic"})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path / "c.yaml"
 
@@ -38,7 +38,7 @@ def refused(capsys, *arguments):
 def test_tables_of_stages_and_methods(config, capsys):
     output = plan(capsys)
     lines = output.splitlines()
-    assert lines[0] == "planned: backlink in 3 stages, a step of 16 samples in 4 microbatches"
+    assert lines[0] == "planned: backlink in 3 stages, a step of 16 samples in 2 microbatches"
     header = next(line for line in lines if line.startswith("stage "))
     assert header.split("  ")[0] == "stage"
     for word in ("blocks", "parameters", "FLOP", "step time", "sends on", "sends back", "peak memory"):
@@ -53,7 +53,7 @@ def test_json_says_what_each_stage_holds_computes_and_sends(config, capsys):
     assert [stage["blocks"] for stage in found["stages"]] == [["0", "1"], ["2", "3"], ["4", "5"]]
     assert found["cuts"] == ["2", "4"]
     first, second, last = found["stages"]
-    # Four microbatches of 4 samples: activations of 6 × 8 × 8 floats with an int64 target each; then 8 × 4 × 4.
+    # Two microbatches of 8 samples: activations of 6 × 8 × 8 floats with an int64 target each; then 8 × 4 × 4.
     assert first["sent_forward_bytes"] == 16 * (6 * 8 * 8 * 4 + 8)
     assert second["sent_back_bytes"] == 16 * 6 * 8 * 8 * 4
     assert last["sent_back_bytes"] == 16 * 8 * 4 * 4 * 4
@@ -88,11 +88,11 @@ def test_measured_costs_take_seconds_and_balance(config, capsys):
 
 @pytest.mark.parametrize("costs", ["measured", "analytic"])
 def test_a_model_that_was_cut_into_blocks_by_its_graph(config, capsys, costs):
-    found = json.loads(plan(capsys, "--json", "model={name: torchvision/shufflenet_v2_x0_5}",
+    found = json.loads(plan(capsys, "--json", "model={name: torchvision/squeezenet1_1}",
                             f"partition.costs={costs}", "data.args.shape=[3, 32, 32]", "partition.strategy=balanced"))
     names = [name for stage in found["stages"] for name in stage["blocks"]]
-    assert names[0] == "conv1"
-    assert names[-1] == "fc"
+    assert names[0] == "features_0"
+    assert names[-1] == "classifier"
     assert all(0 < stage["peak_memory_bytes"] < 2**25 for stage in found["stages"])
 
 
@@ -162,19 +162,18 @@ def test_all_that_takes_time_is_in_the_picture(config, changes):
     assert {span.op.kind for span in timeline.spans if span.end > span.start} - messages <= picture._COLOURS.keys()
 
 
-def test_a_thousand_stages_take_seconds(config, capsys):
-    changes = ["model={name: mlp, args: {hidden: 1100 * [8]}}".replace("1100 * [8]", str([8] * 1100)),
-               "partition.stages=4", "--stages", "1024", "--json"]
+def test_hundreds_of_stages_take_seconds(config, capsys):
+    changes = ["model={name: mlp, args: {hidden: 300 * [8]}}".replace("300 * [8]", str([8] * 300)),
+               "partition.stages=4", "--stages", "256", "--json"]
     found = json.loads(plan(capsys, *changes))
     rows = {row["method"]: row for row in found["sweep"]}
-    assert all(row["stages"] == 1024 for row in rows.values())
+    assert all(row["stages"] == 256 for row in rows.values())
     assert rows["backlink d=1"]["samples_per_second"] > rows["1F1B"]["samples_per_second"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--stages", "2,many"], "--stages: '2,many' must be whole numbers from 1 on"),
     (["--stages", "1,7"], "--stages: 7 stages need as many blocks, and the model has 6"),
-    (["--out", "nowhere/plan.png"], "--out: cannot write nowhere/plan.png"),
     (["--out", "plan.docx"], "--out: cannot write plan.docx"),
     (["--trace", "nowhere/plan.json"], "--trace: cannot write nowhere/plan.json"),
     (["--bandwidth", "0"], "--bandwidth: 0.0 must be a number above 0"),
@@ -188,9 +187,13 @@ def test_bad_options_are_one_line_and_exit_code_2(config, capsys, arguments, mes
 
 
 def test_what_was_measured_is_shown_before_a_file_fails(config, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(["plan", "c.yaml", "--out", "nowhere/plan.png"])
-    assert "samples/s" in capsys.readouterr().out
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "samples/s" in said.out
+    line, = said.err.splitlines()
+    assert line.startswith("blpipe: --out: cannot write nowhere/plan.png")
 
 
 def test_images_that_are_mixed_change_no_costs(config, capsys):

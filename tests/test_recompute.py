@@ -112,7 +112,7 @@ def test_a_buffer_may_be_that_of_two_modules_or_none():
 @pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, *THROUGH_ALL, *LATE])
 def test_a_stage_needs_less_memory(changes):
     def network(on):
-        return network_of(model={"name": "resnet_cifar", "args": {"depth": 32}}, train__recompute=on,
+        return network_of(model={"name": "resnet_cifar", "args": {"depth": 20}}, train__recompute=on,
                           data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes)[0]
 
     plain, again = (Rehearsal(network(on), CPU) for on in (False, True))
