@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parent.parent
 LONGEST_FIRST = ("test_soak.py", "test_readme.py", "test_restarts.py", "test_zoo.py", "test_engines.py",
                  "test_checkpoints.py", "test_processes.py", "test_recompute.py", "test_plan_command.py",
                  "test_faults.py", "test_forecast.py", "test_bad_input.py", "test_memory_benchmark.py",
-                 "test_replicas.py", "test_nodes.py", "test_scaling.py")
+                 "test_replicas.py", "test_nodes.py", "test_throughput.py")
 
 
 def pytest_configure(config):

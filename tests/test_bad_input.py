@@ -109,7 +109,7 @@ def changed(tree: dict, path: tuple[str, ...], value: Any) -> dict:
     return tree | {key: changed(below if isinstance(below, dict) else {}, tuple(rest), value) if rest else value}
 
 
-@examples(1000)
+@examples(400)
 @given(changes=st.lists(st.tuples(places, wild), min_size=1, max_size=3))
 def test_a_config_with_any_values_in_it(changes):
     tree = DEFAULTS
@@ -140,7 +140,7 @@ def loaded(path: Path, overrides: tuple[str, ...] = ()) -> Config | None:
     return config
 
 
-@examples(1000)
+@examples(400)
 @given(text=any_file)
 def test_any_text_with_tags_anchors_and_merges_as_a_file(folder, text):
     path = folder / "any.yaml"
@@ -148,7 +148,7 @@ def test_any_text_with_tags_anchors_and_merges_as_a_file(folder, text):
     loaded(path)
 
 
-@examples(500)
+@examples(200)
 @given(source=st.sampled_from(sorted((REPOSITORY / "configs").glob("*.yaml"))), data=st.data())
 def test_a_shipped_config_damaged_anywhere(folder, source, data):
     path = folder / "damaged.yaml"
@@ -266,7 +266,7 @@ def test_a_damaged_npz_file_is_refused_or_holds_what_it_held(folder, save):
     path.write_bytes(whole)
     x, y = next(opened(path).test_batches(9))
 
-    @examples(1000)
+    @examples(400)
     @given(data=st.data())
     def check(data):
         path.write_bytes(damaged(whole, data))
@@ -302,7 +302,7 @@ headers = st.fixed_dictionaries({"descr": descriptions, "fortran_order": st.bool
     ["(" * 9000, "[" * 9000, "-" * 9000 + "1", "{'descr': " * 500, "9" * 9000, "__import__('os').abort()"])
 
 
-@examples(600)
+@examples(300)
 @given(name=st.sampled_from(["train_x", "train_y", "test_x", "test_y"]), header=headers, values=st.binary(max_size=80),
        version=st.sampled_from([b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x09"]))
 @pytest.mark.filterwarnings("ignore:Reading `.npy` or `.npz` file required:UserWarning")

@@ -37,8 +37,8 @@ def cifar(tmp_path_factory):
 
 def config(name, data):
     return {
-        "name": name, "model": {"name": "resnet_cifar", "args": {"depth": 14, "width": 0.5}},
-        "data": {**data, "augment": {"crop": 4, "flip": True}}, "partition": {"stages": 4},
+        "name": name, "model": {"name": "resnet_cifar", "args": {"depth": 8, "width": 0.5}},
+        "data": {**data, "augment": {"crop": 4, "flip": True}}, "partition": {"stages": 2},
         "optimizer": {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}},
         "schedule": {"name": "one-cycle"}, "train": {"epochs": 3, "batch_size": 32}, "runtime": {"device": "cpu"},
     }
@@ -47,7 +47,7 @@ def config(name, data):
 def test_both_engines_learn_the_same_from_arrays_and_from_folders(cifar, tmp_path):
     trees = [config("arrays", {"name": "arrays", "root": str(cifar / "cifar.npz")}),
              config("imagefolder", {"name": "imagefolder", "root": str(cifar), "workers": 1})]
-    for tree, run in zip(trees, train_in_processes(trees, 4, tmp_path), strict=True):
+    for tree, run in zip(trees, train_in_processes(trees, 2, tmp_path), strict=True):
         assert_same_run(run, train_locally(tree, tmp_path))
         losses = {(epoch, stage): loss for epoch, stage, _, loss, *_ in metrics_of(run)}
-        assert all(losses[3, stage] < losses[2, stage] < losses[1, stage] for stage in (1, 2, 3, 4))
+        assert all(losses[3, stage] < losses[2, stage] < losses[1, stage] for stage in (1, 2))

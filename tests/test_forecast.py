@@ -254,7 +254,7 @@ def test_estimates_for_the_search_are_near_the_exact_memory():
 @pytest.mark.parametrize("changes", [
     {}, {"method__link": {"length": 0}}, {"method__name": "greedy", "train__wire": "bf16"},
     {"method__head": "blocks"}, {"method__head": "blocks", "train__recompute": True},
-    {"method__link": {"delay": 2, "wire": "bf16"}, "train__microbatches": 4, "train__wire": "bf16"},
+    {"method__link": {"delay": 2, "wire": "bf16"}, "train__microbatches": 2, "train__wire": "bf16"},
     {"method": {"local_weight": 0.0, "link": {"length": "all", "reach": "all", "take": "farthest"}}}])
 def test_the_search_misses_no_partition_that_fits(changes):
     network = small_resnet(**changes)

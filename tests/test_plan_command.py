@@ -163,11 +163,11 @@ def test_all_that_takes_time_is_in_the_picture(config, changes):
 
 
 def test_hundreds_of_stages_take_seconds(config, capsys):
-    changes = ["model={name: mlp, args: {hidden: 300 * [8]}}".replace("300 * [8]", str([8] * 300)),
-               "partition.stages=4", "--stages", "256", "--json"]
+    changes = ["model={name: mlp, args: {hidden: 320 * [8]}}".replace("320 * [8]", str([8] * 320)),
+               "partition.stages=4", "train.microbatches=4", "--stages", "300", "--json"]
     found = json.loads(plan(capsys, *changes))
     rows = {row["method"]: row for row in found["sweep"]}
-    assert all(row["stages"] == 256 for row in rows.values())
+    assert all(row["stages"] == 300 for row in rows.values())
     assert rows["backlink d=1"]["samples_per_second"] > rows["1F1B"]["samples_per_second"]
 
 

@@ -27,7 +27,7 @@ SETTINGS = METHODS | {
                 "train__channels_last": True}}
 THROUGH_ALL = [{"method__link": {"length": "all", **link}, "partition__stages": 2}
                for link in ({"delay": 0}, {"delay": 1}, {"delay": 1, "joint": True}, {"delay": 1, "keep": "recompute"})]
-LATE = [{"method__link": {"length": 1, **link}, "partition__stages": 4, "train__microbatches": 4}
+LATE = [{"method__link": {"length": 1, **link}, "partition__stages": 4, "train__microbatches": 2}
         for link in ({"delay": 1}, {"delay": 1, "joint": True})]
 
 
@@ -112,7 +112,7 @@ def test_a_buffer_may_be_that_of_two_modules_or_none():
 @pytest.mark.parametrize("changes", [{"method": "greedy", "partition__stages": 2}, *THROUGH_ALL, *LATE])
 def test_a_stage_needs_less_memory(changes):
     def network(on):
-        return network_of(model={"name": "resnet_cifar", "args": {"depth": 20}}, train__recompute=on,
+        return network_of(model={"name": "resnet_cifar", "args": {"depth": 32}}, train__recompute=on,
                           data__args={"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes)[0]
 
     plain, again = (Rehearsal(network(on), CPU) for on in (False, True))
@@ -124,10 +124,11 @@ def test_a_stage_needs_less_memory(changes):
 
 
 def test_what_runs_again_costs_its_forward_again():
+    costs = {on: profile(network_of(partition__stages=2, train__recompute=on)[0], CPU) for on in (False, True)}
+
     def stage(on, **link):
-        network, _ = network_of(partition__stages=2, train__recompute=on)
         method = MethodConfig(name="backlink" if link else "greedy", link=LinkConfig(**link))
-        return stage_cost(profile(network, CPU), 1, 4, method), profile(network, CPU).sums["forward"]
+        return stage_cost(costs[on], 1, 4, method), costs[on].sums["forward"]
 
     def forward_again(field, **link):
         (plain, sums), (again, _) = stage(False, **link), stage(True, **link)
@@ -145,10 +146,11 @@ def test_what_runs_again_costs_its_forward_again():
 
 
 def test_a_joint_backward_runs_each_block_again_where_it_goes_back_through_it():
+    costs = {on: profile(network_of(partition__stages=4, train__recompute=on)[0], CPU) for on in (False, True)}
+
     def stage(on, length):
-        network, _ = network_of(partition__stages=4, train__recompute=on)
         method = MethodConfig(link=LinkConfig(length=length, joint=True))
-        return stage_cost(profile(network, CPU), 0, 3, method), profile(network, CPU).sums["forward"]
+        return stage_cost(costs[on], 0, 3, method), costs[on].sums["forward"]
 
     for length, of_the_local_loss, of_the_link in ((1, (0, 3), (2, 3)), ("all", (0, 0), (0, 3))):
         (plain, sums), (again, _) = stage(False, length), stage(True, length)

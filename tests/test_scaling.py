@@ -1,38 +1,13 @@
-"""The benchmark of scaling: a small case, measured in two processes and predicted in more."""
-
-import json
+"""The benchmark of scaling: what it says; test_throughput.py has it measure and predict."""
 
 import pytest
-import torch
 from conftest import REPOSITORY
 
 from benchmarks.scaling import __main__ as scaling
-from benchmarks.scaling.report import COLUMNS, PREDICTED, conclusions
+from benchmarks.scaling.report import conclusions
 from benchmarks.throughput.settings import load_settings
-from blpipe.forecast.report import make_report
 
 QUICK = REPOSITORY / "benchmarks/scaling/quick.yaml"
-
-
-def test_what_the_machine_has_is_measured_and_the_rest_predicted(tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert scaling.main([str(QUICK), "--device", "cpu", "--stages", "2,4", "--out", str(tmp_path)]) == 0
-    path, = tmp_path.glob("*.json")
-    found = json.loads(path.read_text())
-    assert set(found["measured"]) == {"1", "2"} and set(found["predicted"]) == {"1", "2", "4"}
-    assert all(set(found["predicted"][count]) == set(PREDICTED) for count in ("2", "4"))
-    assert set(COLUMNS) <= set(found["measured"]["2"])
-    config = scaling._config(load_settings(QUICK, {}), "ResNet-8", torch.device("cpu"))
-    assert config.train.microbatches == 1  # one device trains whole batches
-    assert found["predicted"]["1"]["one device"] == make_report(config).methods[-1].samples_per_second
-    assert all(value > 0 for rows in (found["measured"], found["predicted"])
-               for row in rows.values() for value in row.values())
-    table = path.with_suffix(".md").read_text()
-    kinds = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| ")]
-    assert kinds[2:] == [["2", "measured"], ["2", "predicted"], ["4", "predicted"]]
-    assert path.with_suffix(".png").exists()
-    assert table in capfd.readouterr().out
 
 
 def test_where_it_overtakes_is_where_it_stays_ahead():

@@ -12,6 +12,8 @@ from conftest import REPOSITORY
 
 from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
 from benchmarks.prediction import vit
+from benchmarks.scaling import __main__ as scaling
+from benchmarks.scaling.report import COLUMNS, PREDICTED
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
 from benchmarks.throughput.methods import make_configs
@@ -19,6 +21,7 @@ from benchmarks.throughput.settings import METHODS, REPLICAS, Cuts, case_tree, f
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.forecast.costs import profile
+from blpipe.forecast.report import make_report
 from blpipe.forecast.stages import balanced_starts
 from blpipe.plan import make_network, make_plan
 from blpipe.transport.messages import message_bytes
@@ -26,6 +29,7 @@ from blpipe.transport.messages import message_bytes
 QUICK = REPOSITORY / "benchmarks/throughput/quick.yaml"
 FULL = REPOSITORY / "benchmarks/throughput/throughput.yaml"
 GPU = REPOSITORY / "benchmarks/throughput/gpu.yaml"
+SCALING = REPOSITORY / "benchmarks/scaling/quick.yaml"
 OWN = REPOSITORY / "benchmarks/throughput/own.yaml"
 OURS = METHODS[:METHODS.index("greedy") + 1]
 
@@ -132,6 +136,32 @@ def test_the_table_has_a_row_a_method_and_says_whether_aims_are_reached(measured
     assert {"device", "cores", "torch", "commit"} <= case["environment"].keys()
     assert throughput.main([str(QUICK), "--device", "cpu", "--out", str(folder), "--table"]) == 0
     assert capfd.readouterr().out.strip() == table.strip()
+
+
+def test_scaling_measures_what_the_machine_has_and_predicts_the_rest(measured, tmp_path, capfd, monkeypatch):
+    def measure_case(settings, name, device):  # the same case, which need not run again
+        assert (settings.stages, name, device.type) == (2, "ResNet-8", "cpu")
+        assert case_tree(settings, name, "cpu") == case_tree(load_settings(QUICK, {}), name, "cpu")
+        return measured[1]
+
+    monkeypatch.setattr(scaling, "measure_case", measure_case)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert scaling.main([str(SCALING), "--device", "cpu", "--stages", "2,4", "--out", str(tmp_path)]) == 0
+    path, = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert set(found["measured"]) == {"1", "2"} and set(found["predicted"]) == {"1", "2", "4"}
+    assert all(set(found["predicted"][count]) == set(PREDICTED) for count in ("2", "4"))
+    assert set(COLUMNS) <= set(found["measured"]["2"])
+    config = scaling._config(load_settings(SCALING, {}), "ResNet-8", torch.device("cpu"))
+    assert config.train.microbatches == 1  # one device trains whole batches
+    assert found["predicted"]["1"]["one device"] == make_report(config).methods[-1].samples_per_second
+    assert all(value > 0 for rows in (found["measured"], found["predicted"])
+               for row in rows.values() for value in row.values())
+    table = path.with_suffix(".md").read_text()
+    kinds = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| ")]
+    assert kinds[2:] == [["2", "measured"], ["2", "predicted"], ["4", "predicted"]]
+    assert path.with_suffix(".png").exists()
+    assert table in capfd.readouterr().out
 
 
 def test_ratios_are_formed_within_a_round():

@@ -32,8 +32,9 @@ NAMES = {  # of blocks: those of the model's own modules
                       "features_11", "features_12", "classifier"],
     "mobilenet_v2": [*(f"features_{i}" for i in range(19)), "classifier"],
     "vit_b_16": ["conv_proj", *(f"encoder_layers_encoder_layer_{i}" for i in range(12)), "heads"],
-    "densenet121": ["features_conv0", *(f"features_{part}{i}" for i in (1, 2, 3) for part in ("denseblock", "transition")),
-                    "features_denseblock4", "classifier"],
+    "densenet121": [
+        "features_conv0", *(f"features_{part}{i}" for i in (1, 2, 3) for part in ("denseblock", "transition")),
+        "features_denseblock4", "classifier"],
 }
 
 
