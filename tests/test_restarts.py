@@ -112,7 +112,7 @@ def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder, s
     """With links on time; the others above are late."""
     tree = config_of(model={"target": "models_under_test:mortal_net", "args": {"first": [0], "last": [9],
                                                                                "by": "SIGTERM"}},
-                     method__link={"delay": 0}, train__epochs=4, checkpoint={"every_epochs": 0})
+                     method__link={"delay": 0}, train__epochs=12, checkpoint={"every_epochs": 0})
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = start(restarting(1), folder)
     assert run.end() == 0, run.said
