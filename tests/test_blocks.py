@@ -304,8 +304,8 @@ class Flat(nn.Module):
 
 def test_a_plain_module_trains_the_same_in_both_engines_and_exports_its_own_names(tmp_path):
     tree = small_config("plain", model={"target": "test_blocks:Flat"}, method__link={"length": "all"},
-                        data__args={"shape": [2, 8, 8], "classes": 3, "samples": 48})
-    run, = train_in_processes([tree], 3, tmp_path)
+                        partition__stages=2, data__args={"shape": [2, 8, 8], "classes": 3, "samples": 48})
+    run, = train_in_processes([tree], 2, tmp_path)
     local = train_locally(tree, tmp_path)
     assert_same_run(run, local)
     assert "optimizer/net.blocks.0.fc.weight/momentum_buffer" in state_of(run)
