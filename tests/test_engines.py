@@ -51,7 +51,7 @@ JOBS = {
                      train__microbatches=2, method__link={"length": 2, "keep": "recompute"}, train__wire="bf16"),
     ],
     4: [
-        *grid(4, [1, "all"], [0, 3], [1, 2]),
+        *grid(4, [1, "all"], [0, 1], [1, 2]), *grid(4, ["all"], [3], [1, 2]),
         small_config("greedy", partition__stages=4, method="greedy", train__microbatches=2),
         far("two", 1, 1, 0.0, reach=2),
         far("two_in_time", 0, 4, 1.0, reach=2, weight=[1.0, 0.0, 0.5]),
