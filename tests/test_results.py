@@ -10,6 +10,7 @@ from benchmarks.ablation.__main__ import as_markdown as ablation_table
 from benchmarks.accuracy.execute import read_results
 from benchmarks.accuracy.report import as_markdown as accuracy_table
 from benchmarks.accuracy.sweep import load_sweep
+from benchmarks.byte_lm.__main__ import table as language_model_table
 from benchmarks.memory.cases import Size
 from benchmarks.memory.report import as_markdown as memory_table
 from benchmarks.memory.results import Results
@@ -55,7 +56,7 @@ def test_tables_of_memory_follow_from_their_rows(folder):
     assert (path / "table.md").read_text() == memory_table(rows, Size(110, 1024, (2, 4, 8, 16)))
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_short", "search", "vit"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_short", "search", "vit", "vit_lr"])
 def test_tables_of_accuracy_follow_from_their_rows(name):
     sweep, combinations = load_sweep(BENCHMARKS / f"accuracy/{name}.yaml")
     path = BENCHMARKS / "accuracy/results" / name
@@ -67,6 +68,11 @@ def test_the_readme_shows_the_tables_of_the_predictions():
     tables = prediction_tables(json.loads((BENCHMARKS / "prediction/results.json").read_text())["rows"])
     readme = (BENCHMARKS / "prediction/README.md").read_text()
     assert all(table in readme for table in tables.split("\n\n"))
+
+
+def test_the_readme_shows_the_table_of_the_language_model():
+    runs = json.loads((BENCHMARKS / "byte_lm/results.json").read_text())["runs"]
+    assert language_model_table(runs) in (BENCHMARKS / "byte_lm/README.md").read_text()
 
 
 def test_the_readme_shows_what_the_results_say():

@@ -53,11 +53,11 @@ class Line:
 
     @property
     def closed(self) -> float | None:
-        """The share of the distance from greedy to bp that the combination has closed."""
+        """The share of the distance from greedy to bp that the combination has closed; None where bp is no better."""
         seeds = self.rows.keys() & self.greedy.keys() & self.bp.keys()
         gained = _mean_difference(self.rows, self.greedy, seeds)
         distance = _mean_difference(self.bp, self.greedy, seeds)
-        return gained / distance if gained is not None and distance else None
+        return gained / distance if gained is not None and distance is not None and distance > 0 else None
 
     @property
     def seconds(self) -> float | None:
