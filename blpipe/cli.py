@@ -56,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _flush(may_lose: bool) -> None:
-    """Have all that was printed written, or where it may be lost and has no room, as on a full disk, dropped.
+    """Write out all that was printed.
 
-    On stderr it may always be: the exit code says it too.
+    What may be lost is dropped where there is no room, as on a full disk; on stderr always, as the exit code says it
+    too.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -70,7 +71,7 @@ def _flush(may_lose: bool) -> None:
 
 
 def _drop(stream: TextIO) -> None:
-    """What is still to be written, now and later: else it would be the exit code."""
+    """Let what is still to be written go nowhere: else the interpreter's last flush fails, and sets the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -231,9 +231,9 @@ class MethodConfig(ByName):
         return f"method.loss.{stage}" if isinstance(self.loss, tuple) else "method.loss"
 
     def with_parts_of(self, stages: Sequence[int]) -> "MethodConfig":
-        """The same for other stages: each has the head and the loss of our stage with the index that is given.
+        """This method over other stages: stage i takes the head and the loss of our stage `stages[i]`.
 
-        Where our last stage, which has no head, stands for one that needs a head, the head before serves.
+        Where that is our last one, which has no head, and stage i needs one, it takes the head before.
         """
         parts: dict[str, Any] = {}
         if isinstance(self.head, tuple):

@@ -156,7 +156,7 @@ class Recorder:
         return self._free.pop() if self._free else self._record()
 
     def end(self, runner: Runner) -> None:
-        """It runs its last part before another microbatch begins."""
+        """Free its recording: its last part still runs before another microbatch begins."""
         if runner.repeats:
             self._free.append(runner)
 

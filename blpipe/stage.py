@@ -85,8 +85,8 @@ class Stage:
         self.run_blocks, self._run_body = compiled(called(blocks)), compiled(called(self.body))
         self._run_head: Any = compiled(head) if head is not None else None
         self._recorder = recorder or Recorder()
-        judges = [loss, *([] if head is None else [head])]
-        self._head_live = [*dict.fromkeys(p for part in judges for p in part.parameters() if p.requires_grad)]
+        loss_and_head = [loss, *([] if head is None else [head])]
+        self._head_live = [*dict.fromkeys(p for part in loss_and_head for p in part.parameters() if p.requires_grad)]
         self._body_live = [p for p in self.body.parameters() if p.requires_grad]
         self._sums = update.sums
         self._flight: InFlight | None = None

@@ -65,7 +65,8 @@ class Tally:
 
     def take_back(self, before: "Tally") -> None:
         """Restore the sums of `before`, a copy of this tally."""
-        vars(self).update(vars(before))
+        self.loss_sum, self._correct = before.loss_sum, before._correct
+        self._samples, self._targets = before._samples, before._targets
 
     def state(self) -> list[float]:
         """The sums, as numbers; waits for the device."""

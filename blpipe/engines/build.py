@@ -53,8 +53,8 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     waits = links.tail if links.joint else 0  # blocks whose first gradients come with the first error
     early = list(blocks[:len(blocks) - waits].parameters())
     late = [p for p in blocks.parameters() if all(p is not other for other in early)]
-    judges = [p for part in (head, loss) if part is not None for p in part.parameters()]  # as checkpoints number them
-    optimizer = build_optimizer(config.optimizer, early, late, judges)
+    of_head_and_loss = [p for part in (head, loss) if part is not None for p in part.parameters()]
+    optimizer = build_optimizer(config.optimizer, early, late, of_head_and_loss)
     update = Update(parts, optimizer, clip_norm=config.optimizer.clip_norm,
                     skip_nonfinite=config.train.on_nonfinite == "skip", leads=plan.replica == 0)
     return Stage(blocks, head, loss, update, links,

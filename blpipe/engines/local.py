@@ -80,7 +80,7 @@ class LocalEngine:
         self._seated: dict[_Seat, Stage] = {(r, k): stage for r, stages in self.replicas.items()
                                             for k, stage in stages.items()}
         self._add_up(lambda stage: stage.update.lead(), lambda stage, values: stage.update.follow(values))
-        self._tallies = {True: self._tallies_now(), False: self._tallies_now()}
+        self._train_tallies = self._val_tallies = self._tallies_now()
         self._busy = dict.fromkeys(self._seated, 0.0)  # seconds of training, in the last epoch begun
         self._train_seconds = 0.0
         self._log = SpanLog(TRACED_STEPS) if plan.config.runtime.trace else None
@@ -114,20 +114,22 @@ class LocalEngine:
 
     def epoch_sums(self) -> dict[_Seat, EpochSums]:
         """See `Engine`."""
-        return {seat: EpochSums(self._tallies[True][seat], self._busy[seat], 0.0, self._train_seconds)
+        return {seat: EpochSums(self._train_tallies[seat], self._busy[seat], 0.0, self._train_seconds)
                 for seat in self._seated}
 
     def restore_sums(self, sums: dict[_Seat, EpochSums]) -> None:
         """See `Engine`."""
         for seat, stage in self._seated.items():
             stage.train(True, sums[seat].tally)
-        self._tallies = {True: self._tallies_now(), False: {seat: Tally() for seat in self._seated}}
+        self._train_tallies, self._val_tallies = self._tallies_now(), {seat: Tally() for seat in self._seated}
         self._busy = {seat: sums[seat].busy_seconds for seat in self._seated}
         self._train_seconds = sums[0, 0].train_seconds
 
     def evaluate(self) -> None:
         """Evaluate every stage's head on all test samples."""
-        self._set_mode(training=False)
+        for stage in self._seated.values():
+            stage.train(False)
+        self._val_tallies = self._tallies_now()
         feeds = [Feed(test_microbatches(self.data, plan)) for plan in self._plans]
         self._run(lambda r, k: evaluation_program(len(self._plans[r].evaluation_sizes()), role(self.plan, k)),
                   feeds, [[] for _ in self._plans], lambda: None, dict.fromkeys(self._seated, 0.0))
@@ -135,13 +137,13 @@ class LocalEngine:
     def progress(self) -> dict[int, StageProgress]:
         """See `Engine`."""
         readings = gpu_readings(self.device)
-        return {k: StageProgress(self._tallies[True][0, k].loss, *self._seconds((0, k)), *readings)
+        return {k: StageProgress(self._train_tallies[0, k].loss, *self._seconds((0, k)), *readings)
                 for k in self.stages}
 
     def reports(self) -> list[StageReport]:
         """One report a stage; no stage waits for another process."""
-        return [report([replica_report(self._tallies[True][r, k], self._tallies[False][r, k],
-                                       *self._seconds((r, k)), self._train_seconds, self.device)
+        return [report([replica_report(self._train_tallies[r, k], self._val_tallies[r, k], *self._seconds((r, k)),
+                                       self._train_seconds, self.device)
                         for r in self.replicas]) for k in self.stages]
 
     def _seconds(self, seat: _Seat) -> tuple[float | None, float | None]:
@@ -158,11 +160,6 @@ class LocalEngine:
 
     def _tallies_now(self) -> dict[_Seat, Tally]:
         return {seat: stage.tally for seat, stage in self._seated.items()}
-
-    def _set_mode(self, training: bool) -> None:
-        for stage in self._seated.values():
-            stage.train(training)
-        self._tallies[training] = self._tallies_now()
 
     def _run(self, program: Callable[[int, int], Iterator[Op]], feeds: Sequence[Feed],
              steps: Sequence[Sequence[Step]], on_step: OnStep, busy: dict[_Seat, float]) -> None:
