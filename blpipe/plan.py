@@ -173,8 +173,11 @@ class Plan:
         return self.data.targets(size)
 
 
-def make_network(config: Config, data: DataSpec) -> Network:
+def make_network(config: Config, data: DataSpec, pretrained: bool = True) -> Network:
     """Build the model and trace its shapes, block by block.
+
+    Args:
+        pretrained: see `build_model`.
 
     Raises:
         ConfigError: a model or a batch size that does not fit the data.
@@ -186,7 +189,7 @@ def make_network(config: Config, data: DataSpec) -> Network:
     if last_batch < replicas:
         raise ConfigError(f"train.replicas: {replicas}, but the last batch of an epoch has {last_batch} samples, one "
                           "for each at least; set train.drop_last=true, or another train.batch_size")
-    model = build_model(config.model, data, config.seed)
+    model = build_model(config.model, data, config.seed, pretrained)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ConfigError(f"model: {name} is {dtype_name(parameter.dtype)}, in which small steps are lost; "
@@ -219,17 +222,19 @@ def _told(spec: TensorSpec) -> str:
     return f"{list(spec.shape)} of {dtype_name(spec.dtype)}"
 
 
-def make_plan(config: Config, data: DataSpec, network: Network | None = None, replica: int = 0) -> Plan:
+def make_plan(config: Config, data: DataSpec, network: Network | None = None, replica: int = 0,
+              pretrained: bool = True) -> Plan:
     """Cut the model into stages and check that all parts fit; no process group, no training.
 
     Args:
         network: the one of this config and data, where it is there already.
         replica: of the pipeline, from 0.
+        pretrained: see `build_model`; of a network that is to be made.
 
     Raises:
         ConfigError: anything in `config` that does not fit together or does not fit the data.
     """
-    network = network or make_network(config, data)
+    network = network or make_network(config, data, pretrained)
     stages = partition(config.partition, network.model)
     ends = [end - 1 for end in accumulate(len(stage) for stage in stages)]
     plan = Plan(

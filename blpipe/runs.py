@@ -86,7 +86,7 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
     config = resume.evaluated_config(found, overrides)
     set_up(config)
     data = open_data(config.data, config.seed)
-    plan = make_plan(_for_evaluation(config, data.spec.train_samples), data.spec)
+    plan = make_plan(_for_evaluation(config, data.spec.train_samples), data.spec, pretrained=False)
     data.check_fits_model(plan.classes)
     engine = open_local(plan, data)
     load_weights(found, plan, engine.stages)
@@ -171,7 +171,7 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
     elif options.auto_resume:
         config, start_point = resume.resume_if_there(config, run)
     data = open_data(config.data, config.seed)
-    network = make_network(config, data.spec)
+    network = make_network(config, data.spec, pretrained=start_point.checkpoint is None)
     if config.partition.unsettled:
         device, _ = choose_device(config.runtime.device)
         costs = profile(network, device, data if config.partition.costs == "measured" else None)
@@ -220,7 +220,7 @@ def _follow(config: Config, meeting: Meeting) -> _Run:
     replica, stage = divmod(meeting.rank, config.partition.stage_count)
     spec, found = DataSpec.from_json(told["data"]), told["checkpoint"]
     data = None if stage else open_data(config.data, config.seed)
-    plan = make_plan(config, spec, replica=replica)
+    plan = make_plan(config, spec, replica=replica, pretrained=found is None)
     return _Run(plan, data, Path(told["run"]), StartPoint(found and Path(found)), told["shown"], meeting)
 
 

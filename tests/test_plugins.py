@@ -16,6 +16,7 @@ from blpipe import cli
 from blpipe.config import DataConfig
 from blpipe.config_types import Named
 from blpipe.data import open_data
+from blpipe.errors import ConfigError
 from blpipe.models import build_model
 from blpipe.specs import DataSpec
 
@@ -202,6 +203,17 @@ def test_what_a_module_draws_as_it_is_imported_changes_no_weights_and_repeats(tm
         assert torch.equal(model[0].weight, built[0][0].weight)
         assert torch.equal(numbers, tables[0][0])
         assert others == list(tables[0][1:])
+
+
+def test_a_model_whose_file_has_gone_is_told_that_it_is_called_beside_a_checkpoint_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reads.py").write_text("def net():\n    return open('gone.pt')\n")
+    message = r"^model: FileNotFoundError: .*'gone\.pt' at reads\.py:2"
+    hint = (r"; it is called for eval and --resume too, whose weights are the checkpoint's: have it do without that "
+            "file, or put the file back")
+    for pretrained, end in ((True, "$"), (False, f"{hint}$")):
+        with pytest.raises(ConfigError, match=message + end):
+            build_model(Named(target="reads:net"), DataSpec((2,), "float32", (), 2, 8, 8), 0, pretrained)
 
 
 # Installed packages.

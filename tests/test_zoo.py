@@ -5,17 +5,21 @@ import torch
 import torchvision
 from conftest import assert_same_run, train_in_processes, train_locally
 from families import FAMILIES, assert_blocks_are_the_model, assert_same_state, one_step, smallest
+from torch import nn
 
 from blpipe.checkpoint.folders import newest_intact
 from blpipe.checkpoint.state import model_state
 from blpipe.config_file import parse_config
 from blpipe.config_types import Named
 from blpipe.errors import ConfigError
+from blpipe.metrics import read_rows
 from blpipe.models import build_model
 from blpipe.models.blocks import blocks_of
 from blpipe.models.zoo import torchvision_model
 from blpipe.plan import make_plan
-from blpipe.runs import export_run
+from blpipe.resume import resumed_config
+from blpipe.runs import evaluate_run, export_run, train_run
+from blpipe.shapes import likeness
 from blpipe.specs import DataSpec
 
 DATA = DataSpec((3, 32, 32), "float32", (), 5, 4, 4)
@@ -150,14 +154,43 @@ def test_with_another_number_of_classes_only_the_classifier_starts_anew(pretrain
     assert blocks.fc.fc.weight.std() > 0
 
 
+def no_network(*args, **kwargs):
+    raise OSError("no route to host")
+
+
 def test_weights_that_cannot_be_fetched_are_named_with_the_remedy(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(ConfigError, match=r"^model\.args\.weights: cannot fetch https://\S+: no route to host; put the "
                                           r"file there yourself: \S+/hub/checkpoints/shufflenetv2_x0\.5-\w+\.pth$"):
         build(SMALL, weights="DEFAULT")
+
+
+@pytest.mark.parametrize(("name", "args"), [
+    ("googlenet", {}), ("googlenet", {"num_classes": 4}), ("inception_v3", {"aux_logits": True}), ("maxvit_t", {}),
+    ("vit_h_14", {"weights": "IMAGENET1K_SWAG_E2E_V1"}), ("vgg11", {"num_classes": 4}), ("densenet121", {})])
+def test_where_a_checkpoint_gives_the_weights_the_model_is_the_same_without_fetching_them(name, args, monkeypatch):
+    with torch.device("meta"), monkeypatch.context() as fetched:
+        fetched.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: {})
+        fetched.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+        whole = torchvision_model(f"torchvision/{name}", {"weights": "DEFAULT"} | args, 5)
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", no_network)
+    with torch.device("meta"):
+        model = torchvision_model(f"torchvision/{name}", {"weights": "DEFAULT"} | args, 5, pretrained=False)
+    for auxiliary in ("aux1", "aux2"):  # None, where googlenet has none
+        vars(model).pop(auxiliary, None)
+    assert likeness(model) == likeness(whole)
+
+
+def test_a_run_is_evaluated_and_goes_on_without_the_weights_that_it_began_with(pretrained, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(pretrained[0]))
+    tree = one_step(SMALL, weights="DEFAULT", num_classes=2) | {"partition": {"stages": 1}}
+    run = train_locally(tree, tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    assert "fc" in evaluate_run(run)
+    train_run(resumed_config(run, ["train.epochs=2"]), resume_from=run)
+    assert read_rows(run)[-1]["epoch"] == 2
 
 
 @pytest.mark.parametrize(("name", "args"), [("googlenet", {"num_classes": 4}), ("inception_v3", {}),

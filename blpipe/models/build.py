@@ -24,11 +24,14 @@ from blpipe.specs import DataSpec
 BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
 
 
-def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
+def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = True) -> nn.Sequential:
     """The plain model as `nn.Sequential` of named blocks, initialised from `seed`.
 
     A built-in model takes the data's channels, shape and number of classes where `args` do not give them. A
     model of torchvision, and a module that a `target` returns, is cut into blocks by `blocks_of`.
+
+    Args:
+        pretrained: whether torchvision's own `weights` are wanted; not where a checkpoint gives all values.
 
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` whose result makes no blocks.
@@ -37,10 +40,16 @@ def build_model(config: Named, data: DataSpec, seed: int) -> nn.Sequential:
     example = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     with fixed_randomness(derive_seed(seed, "model")):
         if config.name is not None and config.name.startswith(PREFIX):
-            return blocks_of(torchvision_model(config.name, config.args, data.classes), example)
+            return blocks_of(torchvision_model(config.name, config.args, data.classes, pretrained), example)
         builder = resolve("model", config, BUILT_IN)
         args = dict(config.args) if config.name is None else _from_data(builder, data) | config.args
-        built = call("model", builder, **args)
+        try:
+            built = call("model", builder, **args)
+        except ConfigError as error:
+            if pretrained or not isinstance(error.__cause__, OSError):
+                raise
+            raise ConfigError(f"{error}; it is called for eval and --resume too, whose weights are the checkpoint's: "
+                              "have it do without that file, or put the file back") from error.__cause__
         if hasattr(built, "_orig_mod"):  # of torch.compile
             raise ConfigError("model: it returned a compiled module; return it uncompiled, and set train.compile=true")
         try:

@@ -14,7 +14,7 @@ PREFIX = "torchvision/"
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
 
 
-def torchvision_model(name: str, args: Mapping[str, Any], classes: int) -> nn.Module:
+def torchvision_model(name: str, args: Mapping[str, Any], classes: int, pretrained: bool = True) -> nn.Module:
     """The plain model `torchvision/<name>`, built by torchvision with `args`.
 
     Args:
@@ -24,6 +24,8 @@ def torchvision_model(name: str, args: Mapping[str, Any], classes: int) -> nn.Mo
             built without auxiliary classifiers, since local heads do their work; with `aux_logits: true` they are
             there, but are not run.
         classes: `num_classes` where `args` give neither that nor `weights`.
+        pretrained: whether to fetch `weights`; else the model is as with them but for its values, which a checkpoint
+            will give.
 
     Raises:
         ConfigError: an unknown model, weights that it does not have or that cannot be had, or arguments that it
@@ -40,6 +42,8 @@ def torchvision_model(name: str, args: Mapping[str, Any], classes: int) -> nn.Mo
         return _plain(builder, args, classes)
     own = len(weights.meta["categories"])
     wanted = args.pop("num_classes", own)
+    if not pretrained:
+        return _plain(builder, _implied(known[name], weights) | args, wanted)
     without = args.get("aux_logits") is False  # the weights come with them
     model = _pretrained(builder, weights, {name: value for name, value in args.items()
                                            if name != "aux_logits" or not without})
@@ -75,6 +79,15 @@ def _plain(builder: Any, args: Mapping[str, Any], classes: int) -> nn.Module:
     if "aux_logits" in args:
         defaults["init_weights"] = True
     return call("model", builder, **defaults | dict(args))
+
+
+def _implied(model: str, weights: Any) -> dict[str, Any]:
+    """The arguments, besides `num_classes`, that torchvision derives from weights."""
+    if model in _WITH_AUXILIARY:
+        return {"transform_input": True, "init_weights": False}
+    if model.startswith("vit_"):
+        return {"image_size": weights.meta["min_size"][0]}
+    return {"input_size": weights.meta["min_size"]} if model == "maxvit_t" else {}
 
 
 def _pretrained(builder: Any, weights: Any, args: Mapping[str, Any]) -> nn.Module:
