@@ -364,6 +364,4 @@ def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:
         remedy = "; or give one label a sample: y.squeeze(1), or y.argmax(1) of one-hot rows" if rows else ""
         raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; for targets of "
                           f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}{remedy}")
-    if len(output.shape) < 2:
-        raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; have it give {[size, 1]}")
     return output.shape[-1]

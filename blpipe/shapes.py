@@ -77,8 +77,11 @@ def trace_module(what: str, module: nn.Module, given: TensorSpec, data: DataSpec
     size = given.shape[0]
     if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[0] != size:
         shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ConfigError(f"{what} made {shape} of {list(given.shape)}; it must return one tensor [{size}, …] "
-                          f"for a batch of {size}")
+        wanted = f"it must return one tensor [{size}, …] for a batch of {size}"
+        if shape == [size]:
+            wanted = f"have it return [{size}, classes]" if data.labelled else (
+                f"have it return [{size}, 1], as without a squeeze; targets of [N] and of [N, 1] go with that")
+        raise ConfigError(f"{what} made {shape} of {list(given.shape)}; {wanted}")
     return TensorSpec(tuple(x.shape), x.dtype)
 
 

@@ -1,5 +1,7 @@
 """What is fixed and checked before a run starts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +53,7 @@ def own(what="net"):
         "frozen": lambda: {"flat": flat, "frozen": nn.Sequential(frozen), "out": nn.Linear(8, 4)},
         "pair": lambda: {"flat": flat, "lstm": nn.LSTM(8, 4), "out": nn.Linear(4, 4)},
         "no batch": lambda: {"flat": nn.Flatten(0), "out": nn.Linear(192, 4)},
+        "no features": lambda: {"flat": flat, "out": nn.Sequential(nn.Linear(8, 1), nn.Flatten(0))},
         "points": lambda: {"pool": nn.AdaptiveAvgPool2d(1), "out": nn.Sequential(nn.Flatten(), nn.Linear(3, 4))},
         "other shape": lambda: {"flat": flat, "wider": WiderInEvaluation(), "pool": nn.AdaptiveAvgPool1d(8),
                                 "out": nn.Linear(8, 4)},
@@ -213,6 +216,10 @@ def test_a_plan_for_tokens_has_a_target_at_every_position():
     (net("pair"), IMAGES, r"^model: block lstm made tuple of \[8, 8\]; it must return one tensor \[8, …\] for a bat"),
     (net("no batch"), IMAGES, r"^model: block flat made \[1536\] of \[8, 3, 8, 8\]; it must return one "
                               r"tensor \[8, …\] for a batch of 8$"),
+    (net("no features"), IMAGES, r"^model: block out made \[8\] of \[8, 8\]; have it return \[8, classes\]$"),
+    (net("no features"), replace(IMAGES, classes=1, target_dtype="float32"),
+     r"^model: block out made \[8\] of \[8, 8\]; have it return \[8, 1\], as without a squeeze; targets of \[N\] "
+     r"and of \[N, 1\] go with that$"),
     (net("other shape"), IMAGES, r"^model: block wider gives \[8, 8\] of float32 in training and \[8, 16\] of float32 "
                                  "in evaluation; have it give the same in both$"),
     (net("map"), IMAGES, r"^model: its last block out gives \[8, 4, 8, 8\]; for targets of \[8\] it must give "
