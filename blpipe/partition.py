@@ -9,7 +9,7 @@ from torch import nn
 
 from blpipe.config import PartitionConfig
 from blpipe.errors import ConfigError
-from blpipe.models.build import named_blocks, plain_names
+from blpipe.models.build import named_blocks, plain_names, why_uncut
 from blpipe.plugins import by_name, call, did_you_mean, import_target
 
 
@@ -22,7 +22,7 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
     """
     items = named_blocks(blocks)
     names = [name for name, _ in items]
-    check_stage_count(config, names)
+    check_stage_count(config, blocks)
     if config.target is not None:
         function = import_target("partition.target", config.target)
         starts = _returned("partition.target", call("partition.target", function, blocks, config.stage_count,
@@ -42,15 +42,18 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
     return stages
 
 
-def check_stage_count(config: PartitionConfig, names: Sequence[str]) -> None:
+def check_stage_count(config: PartitionConfig, blocks: nn.Sequential) -> None:
     """Refuse more stages than blocks.
 
     Raises:
         ConfigError: as above.
     """
+    names = [name for name, _ in named_blocks(blocks)]
     if config.cuts is None and config.stage_count > len(names):
+        other = "".join(f", or a model that can be cut into more: {why}" for why in why_uncut(blocks))
         raise ConfigError(f"partition.stages: {config.stage_count} stages need as many blocks, but the model has "
-                          f"{len(names)} ({names[0]}…{names[-1]}); use at most {len(names)} stages or a deeper model")
+                          f"{len(names)} ({names[0]}…{names[-1]}); use at most {len(names)} stages"
+                          f"{other or ' or a deeper model'}")
 
 
 def even_starts(blocks: int, stages: int) -> list[int]:

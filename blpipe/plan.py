@@ -194,7 +194,7 @@ def make_network(config: Config, data: DataSpec, pretrained: bool = True) -> Net
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ConfigError(f"model: {name} is {dtype_name(parameter.dtype)}, in which small steps are lost; "
                               f"{_IN_FLOAT32}")
-    check_stage_count(config.partition, [name for name, _ in named_blocks(model)])
+    check_stage_count(config.partition, model)
     training = training_sizes(data, config)
     with layer_calls(model) as calls:
         traced = {size: trace_shapes(model, data, size, training=True, calls=calls) for size in training}

@@ -206,6 +206,9 @@ def test_a_small_module_that_cannot_be_traced_is_kept_whole():
     ("Masked", ["model: block layers_0 holds 86% of the parameters in one piece: a cut needs a place where a single "
                 "tensor is live, and between its layers at least 2 are (gt in its forward, masked_fill in its "
                 "forward)"]),
+    ("Encoder", ["model: block encoder holds 97% of the parameters in one piece: an nn.TransformerEncoder is left "
+                 "whole; to have it cut, return the blocks as a list, with each of its layers (those in its attribute "
+                 "layers) as one of them"]),
 ])
 def test_what_tracing_leaves_out_is_told(name, notes):
     assert model_notes(blpipe.blocks_of(getattr(traceable, name)())) == notes
@@ -215,6 +218,14 @@ def test_notes_on_a_model_are_among_the_plans():
     config = parse_config({"name": "a", "model": {"target": "traceable:Masked"},
                            "partition": {"stages": 2}})
     assert len(notices(make_plan(config, DataSpec((4,), "float32", (), 2, 64, 2)))) == 1
+
+
+def test_more_stages_than_blocks_are_refused_with_why_there_are_so_few():
+    with pytest.raises(ConfigError, match=r"^partition\.stages: 3 stages need as many blocks, but the model has 2 "
+                                          r"\(layers_0…head\); use at most 2 stages, or a model that can be cut into "
+                                          r"more: block layers_0 holds 86% of the parameters in one piece: a cut needs "
+                                          r"a place where .*\(gt in its forward, masked_fill in its forward\)$"):
+        partition(PartitionConfig(stages=3), blpipe.blocks_of(traceable.Masked()))
 
 
 def test_a_batch_size_that_a_model_decides_by_is_refused():

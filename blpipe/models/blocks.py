@@ -61,9 +61,9 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Seque
     _carry_along(model, cut[::-1])
     traced = nn.Sequential(blocks)
     traced.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    uncut = uncut_notes(model, {name: [piece.nodes for piece in group.pieces]
-                                for name, group in zip(blocks, groups, strict=True)})
-    traced.notes_of_tracing = notes + uncut  # type: ignore[assignment]
+    traced.notes_of_tracing = notes  # type: ignore[assignment]
+    traced.uncut = uncut_notes(model, {name: [piece.nodes for piece in group.pieces]  # type: ignore[assignment]
+                                       for name, group in zip(blocks, groups, strict=True)})
     return traced
 
 

@@ -62,7 +62,7 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
     out_of_place(blocks)
     # The first process does so for all: they build the same.
     if config.name not in BUILT_IN and _has_forward(built) and type(built) is not nn.Sequential and launch.rank() == 0:
-        blocks.notes_of_tracing = [*model_notes(blocks), *check_same(built, blocks, data)]  # type: ignore[assignment]
+        blocks.notes_of_tracing = [*_notes_of_tracing(blocks), *check_same(built, blocks, data)]  # type: ignore[assignment]
     return blocks
 
 
@@ -114,6 +114,15 @@ def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
 
 def model_notes(blocks: nn.Sequential) -> list[str]:
     """What a user may want to know of how `blocks` were made of a model, a line each."""
+    return [*_notes_of_tracing(blocks), *(f"model: {why}" for why in why_uncut(blocks))]
+
+
+def why_uncut(blocks: nn.Sequential) -> list[str]:
+    """Why most of a model is in one block, where that is so: at most a line."""
+    return list(getattr(blocks, "uncut", ()))
+
+
+def _notes_of_tracing(blocks: nn.Sequential) -> list[str]:
     return list(getattr(blocks, "notes_of_tracing", ()))
 
 

@@ -8,7 +8,7 @@ from blpipe.models.nodes import inside, operation
 
 
 def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]]) -> list[str]:
-    """A note on the piece that cannot be cut and holds more than half of the parameters, if there is one.
+    """Why the piece that holds more than half of the parameters cannot be cut, if there is such a one of many layers.
 
     Args:
         blocks: by name, the operations of every piece of a block; between pieces a single tensor is live.
@@ -20,11 +20,18 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]]) -> 
         for nodes in pieces:
             layers = [i for i, node in enumerate(nodes) if node.op == "call_module" and _weights(model, node)]
             held = sum({node.target: _weights(model, node) for node in nodes if node.op == "call_module"}.values())
-            if len(layers) > 1 and 2 * held > total:
+            if 2 * held <= total or not layers:
+                continue
+            holds = f"block {name} holds {held / total:.0%} of the parameters in one piece: "
+            whole = model.get_submodule(str(max((nodes[i] for i in layers), key=lambda n: _weights(model, n)).target))
+            if isinstance(whole, nn.TransformerEncoder | nn.TransformerDecoder):
+                return [f"{holds}an nn.{type(whole).__name__} is left whole; to have it cut, return the blocks as a "
+                        "list, with each of its layers (those in its attribute layers) as one of them"]
+            if len(layers) > 1:
                 live = _least_live(nodes, layers, cuttable)
-                return [f"model: block {name} holds {held / total:.0%} of the parameters in one piece: a cut needs a "
-                        f"place where a single tensor is live, and between its layers at least {len(live)} are "
-                        f"({', '.join(_described(model, node) for node in live[:3])}{', …' if len(live) > 3 else ''})"]
+                return [f"{holds}a cut needs a place where a single tensor is live, and between its layers at least "
+                        f"{len(live)} are ({', '.join(_described(model, node) for node in live[:3])}"
+                        f"{', …' if len(live) > 3 else ''})"]
     return []
 
 
