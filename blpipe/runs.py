@@ -93,7 +93,7 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
     engine.evaluate()
     reports = engine.reports()
     assert reports is not None
-    _tell(data.notes())
+    _tell([*data.notes_on_layout(), *data.notes()])
     return evaluation_table(stage_rows(plan), reports)
 
 
@@ -232,6 +232,7 @@ def _has_terminal(config: Config) -> bool:
 def _train(engine: Engine, run: _Run) -> int | None:
     """Train to the end; returns the step after which SIGTERM stopped it, if it did."""
     plan, start, notes = run.plan, 0, [*notices(run.plan), *run.start_point.notes]
+    notes += run.data.notes_on_layout() if run.data is not None else []
     found, per_epoch = run.start_point.checkpoint, len(run.plan.step_sizes)
     if found is not None:
         start = manifest(found).steps_done

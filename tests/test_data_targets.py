@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import train_locally
 from data_under_test import Listed, Noisy, X, Y, equal, opened_target, refused, refused_target, worker_warnings
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, random_split
 
 from blpipe.data.prepare import augment, moves
 from blpipe.errors import ConfigError, UserError
@@ -37,6 +38,33 @@ def test_a_target_in_every_shape_gives_the_same(monkeypatch, kind):
     moved = augment(X[order], moves(len(order), 1, True, generator(2, "augment", 3, 0)))
     torch.testing.assert_close(x, moved / 127.5 - 1)
     assert torch.equal(y, Y[order])
+
+
+def test_images_that_seem_to_have_their_channels_last_are_noted(monkeypatch, tmp_path, capsys):
+    def notes(shape, dtype=torch.uint8):
+        pair = torch.zeros(6, *shape, dtype=dtype), Y
+        return opened_target((pair, pair), monkeypatch).notes_on_layout()
+
+    assert notes((8, 9, 3)) == ["data: uint8 samples of [8, 9, 3] are taken as images of 8 channels; if these are "
+                                "last, give [N, C, H, W], such as by moveaxis(x, -1, 1)"]
+    assert len(notes((8, 9, 1))) == 1
+    assert notes((8, 9, 3), torch.float32) == notes((3, 8, 3)) == notes((1, 8, 1)) == notes((8, 9, 9)) == []
+    pair = torch.zeros(6, 4, 4, 3, dtype=torch.uint8), Y
+    monkeypatch.setattr("data_under_test.returned", (pair, pair))
+    train_locally({"name": "last", "model": "mlp", "data": {"target": "data_under_test:own_data"}, "method": "bp",
+                   "partition": {"stages": 1}, "train": {"epochs": 1, "batch_size": 6}, "runtime": {}}, tmp_path)
+    assert "note: data: uint8 samples of [4, 4, 3]" in capsys.readouterr().out
+
+
+def test_a_part_of_a_dataset_has_the_classes_and_the_targets_of_the_whole(monkeypatch):
+    named, listed = as_dataset(X, Y, classes=list("abcd")), as_dataset(X, Y, targets=Y + 2)
+    data = opened_target(random_split(named, [4, 2]), monkeypatch)
+    assert data.spec == DataSpec((3, 4, 4), "float32", (), 4, 4, 2)
+    assert opened_target((Subset(Subset(named, [0, 1]), [1]), named), monkeypatch).spec.classes == 4
+    part = Subset(listed, [1, 3, -2])
+    assert opened_target((part, part), monkeypatch).spec.classes == 1 + int((Y + 2)[[1, 3, -2]].max())
+    refused_target(r"^data\.target: test: the indices of its Subset are none of its Dataset: index 6 is out of bounds",
+                   (listed, Subset(listed, [6])), monkeypatch)
 
 
 def test_a_target_gets_its_arguments(monkeypatch):

@@ -13,7 +13,14 @@ from blpipe.config import DataConfig
 from blpipe.data import prepare, sets
 from blpipe.data.folder import imagefolder
 from blpipe.data.mixing import Mixing
-from blpipe.data.source import Source, check_alike, check_fits_model, check_known_labels, keep_first
+from blpipe.data.source import (
+    Source,
+    check_alike,
+    check_fits_model,
+    check_known_labels,
+    keep_first,
+    notes_on_layout,
+)
 from blpipe.data.splits import DatasetSplit, Request
 from blpipe.data.target import from_target
 from blpipe.data.transforms import with_transforms
@@ -143,6 +150,10 @@ class Data:
         new = [line for line in lines if line not in self._told]
         self._told.update(new)
         return new
+
+    def notes_on_layout(self) -> list[str]:
+        """What of the samples' layout may be a mistake."""
+        return notes_on_layout(self._source)
 
     def check_fits_model(self, classes: int) -> None:
         """Check the labels known up front against a model's number of classes.

@@ -52,6 +52,15 @@ class Source:
         return [("train", self.train), ("test", self.test)]
 
 
+def notes_on_layout(source: Source) -> list[str]:
+    """A note where images seem to have their channels last: they would train as if their rows were the channels."""
+    shape = source.train.shape
+    if source.train.dtype != torch.uint8 or len(shape) != 3 or shape[2] not in (1, 3) or shape[0] in (1, 3):
+        return []
+    return [f"data: uint8 samples of {list(shape)} are taken as images of {shape[0]} channels; if these are last, give "
+            "[N, C, H, W], such as by moveaxis(x, -1, 1)"]
+
+
 def class_count(labels: Tensor, key: str) -> int:
     """1 + the largest label. Raises ConfigError where a training label is negative, but for `IGNORED` positions."""
     negative = outside(labels, 1 + int(labels.max()), labels.dim() > 1 and int(labels.max()) >= 0)

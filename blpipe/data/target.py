@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from blpipe.config import DataConfig
 from blpipe.data.source import Source, class_count
@@ -67,7 +67,7 @@ def _classes(given: Any, train: Split, where: str) -> int:
     """As many as a Dataset for training says there are, or 1 + the largest label; of values, see `DataSpec`."""
     if train.target_dtype.is_floating_point:
         return train.target_shape[-1] if train.target_shape else 1
-    names = _attribute(given, "classes", f"{where}: train") if isinstance(given, Dataset) else None
+    names = _class_names(given, f"{where}: train") if isinstance(given, Dataset) else None
     classes = length(names, f"{where}: train: the attribute classes") if hasattr(names, "__len__") else 0
     if classes > 0:
         return classes
@@ -76,6 +76,11 @@ def _classes(given: Any, train: Split, where: str) -> int:
                           "its targets are; give it the attribute classes (their names) or targets (a label "
                           "for each sample)")
     return class_count(train.labels, where)
+
+
+def _class_names(dataset: Dataset[Any], where: str) -> Any:
+    names = _attribute(dataset, "classes", where)
+    return _class_names(dataset.dataset, where) if names is None and isinstance(dataset, Subset) else names
 
 
 def _labels(dataset: Dataset[Any], where: str) -> Tensor | None:
@@ -88,12 +93,22 @@ def _labels(dataset: Dataset[Any], where: str) -> Tensor | None:
         raise ConfigError(f"{where} is empty; give at least one sample")
     targets = _attribute(dataset, "targets", where)
     if targets is None:
-        return None
+        counted = isinstance(dataset, Subset) and hasattr(dataset.dataset, "__len__")
+        return _labels_of_part(dataset, where) if counted else None
     labels = usable_target(targets)
     if labels is None or labels.ndim == 0 or len(labels) != count:
         raise ConfigError(f"{where}: the attribute targets is {describe(targets)}, not a number for each "
                           f"of the {count} samples; mend it or leave it out")
     return None if labels.is_floating_point() else labels
+
+
+def _labels_of_part(part: Any, where: str) -> Tensor | None:
+    labels = _labels(part.dataset, where)
+    try:
+        return None if labels is None else labels[torch.as_tensor(part.indices)]
+    except Exception as error:  # whatever the indices are
+        raise ConfigError(f"{where}: the indices of its Subset are none of its Dataset: {one_line(error)}; mend "
+                          "them") from error
 
 
 def _attribute(dataset: Dataset[Any], name: str, where: str) -> Any:
