@@ -24,7 +24,16 @@ _MOST_PROBLEMS = 50  # that are told of one config
 # What other systems call our keys and values.
 _KEYS_ALSO_CALLED = {"learning_rate": "optimizer.lr", "weight_decay": "optimizer.args.weight_decay",
                      "momentum": "optimizer.args.momentum", "gradient_clipping": "optimizer.clip_norm",
-                     "num_epochs": "train.epochs", "num_workers": "data.workers"}
+                     "num_epochs": "train.epochs", "max_epochs": "train.epochs", "num_workers": "data.workers",
+                     "label_smoothing": "method.loss={name: cross_entropy, args: {label_smoothing: …}}"}
+_KEYS_ALSO_CALLED |= dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm", "gradient_clip_val"),
+                                   "optimizer.clip_norm")
+_KEYS_ALSO_CALLED |= dict.fromkeys(("accumulate", "accumulate_grad_batches", "gradient_accumulation_steps"),
+                                   "train.microbatches")
+_KEYS_ALSO_CALLED |= dict.fromkeys(("amp", "mixed_precision", "fp16"), "train.precision")
+_NOT_THERE = {"ema": "there is no moving average of weights; leave it out",
+              "early_stopping": "there is none; leave it out: checkpoint.best keeps the best checkpoint",
+              "max_steps": "there is none; give train.epochs"}
 _VALUES_ALSO_CALLED = {"bfloat16": "bf16", "fp32": "float32"}
 
 _EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -219,6 +228,8 @@ def _shown(value: Any) -> str:
 
 def _suggest(path: str, kind: type[BaseModel]) -> str:
     known, last = list(_key_paths(kind)), path.rpartition(".")[2]
+    if kind is Config and last in _NOT_THERE:
+        return f"; {_NOT_THERE[last]}"
     by_last_part = [key for key in known if key.rpartition(".")[2] == last]
     also = [_KEYS_ALSO_CALLED[last]] if kind is Config and last in _KEYS_ALSO_CALLED else []
     close = also or get_close_matches(path, by_last_part, n=1, cutoff=0.0) or \
