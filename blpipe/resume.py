@@ -11,6 +11,7 @@ from blpipe.config import Config
 from blpipe.config_file import load_config
 from blpipe.config_types import folder_name
 from blpipe.errors import ConfigError, UserError
+from blpipe.optim import lr_factor
 from blpipe.plan import Plan
 
 _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
@@ -167,6 +168,22 @@ def refuse_other_lengths(start_point: StartPoint, plan: Plan) -> None:
         raise ConfigError(f"partition: the run is done, with {len(found.stages)} stages"
                           f"{', cut elsewhere' * (len(found.stages) == len(plan.stages))}; give it more epochs, or "
                           "evaluate it")
+
+
+def notes_on_schedule(start_point: StartPoint, plan: Plan) -> list[str]:
+    """A note where the schedule is over another number of epochs than before, and the learning rate jumps by that."""
+    if start_point.checkpoint is None:
+        return []
+    saved, config, per_epoch = config_of(start_point.checkpoint), plan.config, len(plan.step_sizes)
+    done = manifest(start_point.checkpoint).steps_done
+    before, now = (lr_factor(saved.schedule, max(done - 1, 0), per_epoch, epochs)
+                   for epochs in (saved.train.epochs, config.train.epochs))
+    if before == now or done == per_epoch * config.train.epochs or saved.schedule != config.schedule:
+        return []
+    begins = config.optimizer.lr * lr_factor(config.schedule, done, per_epoch, config.train.epochs)
+    return [f"schedule: {config.schedule.name} is stretched over {config.train.epochs} epochs, instead of "
+            f"{saved.train.epochs}, so the learning rate goes on at {begins:.3g}, and was "
+            f"{saved.optimizer.lr * before:.3g} before"]
 
 
 def is_of(run: Path, config: Config) -> bool:

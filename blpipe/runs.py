@@ -180,7 +180,8 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
     resume.refuse_other_lengths(start_point, plan)
     if start_point.checkpoint is not None:
         epochs_done = manifest(start_point.checkpoint).steps_done // len(plan.step_sizes)
-        start_point = replace(start_point, notes=start_point.notes + notes_on_rows(run, epochs_done))
+        start_point = replace(start_point, notes=[
+            *start_point.notes, *resume.notes_on_schedule(start_point, plan), *notes_on_rows(run, epochs_done)])
     data.check_fits_model(plan.classes)
     return plan, data, start_point
 

@@ -39,7 +39,7 @@ from blpipe.errors import UserError
 from blpipe.files import write_text
 from blpipe.metrics import read_rows
 from blpipe.plan import make_plan
-from blpipe.resume import resumed_config
+from blpipe.resume import StartPoint, find, notes_on_schedule, resumed_config
 from blpipe.runs import train_run
 from blpipe.trainer import open_local
 from blpipe.transport.horizon import Horizon
@@ -228,6 +228,23 @@ def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed)
     heads = [f"those after {names} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
     assert notes[0] == (f"the checkpoint is of 3 stages, and this run has {len(cuts) + 1}; "
                         f"heads: {'; '.join(heads) or 'none'}")
+
+
+@pytest.mark.parametrize(("schedule", "note"), [
+    # Of 6 steps: the last one's factor is (1 + cos 5π/6) / 2, and of 12 the next one's a half.
+    ("cosine", ["schedule: cosine is stretched over 2 epochs, instead of 1, so the learning rate goes on at 0.025, and "
+                "was 0.00335 before"]),
+    ({"name": "cosine", "warmup_epochs": 1}, []), ({"name": "multistep", "milestones": [1]}, [])])
+def test_more_epochs_for_a_schedule_that_depends_on_them_are_noted(tmp_path, schedule, note, capsys):
+    tree = small_config("scheduled", train__epochs=1, schedule=schedule, partition={"stages": 1}, method="bp")
+    run = train_locally(tree, tmp_path)
+    config = resumed_config(run, ["train.epochs=2"])
+    plan = make_plan(config, open_data(config.data, config.seed).spec)
+    assert notes_on_schedule(find(run), plan) == note
+    assert notes_on_schedule(StartPoint(), plan) == []
+    if note:
+        go_on(find(run).checkpoint, "train.epochs=2")
+        assert f"note: {note[0]}" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_other_stages_and_more_epochs(folder, capsys):
