@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--out", metavar="FILE.png", help="draw the timeline, and with --stages the scaling curve")
     plan.add_argument("--trace", metavar="FILE.json", help="write the timeline for ui.perfetto.dev")
     plan.add_argument("--latency", type=float, metavar="SECONDS", help="of a message between two stages")
-    plan.add_argument("--bandwidth", type=float, metavar="BYTES", help="a second, between two stages")
+    plan.add_argument("--bandwidth", metavar="BYTES", help="a second, between two stages, such as 10GB")
     plan.set_defaults(command="plan")
 
     evaluate = commands.add_parser("eval", help="evaluate a run's last checkpoint, or any other",

@@ -7,6 +7,7 @@ from pathlib import Path
 from blpipe import launch, resume, runs
 from blpipe.comparison import compare as compare_runs
 from blpipe.config_file import load_config
+from blpipe.config_types import bytes_of
 from blpipe.errors import ConfigError
 from blpipe.forecast import report
 from blpipe.forecast.picture import draw
@@ -34,12 +35,23 @@ def plan(arguments: Namespace) -> None:
     _refuse_torchrun()
     config = load_config(arguments.config, arguments.overrides)
     stages = whole_numbers("--stages", arguments.stages)
-    found = report.make_report(config, stages, arguments.latency, arguments.bandwidth)
+    found = report.make_report(config, stages, arguments.latency, _bandwidth(arguments.bandwidth))
     print(json.dumps(report.as_json(found), indent=2) if arguments.json else report.as_text(found))
     if arguments.out:
         draw(found, Path(arguments.out))
     if arguments.trace:
         report.save_trace(found, Path(arguments.trace))
+
+
+def _bandwidth(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        pass
+    try:
+        return float(bytes_of(str(text)))
+    except ValueError as error:
+        raise ConfigError(f"--bandwidth: {text!r} {error}") from None
 
 
 def whole_numbers(option: str, text: str | None) -> list[int]:

@@ -141,6 +141,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             text = file.read(_MOST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; the shipped configs are in configs/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory; give a file, of a run folder {path / 'config.yaml'}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if len(text) > _MOST_BYTES:

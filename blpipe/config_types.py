@@ -105,16 +105,15 @@ def _block_name(value: Any) -> Any:
 BlockName = Annotated[str, BeforeValidator(_block_name)]
 
 
-def _bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
+def bytes_of(text: str) -> int:
+    """The number of bytes that a text such as 16GiB says. Raises ValueError."""
     try:
-        return int(TypeAdapter(ByteSize).validate_python(value))
+        return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
         raise ValueError("must be a number of bytes, or such as 500MB or 16GiB") from None
 
 
-Bytes = Annotated[Positive | None, BeforeValidator(_bytes)]
+Bytes = Annotated[Positive | None, BeforeValidator(lambda value: bytes_of(value) if isinstance(value, str) else value)]
 
 
 def folder_name(value: str) -> str:

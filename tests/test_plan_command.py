@@ -162,6 +162,21 @@ def test_all_that_takes_time_is_in_the_picture(config, changes):
     assert {span.op.kind for span in timeline.spans if span.end > span.start} - messages <= picture._COLOURS.keys()
 
 
+@pytest.mark.parametrize(("text", "wanted"), [("10GB", 1e10), ("1e9", 1e9), ("2.5", 2.5), ("1KiB", 1024), (None, None)])
+def test_a_bandwidth_is_a_number_or_a_text_as_of_memory(text, wanted, monkeypatch):
+    class Told(Exception):
+        pass
+
+    def make_report(config, stages, latency, bandwidth):
+        raise Told(bandwidth)
+
+    monkeypatch.setattr("blpipe.commands.load_config", lambda *_: None)
+    monkeypatch.setattr("blpipe.commands.report.make_report", make_report)
+    with pytest.raises(Told) as told:
+        main(["plan", "c.yaml", *([] if text is None else ["--bandwidth", text])])
+    assert told.value.args == (wanted,)
+
+
 def test_hundreds_of_stages_take_seconds(config, capsys):
     changes = ["model={name: mlp, args: {hidden: 320 * [8]}}".replace("320 * [8]", str([8] * 320)),
                "partition.stages=4", "train.microbatches=4", "--stages", "300", "--json"]
@@ -177,6 +192,7 @@ def test_hundreds_of_stages_take_seconds(config, capsys):
     (["--out", "plan.docx"], "--out: cannot write plan.docx"),
     (["--trace", "nowhere/plan.json"], "--trace: cannot write nowhere/plan.json"),
     (["--bandwidth", "0"], "--bandwidth: 0.0 must be a number above 0"),
+    (["--bandwidth", "fast"], "--bandwidth: 'fast' must be a number of bytes, or such as 500MB or 16GiB"),
     (["partition.stages=40", "partition.strategy=balanced"],
      "partition.stages: 40 stages need as many blocks, but the model has 6"),
     (["partition.speeds=[1, 2]"], "partition: 2 speeds for 3 stages"),
