@@ -223,7 +223,7 @@ def _changes(before: Config, now: Config) -> list[_Change]:
 
 def _but(keys: tuple[str, ...], changes: list[_Change]) -> list[_Change]:
     """The changes of other keys than these and those below them."""
-    return [change for change in changes if not change.key.startswith(keys)]
+    return [change for change in changes if not any(f"{change.key}.".startswith(f"{key}.") for key in keys)]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[_Change]:

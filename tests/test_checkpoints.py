@@ -39,7 +39,7 @@ from blpipe.errors import UserError
 from blpipe.files import write_text
 from blpipe.metrics import read_rows
 from blpipe.plan import make_plan
-from blpipe.resume import StartPoint, find, notes_on_schedule, resumed_config
+from blpipe.resume import StartPoint, _but, _Change, find, notes_on_schedule, resumed_config
 from blpipe.runs import train_run
 from blpipe.trainer import open_local
 from blpipe.transport.horizon import Horizon
@@ -384,6 +384,11 @@ def test_what_may_change_is_said(folder, capsys):
     said = capsys.readouterr().out
     assert "note: optimizer.lr: 0.01, was 0.05 before" in said
     assert "note: train.on_nonfinite: 'skip', was 'stop' before" in said
+
+
+def test_a_key_that_begins_like_one_that_may_change_is_another_key():
+    changes = [_Change(key, 0, 1) for key in ("data.root", "data.root.of_mine", "data.root_x", "data.roots.x", "data")]
+    assert [change.key for change in _but(("seed", "data.root"), changes)] == ["data.root_x", "data.roots.x", "data"]
 
 
 def test_a_done_run_in_other_stages_is_no_run(folder, capsys):
