@@ -38,6 +38,16 @@ class Links:
     normalize: bool = False
     wire: WirePrecision = "full"
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether errors that come back go on to the stage before."""
+        return any(hop + 1 in self.hops_out for hop in self.hops_in)
+
+    @property
+    def need_all_blocks(self) -> bool:
+        """Whether errors must run through all blocks of the stage: they go on, or nothing else trains it."""
+        return self.passes_on or self.local_weight == 0.0
+
 
 def hops(method: MethodConfig, stages: int) -> list[tuple[int, ...]]:
     """The errors that come back to each stage for a microbatch, in order; hop j is that of the loss j stages on."""
@@ -59,7 +69,7 @@ def stage_links(method: MethodConfig, sizes: Sequence[int]) -> list[Links]:
     for k, (size, hops_in) in enumerate(zip(sizes, hops(method, len(sizes)), strict=True)):
         last = k == len(sizes) - 1
         length = size if link.length == "all" else min(link.length, size)
-        alpha = 1.0 if last else method.local_weight
+        alpha = 1.0 if last or method.name == "bp" else method.local_weight
         links.append(Links(hops_in, before, length if hops_in else 0, 0.0 if last else link.stage_weight(k), alpha,
                            link.joint and bool(hops_in and alpha), link.delay > 0, link.take, link.keep, link.normalize,
                            link.wire))

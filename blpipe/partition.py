@@ -1,7 +1,7 @@
 """Which blocks make which stage."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +18,7 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
 
     Raises:
         ConfigError: more stages than blocks, cuts that name no block or are out of order, a function that
-            returns neither cuts nor stages that fit, or a parameter that two stages would share.
+            returns neither cuts nor stages that fit, or what stages would share (see `kept_together`).
     """
     items = named_blocks(blocks)
     names = [name for name, _ in items]
@@ -37,8 +37,7 @@ def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequent
                                                       **config.args), items, config.stage_count)
     stages = [nn.Sequential(OrderedDict(items[start:stop]))
               for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
-    _refuse_shared_parameters(stages)
-    _refuse_shared_statistics(stages)
+    _refuse_shared(stages)
     return stages
 
 
@@ -140,22 +139,31 @@ def _inner_names(block_name: str, block: nn.Module) -> set[str]:
     return spelled | {path.replace(".", "_") for path in spelled}
 
 
-def _refuse_shared_parameters(stages: list[nn.Sequential]) -> None:
-    owner: dict[nn.Parameter, tuple[int, str]] = {}
-    for number, stage in enumerate(stages, start=1):
-        plain = plain_names(stage)
-        for name, parameter in stage.named_parameters():
-            first, first_name = owner.setdefault(parameter, (number, plain[name]))
-            if first != number:
-                raise ConfigError(f"partition: {first_name} (stage {first}) and {plain[name]} (stage {number}) are one "
-                                  "parameter; cut so that both are in one stage, or untie them")
+def kept_together(parts: Iterable[nn.Module]) -> Iterator[tuple[int, int, nn.Parameter | nn.Module]]:
+    """What two of these parts, from 0, share, so that they must be in one stage.
+
+    A parameter, or a module with running statistics: each stage would go on with its own, where one process has one.
+    """
+    owner: dict[nn.Parameter | nn.Module, int] = {}
+    for index, part in enumerate(parts):
+        held: list[nn.Parameter | nn.Module] = [*part.parameters()]
+        held += [module for module in part.modules() if getattr(module, "running_mean", None) is not None]
+        for shared in held:
+            first = owner.setdefault(shared, index)
+            if first != index:
+                yield first, index, shared
 
 
-def _refuse_shared_statistics(stages: list[nn.Sequential]) -> None:
-    """Each stage would go on with its own, where one process has one."""
-    owner: dict[nn.Module, int] = {}
-    for number, stage in enumerate(stages, start=1):
-        for name, module in stage.named_modules():
-            if getattr(module, "running_mean", None) is not None and owner.setdefault(module, number) != number:
-                raise ConfigError(f"partition: {name} (stage {number}) is in stage {owner[module]} too, and has "
-                                  "running statistics; cut so that both are in one stage, or use two modules")
+def _refuse_shared(stages: list[nn.Sequential]) -> None:
+    for first, other, shared in kept_together(stages):
+        if isinstance(shared, nn.Parameter):
+            one, two = (_plain_name(stages[k], shared) for k in (first, other))
+            raise ConfigError(f"partition: {one} (stage {first + 1}) and {two} (stage {other + 1}) are one "
+                              "parameter; cut so that both are in one stage, or untie them")
+        name = next(name for name, module in stages[other].named_modules() if module is shared)
+        raise ConfigError(f"partition: {name} (stage {other + 1}) is in stage {first + 1} too, and has running "
+                          "statistics; cut so that both are in one stage, or use two modules")
+
+
+def _plain_name(stage: nn.Sequential, wanted: nn.Parameter) -> str:
+    return plain_names(stage)[next(name for name, parameter in stage.named_parameters() if parameter is wanted)]

@@ -300,13 +300,13 @@ def _check_boundaries(plan: Plan) -> None:
 def _check_links(plan: Plan) -> None:
     method = plan.config.method
     for k, (links, stage) in enumerate(zip(plan.links, plan.stages, strict=True)):
-        whole = links.tail == len(stage)
-        if any(hop + 1 in links.hops_out for hop in links.hops_in) and not whole:
+        too_long = links.need_all_blocks and links.tail < len(stage)
+        if too_long and links.passes_on:
             raise ConfigError(f"method.link.reach: {method.link.reach}: stage {k + 1} passes errors on through all of "
                               f"its {len(stage)} blocks, and method.link.length is {method.link.length}; set "
                               "method.link.length=all")
         trained_by_link = bool(links.hops_in) and links.weight != 0.0
-        if method.name != "bp" and links.local_weight == 0.0 and not (trained_by_link and whole):
+        if links.local_weight == 0.0 and (too_long or not trained_by_link):
             remedy = "set method.link.length=all" if trained_by_link else "give it a method.link.weight"
             raise ConfigError(f"method.local_weight: 0, and no link through all blocks of stage {k + 1} "
                               f"({plan.stage_names[k]}): they would not learn; {remedy}, or a local weight above 0")

@@ -3,13 +3,14 @@
 import json
 import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
+from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
@@ -22,6 +23,7 @@ from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.forecast import Forecaster
 from blpipe.forecast.memory import Rehearsal, estimated_bytes
+from blpipe.forecast.report import make_report
 from blpipe.forecast.simulate import CONNECTIONS, Connection
 from blpipe.forecast.stages import balanced_starts, seconds_table, settle, stage_cost
 from blpipe.links import Links
@@ -171,6 +173,69 @@ def test_no_cut_between_blocks_that_share_a_parameter():
     assert not {2, 3} & set(starts)
     with pytest.raises(ConfigError, match="cannot be cut into 5 stages: shared parameters"):
         balanced_starts(costs, "backlink", partition.model_copy(update={"stages": 5}))
+
+
+def test_no_cut_between_blocks_that_share_running_statistics():
+    network, data = network_of(model={"target": "test_forecast:normed_net"}, method__head="linear", partition={
+        "stages": 2, "strategy": "balanced", "costs": "analytic"})
+    config = settle(network.config, network, profile(network, CPU))
+    assert config.partition.cuts == ("3",)
+    assert len(make_plan(config, data.spec, network).stages) == 2
+
+
+def normed_net():
+    """Most work in its first block, whose statistics the second one has too."""
+    norm = nn.BatchNorm1d(64, affine=False)
+    first = nn.Sequential(nn.Flatten(), nn.Linear(128, 64), norm)
+    return [first, nn.Sequential(nn.Linear(64, 64), norm), nn.Linear(64, 8), nn.Linear(8, 4)]
+
+
+@pytest.mark.parametrize(("hidden", "stages", "method", "exact"), [
+    # Work is where balance would leave more blocks than that to a stage that errors must run through.
+    ([16, 16, 16, 16, 16, 128], 2, {"local_weight": 0.0, "link": {"length": 3}}, True),
+    ([128, 128, 4, 4, 4, 128, 128], 3, {"link": {"reach": 2, "length": 2}}, True),
+    ([128, 128, 4, 4, 128, 128], 4, {"link": {"reach": 2, "length": 1, "weight": [0, 1, 1]}}, False),  # stage 3 alone
+])
+def test_stages_that_errors_must_run_through_stay_within_the_links_length(hidden, stages, method, exact):
+    changes = {"model": {"name": "mlp", "args": {"hidden": hidden, "batch_norm": False}},
+               "method": {"head": "linear", **method}}
+    network, data = network_of(**changes, partition={"stages": stages, "strategy": "balanced", "costs": "analytic"})
+    costs, names = profile(network, CPU), network.block_names
+    table = seconds_table(costs, network.config.method)
+
+    def is_refused(cuts):
+        config = parse_config(small_config("forecast", **changes, partition={"cuts": [names[cut] for cut in cuts]}))
+        try:
+            make_plan(config, data.spec, network)
+        except ConfigError:
+            return True
+        return False
+
+    assert not is_refused([names.index(cut) for cut in settle(network.config, network, costs).partition.cuts])
+    refused = {cuts for cuts in combinations(range(1, len(names)), stages - 1) if is_refused(cuts)}
+    infinite = {cuts for cuts in combinations(range(1, len(names)), stages - 1)
+                if any(np.isinf(table[start, end]) for start, end in pairwise([0, *cuts, len(names)]))}
+    assert refused
+    assert infinite == refused if exact else infinite > refused
+
+
+@pytest.mark.parametrize("limit", [None, "1GB"])
+def test_where_no_cut_keeps_the_links_length_that_is_said(limit):
+    network, _ = network_of(model={"target": "test_forecast:normed_net"}, partition={
+        "stages": 2, "strategy": "balanced", "costs": "analytic", "memory_limit": limit},
+        method={"head": "linear", "local_weight": 0.0, "link": {"length": 1}})
+    with pytest.raises(ConfigError) as caught:
+        settle(network.config, network, profile(network, CPU))
+    assert str(caught.value) == (
+        "method.link.length: 1: no cut into 2 stages leaves as few blocks to each stage whose errors must run through "
+        "all of them, at method.local_weight 0; set method.link.length=all")
+
+
+def test_a_forecast_of_cuts_that_a_plan_takes_begins_with_their_own_method():
+    report = make_report(parse_config(small_config(
+        "own", model=MLP, partition={"cuts": ["layer2", "layer5", "layer6"], "costs": "analytic"},
+        method={"head": "linear", "link": {"reach": 2, "weight": [0, 1, 1]}})))
+    assert report.methods[0].method == "backlink d=1 r=2"
 
 
 @pytest.mark.parametrize("changes", [

@@ -184,7 +184,8 @@ class Forecaster:
                 tables[kind] = seconds_table(self.costs, method.config)
             table, shares = tables[kind], number == 0 or self.config.partition.strategy != "balanced"
             cuts = starts if starts and shares else self._starts_for(table, stages)
-            if cuts is None or not _are_allowed(table, cuts):
+            checked = starts and number == 0  # by `make_plan`, which knows more of each stage than the table
+            if cuts is None or not (checked or _are_allowed(table, cuts)):
                 continue
             rows.append(self._forecast(method, self.timeline(method, cuts, self._steps(method, stages)), cuts))
         return rows

@@ -11,7 +11,8 @@ from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_hops, most_links, one_for_all, tail_start
-from blpipe.links import Links, fitting
+from blpipe.links import Links, fitting, stage_links
+from blpipe.partition import kept_together
 from blpipe.plan import Network
 from blpipe.text import human_bytes
 
@@ -135,21 +136,21 @@ def seconds_table(costs: Profile, method: MethodConfig) -> Table:
     seconds = stage_cost(costs, start, end, method).batch_seconds(method.name, microbatches)
     floating = [True] + [spec.dtype.is_floating_point for spec in next(iter(costs.network.outputs.values()))]
     allowed = (start < end) & np.array(floating)[None, :]
-    for i, j in _tied(costs.network):
+    for i, j in {(first, other) for first, other, _ in kept_together(costs.network.model)}:
         allowed &= ~(((start <= i) & (end > i)) ^ ((start <= j) & (end > j)))
-    return np.where(allowed, seconds, np.inf)
+    first, inner = _need_all_blocks(method, costs.network.config.partition.stage_count)
+    needed = np.where(start == 0, first, inner) & (end < count)
+    return np.where(allowed & ~(needed & (tail_start(method.link, start, end) > start)), seconds, np.inf)
 
 
-def _tied(network: Network) -> list[tuple[int, int]]:
-    """Pairs of blocks that share a parameter."""
-    owner: dict[Any, int] = {}
-    pairs = set()
-    for index, block in enumerate(network.model):
-        for parameter in block.parameters():
-            first = owner.setdefault(parameter, index)
-            if first != index:
-                pairs.add((first, index))
-    return sorted(pairs)
+def _need_all_blocks(method: MethodConfig, stages: int) -> tuple[bool, bool]:
+    """Whether errors must run through all blocks of the first stage, and of one between it and the last.
+
+    Which of the latter it is the table does not know: where link weights differ, all are held to what one needs.
+    """
+    stages = max(stages, 3)
+    first, *inner, _ = stage_links(fitting(method, stages), [1] * stages)
+    return first.need_all_blocks, any(links.need_all_blocks for links in inner)
 
 
 def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> list[int]:
@@ -159,13 +160,13 @@ def balanced_starts(costs: Profile, method: str, partition: PartitionConfig) -> 
         ConfigError: no partition keeps `partition.memory_limit`, or none is possible at all.
     """
     stages, limit = partition.stage_count, partition.memory_limit
-    seconds = seconds_table(costs, costs.network.config.method.model_copy(update={"name": method}))
+    method_config = costs.network.config.method.model_copy(update={"name": method})
+    seconds = seconds_table(costs, method_config)
     speeds = partition.speeds or (1.0,) * stages
+    starts = best_starts(seconds, speeds)
+    if starts is None:
+        raise ConfigError(_no_cuts(costs, method_config, stages))
     if limit is None:
-        starts = best_starts(seconds, speeds)
-        if starts is None:
-            raise ConfigError(f"partition.stages: the model cannot be cut into {stages} stages: shared parameters or "
-                              "boundaries without a head forbid it; use fewer stages or give a method.head.target")
         return starts
     estimates, rehearsal = estimated_bytes(costs), Rehearsal(costs.network, costs.device)
     memory = _OPTIMISM * estimates  # exact where it was asked for
@@ -200,6 +201,16 @@ def settle(config: Config, network: Network, costs: Profile) -> Config:
     starts = balanced_starts(costs, config.method.name, config.partition)
     cuts = tuple(network.block_names[start] for start in starts[1:])
     return config.model_copy(update={"partition": config.partition.model_copy(update={"cuts": cuts})})
+
+
+def _no_cuts(costs: Profile, method: MethodConfig, stages: int) -> str:
+    whole = method.model_copy(update={"link": method.link.model_copy(update={"length": "all"})})
+    if best_starts(seconds_table(costs, whole), (1.0,) * stages) is not None:
+        why = "at method.local_weight 0" if method.local_weight == 0.0 else f"at method.link.reach {method.link.reach}"
+        return (f"method.link.length: {method.link.length}: no cut into {stages} stages leaves as few blocks to each "
+                f"stage whose errors must run through all of them, {why}; set method.link.length=all")
+    return (f"partition.stages: the model cannot be cut into {stages} stages: shared parameters or running statistics, "
+            "or boundaries without a head, forbid it; use fewer stages or give a method.head.target")
 
 
 def _too_little_memory(memory: Table, exact: Callable[[int, int], float], stages: int, limit: int) -> str:
