@@ -247,8 +247,11 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
     judges: list[nn.Module] = []
     for k, stage in enumerate(stages):
         last = k == len(stages) - 1
-        loss = _checked_loss(plan, k) if last or config.method.name != "bp" else nn.Identity()
-        head = _checked_head(plan, k) if not last and config.method.name != "bp" else nn.Identity()
+        head: nn.Module = nn.Identity()
+        logits = next(iter(plan.outputs.values()))[-1]
+        if not last and config.method.name != "bp":
+            head, logits = _checked_head(plan, k)
+        loss = _checked_loss(plan, k, logits) if last or config.method.name != "bp" else nn.Identity()
         build_optimizer(config.optimizer, stage.parameters(), [p for part in (head, loss) for p in part.parameters()])
         check_kept(plan.block_names(k), stage, head, loss)
         if config.method.name != "bp":
@@ -312,7 +315,8 @@ def _check_links(plan: Plan) -> None:
                               f"({plan.stage_names[k]}): they would not learn; {remedy}, or a local weight above 0")
 
 
-def _checked_head(plan: Plan, index: int) -> nn.Module:
+def _checked_head(plan: Plan, index: int) -> tuple[nn.Module, TensorSpec]:
+    """The head, and what it gives."""
     name, key, head = plan.block_names(index)[-1], plan.config.method.head_key(index), plan.build_head(index)
     for size in training_sizes(plan.data, plan.config):
         given = plan.outputs[size][index]
@@ -325,13 +329,13 @@ def _checked_head(plan: Plan, index: int) -> nn.Module:
         if output.shape != wanted:
             raise ConfigError(f"{key}: after block {name} it gives {list(output.shape)} of {list(given.shape)}; "
                               f"it must give {list(wanted)}, the logits; give a {key}.target that does")
-    return head
+    return head, output
 
 
-def _checked_loss(plan: Plan, index: int) -> nn.Module:
+def _checked_loss(plan: Plan, index: int, logits: TensorSpec) -> nn.Module:
     loss, outputs = plan.build_loss(index), next(iter(plan.outputs.values()))
     check_loss(plan.config.method.loss_key(index), loss, plan.data, min(2, *training_sizes(plan.data, plan.config)),
-               outputs[-1], outputs[index])
+               logits, outputs[index])
     return loss
 
 
@@ -345,11 +349,15 @@ def check_loss(key: str, loss: nn.Module, data: DataSpec, samples: int, logits: 
     Raises:
         ConfigError: it is not, or it raises.
     """
-    zeros = [torch.zeros(samples, *spec.shape[1:]) for spec in (logits, x)]
+    zeros = [torch.zeros(samples, *spec.shape[1:], dtype=spec.dtype) for spec in (logits, x)]
     shape, dtype = data.targets(samples)
     try:
         value = loss(zeros[0], torch.zeros(shape, dtype=dtype), zeros[1])
     except Exception as error:
+        own = {t.dtype for t in (*loss.parameters(), *loss.buffers()) if t.is_floating_point()}
+        if own - {logits.dtype, x.dtype}:
+            raise ConfigError(f"{key}: its weights are {dtype_name(min(own, key=str))}, and the stage gives "
+                              f"{dtype_name(x.dtype)}; have the model and the loss in float32") from error
         raise ConfigError(f"{key}: {type(error).__name__} for logits {list(zeros[0].shape)} and targets "
                           f"{dtype_name(dtype)} {list(shape)}: {one_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.dim() != 0:

@@ -11,9 +11,10 @@ from torch import nn
 from blpipe.config import Config, LinkConfig, MethodConfig
 from blpipe.config_file import parse_config
 from blpipe.errors import ConfigError
+from blpipe.forecast.costs import profile
 from blpipe.links import Links, stage_links
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar
-from blpipe.plan import Plan, make_plan, notices
+from blpipe.plan import Plan, make_network, make_plan, notices
 from blpipe.shapes import trace_shapes
 from blpipe.specs import DataSpec, TensorSpec
 from blpipe.steps import Step, evaluation_sizes, step_sizes
@@ -407,6 +408,53 @@ def test_a_model_in_bfloat16_is_refused_before_it_meets_a_head_in_float32(frozen
             "partition": {"stages": 2}, "method": {"head": "linear"}, "train": {"batch_size": 8}}
     with pytest.raises(ConfigError, match=message):
         make_plan(parse_config(tree), DataSpec((4,), "int64", (4,), 3, 16, 16))
+
+
+class Double(nn.Linear):
+    """In float64."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, dtype=torch.float64)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1).double())
+
+
+def double_net():
+    return [Double(192, 6), Double(6, 4)]
+
+
+def double_head(boundary):
+    return Double(boundary.features, boundary.classes)
+
+
+class Projected(nn.Module):
+    """A loss with weights of its own, which take nothing else than their type."""
+
+    def __init__(self, boundary, dtype):
+        super().__init__()
+        self.projection = nn.Linear(boundary.features, 1, dtype=getattr(torch, dtype))
+
+    def forward(self, logits, targets, x):
+        return self.projection(x).mean() + nn.functional.cross_entropy(logits, targets)
+
+
+def projected(boundary, dtype):
+    return Projected(boundary, dtype)
+
+
+def test_a_loss_is_tried_in_the_type_that_the_stage_gives():
+    def doubled(loss, **changes):
+        return dict(model={"target": "test_plan:double_net"},
+                    method={"head": {"target": "test_plan:double_head"}, "loss": loss}, **changes)
+
+    own = {"target": "test_plan:projected", "args": {"dtype": "float64"}}
+    assert plan(**doubled(own)).classes == 4
+    message = "^method\\.loss: its weights are {}, and the stage gives {}; have the model and the loss in float32$"
+    refused(message.format("float32", "float64"), **doubled("pred_sim"))
+    refused(message.format("float64", "float32"), method={"loss": own})
+    balanced = config(**doubled(own, partition={"stages": 2, "strategy": "balanced", "costs": "analytic"}))
+    assert profile(make_network(balanced, IMAGES), torch.device("cpu")).heads[0] is not None
 
 
 def test_what_a_user_may_have_overlooked_is_noted():

@@ -152,7 +152,8 @@ def _profile(network: Network, device: torch.device, data: Data | None, heads_at
         if head is None:
             return None
         try:
-            check_loss(head.names[1], head.loss, network.data, few, inputs[-1], given)
+            logits = inputs[-1]._replace(dtype=head.type_of_logits(given, device))
+            check_loss(head.names[1], head.loss, network.data, few, logits, given)
             return cost_of(head.what, head, head.alike, given, goal=targets)
         except ConfigError as error:
             if must_fit:
@@ -207,6 +208,13 @@ class _HeadAndLoss(nn.Module):
             logits = precision.run(self.head, x)
         with _trying(self.names[1]):
             return self.loss(logits, targets, x)
+
+    def type_of_logits(self, given: TensorSpec, device: torch.device) -> torch.dtype:
+        """Of what the head makes of `given`, in training."""
+        with _trying(self.names[0]), FakeTensorMode(allow_non_fake_inputs=True):
+            x = torch.empty(given.shape, dtype=given.dtype, device=device)
+            logits: Tensor = without_values(self.head, device).train()(x)
+            return logits.dtype
 
 
 def _of_logits(loss: nn.Module) -> bool:
