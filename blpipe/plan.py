@@ -276,13 +276,22 @@ def notices(plan: Plan) -> list[str]:
         lines.append("schedule: multistep without milestones changes nothing")
     if schedule.warmup_epochs >= epochs:
         lines.append(f"schedule.warmup_epochs: {schedule.warmup_epochs:g} are not over after train.epochs, {epochs}")
-    link = plan.config.method.link
-    if not plan.config.method.linked or link.length == "all":
+    return lines + _notices_of_links(plan)
+
+
+def _notices_of_links(plan: Plan) -> list[str]:
+    link, lines = plan.config.method.link, list[str]()
+    if not any(links.hops_in for links in plan.links):
         return lines
-    short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if len(stage) < link.length]
+    short = [k + 1 for k, stage in enumerate(plan.stages[:-1]) if link.length != "all" and len(stage) < link.length]
     if short:
         lines.append(f"method.link.length: {link.length} is more than some stages have; stages "
                      f"{', '.join(map(str, short))} use all of their blocks")
+    steps, microbatches = len(plan.step_sizes), sum(map(len, plan.step_sizes))
+    if steps > 1 and plan.delay >= microbatches:  # of a single step the end is where its errors belong
+        count, what = (steps, "steps") if link.delay_unit == "batch" else (microbatches, "microbatches")
+        lines.append(f"method.link.delay: {link.delay}, and an epoch has {count} {what}: all errors wait for its end; "
+                     f"give less than {count}")
     return lines
 
 

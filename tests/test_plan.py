@@ -481,7 +481,20 @@ def test_a_link_longer_than_a_stage_is_noticed():
     assert "stages 1, 2 use all" in both
 
 
+@pytest.mark.parametrize(("delay", "unit", "count"), [
+    (3, "batch", "3 steps"), (500, "batch", "3 steps"), (6, "microbatch", "6 microbatches")])
+def test_a_delay_that_no_epoch_is_long_enough_for_is_noticed(delay, unit, count):
+    def said(delay):
+        return notices(plan(SIX, method={"link": {"delay": delay, "delay_unit": unit}},
+                            train={"batch_size": 8, "microbatches": 2}))
+
+    assert said(delay) == [f"method.link.delay: {delay}, and an epoch has {count}: all errors wait for its end; give "
+                           f"less than {count[0]}"]
+    assert said(int(count[0]) - 1) == []
+    assert notices(plan(SIX, method={"link": {"delay": 9}}, train={"batch_size": 24})) == []
+
+
 @pytest.mark.parametrize("method", [{}, {"link": {"length": "all"}}, {"name": "greedy", "link": {"length": 9}},
-                                    {"name": "bp", "link": {"length": 9}}])
+                                    {"name": "greedy", "link": {"delay": 9}}, {"name": "bp", "link": {"length": 9}}])
 def test_nothing_is_noticed_otherwise(method):
     assert notices(plan(SIX, method=method, partition={"cuts": ["layer2", "layer4"]})) == []
