@@ -52,8 +52,10 @@ class Named(ByName):
 
     @model_validator(mode="after")
     def _one_of_name_and_target(self) -> "Named":
-        if (self.name is None) == (self.target is None):
-            raise ValueError("give a name or a target (package.module:function), one of the two")
+        if self.name is not None and self.target is not None:
+            raise ValueError(f"has the name {self.name} and the target {self.target}; leave one out, or set it to null")
+        if self.name is None and self.target is None:
+            raise ValueError("give a name or a target (package.module:function)")
         return self
 
 

@@ -280,10 +280,11 @@ def test_microbatches_that_do_not_divide_are_refused_with_the_nearest_that_do(ba
     assert int(said.rpartition(" ")[2]) in fits
 
 
-@pytest.mark.parametrize("part", [{"name": "a", "target": "b:c"}, {}])
-def test_a_part_has_either_a_name_or_a_target(part):
-    assert problems(model=part) == (
-        "model: give a name or a target (package.module:function), one of the two",)
+@pytest.mark.parametrize(("part", "message"), [
+    ({"name": "a", "target": "b:c"}, "has the name a and the target b:c; leave one out, or set it to null"),
+    ({}, "give a name or a target (package.module:function)")])
+def test_a_part_has_either_a_name_or_a_target(part, message):
+    assert problems(model=part) == (f"model: {message}",)
 
 
 @pytest.mark.parametrize(("partition", "message"), [
