@@ -246,12 +246,15 @@ class MethodConfig(ByName):
 class OptimizerConfig(ByName):
     """Any optimizer of torch.optim, by its name (upper or lower case).
 
+    lr_factors: on `lr`, of the parameters whose names match a pattern such as `layer1.*`; the last one that matches
+    counts. Names are the plain model's, and `head/<block before it>/…` and `loss/<block before it>/…`.
     clip_norm: what the norm of a stage's gradients, all together, is scaled down to where it is larger. decay: which
     parameters its weight_decay is for: all, or `matrices`, those of two dimensions and more.
     """
 
     name: str = "sgd"
     lr: Annotated[float, Field(gt=0.0)] = 0.1
+    lr_factors: dict[str, Annotated[float, Field(ge=0.0)]] = {}
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     decay: Literal["all", "matrices"] = "all"
     args: dict[str, Any] = {}

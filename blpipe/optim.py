@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,13 +18,15 @@ from blpipe.plugins import call, did_you_mean
 _NEEDS_MORE = {"lbfgs": "it calls the model again", "sparseadam": "it wants sparse gradients"}
 
 
-def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter],
+                    names: Mapping[nn.Parameter, str] | None = None) -> torch.optim.Optimizer | None:
     """The optimizer that the config names, over the parameters that require a gradient; None without any.
 
     Args:
         groups: of parameters that begin to learn in the same step. They stay apart where the optimizer is fused, as
             torch's fused SGD has the momentum of all of a group or of none; else one group takes less time. Where
-            `decay` leaves out some, these are groups of their own.
+            `decay` leaves out some, or `lr_factors` differ, these are groups of their own.
+        names: of the parameters, for `lr_factors`; None leaves them out.
 
     Raises:
         ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.
@@ -48,7 +51,7 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
             raise ConfigError(f"optimizer.decay: {config.decay}, but {name} has no weight_decay here; give it "
                               "optimizer.args.weight_decay, or leave it out")
     apart = groups if config.args.get("fused") else [chain(*groups)]
-    trainable = [group for parameters in apart for group in _by_decay(config, parameters) if group["params"]]
+    trainable = [group for parameters in apart for group in _groups(config, parameters, names or {})]
     if not trainable:
         return None
     # YAML has lists where torch's betas want a tuple.
@@ -57,13 +60,37 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter]) ->
     return call("optimizer", partial(kind, lr=config.lr), trainable, **args)
 
 
-def _by_decay(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """torch's groups of the parameters that require a gradient; those without weight decay are one of their own."""
-    trainable = [p for p in parameters if p.requires_grad]
-    if config.decay == "all":
-        return [{"params": trainable}]
-    return [{"params": [p for p in trainable if p.dim() > 1]},
-            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
+def lr_factor_of(config: OptimizerConfig, name: str) -> float:
+    """The factor on the learning rate of the parameter with this name."""
+    return next((factor for pattern, factor in reversed(config.lr_factors.items()) if fnmatchcase(name, pattern)), 1.0)
+
+
+def check_patterns(config: OptimizerConfig, names: Sequence[str]) -> None:
+    """Refuse a pattern of `lr_factors` that none of all parameters' names matches.
+
+    Patterns of heads and losses stay where there are none, as for `bp`.
+
+    Raises:
+        ConfigError: as above.
+    """
+    parts = any("/" in name for name in names)
+    for pattern in config.lr_factors:
+        if not any(fnmatchcase(name, pattern) for name in names) and (parts or "/" not in pattern):
+            raise ConfigError(f"optimizer.lr_factors: {pattern!r} matches no parameter"
+                              f"{did_you_mean(pattern, dict.fromkeys(names))}; names are as in a state_dict, and "
+                              "head/<block before it>/…")
+
+
+def _groups(config: OptimizerConfig, parameters: Iterable[nn.Parameter],
+            names: Mapping[nn.Parameter, str]) -> list[dict[str, Any]]:
+    """torch's groups of the parameters that require a gradient: alike in learning rate and weight decay."""
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            decays = config.decay == "all" or parameter.dim() > 1
+            found.setdefault((lr_factor_of(config, names.get(parameter, "")), decays), []).append(parameter)
+    return [{"params": alike, "lr": config.lr * factor, **({} if decays else {"weight_decay": 0.0})}
+            for (factor, decays), alike in found.items()]
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -16,8 +16,8 @@ from blpipe.heads import Boundary, build_head, channels_first, tokens_of
 from blpipe.links import Links, stage_links
 from blpipe.losses import build_loss
 from blpipe.models import build_model
-from blpipe.models.build import model_notes, named_blocks
-from blpipe.optim import build_optimizer
+from blpipe.models.build import model_notes, named_blocks, parameter_names
+from blpipe.optim import build_optimizer, check_patterns
 from blpipe.partition import check_stage_count, partition
 from blpipe.parts import check_hooks, check_kept, check_own, check_reached_by_name
 from blpipe.shapes import channels_last, layer_calls, signals, trace_module, trace_shapes
@@ -245,6 +245,7 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
     _check_boundaries(plan)
     _check_links(plan)
     judges: list[nn.Module] = []
+    names: list[str] = []
     for k, stage in enumerate(stages):
         last = k == len(stages) - 1
         head: nn.Module = nn.Identity()
@@ -260,6 +261,8 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
             check_reached_by_name(plan.block_names(k), stage[len(stage) - plan.links[k].tail:])
         check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, judges)
         judges += head, loss
+        names += parameter_names(stage, head, loss).values()
+    check_patterns(config.optimizer, names)
     return plan
 
 

@@ -15,9 +15,10 @@ from blpipe.optim import lr_factor
 from blpipe.plan import Plan
 
 _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
-_CHANGEABLE = ("partition", "optimizer.lr", "schedule", "data.root", "data.download", "data.workers", "data.place",
-               "data.bad_samples", "train.epochs", "train.replicas", "train.eval_batch_size", "train.eval_every_epochs",
-               "train.on_nonfinite", "train.recompute", "method.link.keep")
+_CHANGEABLE = ("partition", "optimizer.lr", "optimizer.lr_factors", "schedule", "data.root", "data.download",
+               "data.workers", "data.place", "data.bad_samples", "train.epochs", "train.replicas",
+               "train.eval_batch_size", "train.eval_every_epochs", "train.on_nonfinite", "train.recompute",
+               "method.link.keep")
 _PER_STAGE = ("method.head", "method.loss", "method.link.weight")  # as lists these may change with the number of stages
 _OF_EVALUATION = ("data", "train.eval_batch_size", "train.precision", "train.channels_last")
 

@@ -164,6 +164,13 @@ def test_state_of_another_type_than_the_weights_is_gone_on_with(tmp_path):
     assert_same_run(saved, go_on(rewound(saved, 5, tmp_path / "from5")))
 
 
+def test_parameters_of_other_learning_rates_are_gone_on_with(tmp_path):
+    saved = train_locally(saved_config("run", partition={"stages": 2}, optimizer__decay="matrices",
+                                       optimizer__args={"momentum": 0.9, "weight_decay": 0.1},
+                                       optimizer__lr_factors={"head/*": 3.0, "*.bias": 0.5}), tmp_path)
+    assert_same_run(saved, go_on(rewound(saved, 5, tmp_path / "from5")))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_checkpoints_change_nothing_and_a_run_goes_on_from_each_bit_for_bit(name, undisturbed, saved, tmp_path):
     steps = [manifest(path).steps_done for path in checkpoints(saved[name])]

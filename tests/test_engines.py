@@ -6,7 +6,7 @@ import pytest
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
 
 SGD = {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9}}
-ADAMW = {"name": "adamw", "lr": 0.01, "args": {"fused": True, "weight_decay": 0.1}}
+ADAMW = {"name": "adamw", "lr": 0.01, "args": {"fused": True, "weight_decay": 0.1}, "lr_factors": {"*.bias": 0.5}}
 DEEP = {"name": "mlp", "args": {"hidden": [12] * 8, "dropout": 0.2}}
 
 

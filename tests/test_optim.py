@@ -1,6 +1,7 @@
 """Optimizers by name, and the learning rate in closed form."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from blpipe.config import OptimizerConfig, ScheduleConfig
 from blpipe.errors import ConfigError
-from blpipe.optim import build_optimizer, lr_factor
+from blpipe.optim import build_optimizer, check_patterns, lr_factor
 
 
 def parameters() -> list[nn.Parameter]:
@@ -78,6 +79,30 @@ def test_weight_decay_may_leave_out_biases_and_scales(fused):
     optimizer.step()
     for name, p in layers.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() > 1 else 1.0))
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_the_last_pattern_that_a_name_matches_gives_its_learning_rate(decay):
+    layers = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    before = {name: p.detach().clone() for name, p in layers.named_parameters()}
+    config = OptimizerConfig(lr=0.1, decay=decay, lr_factors={"1.*": 2.0, "*.bias": 0.0, "2.*": 5.0},
+                             args={"weight_decay": 0.5})
+    optimizer = build_optimizer(config, layers.parameters(), names={p: name for name, p in layers.named_parameters()})
+    for p in layers.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, factor in {"0.weight": 1.0, "1.weight": 2.0, "0.bias": 0.0, "1.bias": 0.0}.items():
+        expected = before[name] - 0.1 * factor * (1.0 + 0.5 * before[name])
+        torch.testing.assert_close(layers.get_parameter(name).detach(), expected)
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    names = ["stem.weight", "stem.bias", "head/stem/fc.weight"]
+    check_patterns(OptimizerConfig(lr_factors={"stem.*": 0.1, "head/*": 10.0}), names)
+    check_patterns(OptimizerConfig(lr_factors={"head/*": 10.0}), names[:2])  # bp has no heads
+    for pattern in ("steam.*", "head.*"):
+        with pytest.raises(ConfigError, match=rf"^optimizer\.lr_factors: '{re.escape(pattern)}' matches no parameter"):
+            check_patterns(OptimizerConfig(lr_factors={pattern: 0.1}), names)
 
 
 @pytest.mark.parametrize("over", [[], [nn.Parameter(torch.ones(1), requires_grad=False)]])

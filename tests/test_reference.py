@@ -177,13 +177,16 @@ def test_what_travels_in_bf16_changes_no_more_than_its_rounding(key, tmp_path):
 
 
 def test_one_stage_equals_a_plain_loop(tmp_path):
-    tree = small_config("one", partition__stages=1, schedule={"name": "multistep", "milestones": [1]})
+    tree = small_config("one", partition__stages=1, schedule={"name": "multistep", "milestones": [1]},
+                        optimizer__lr_factors={"0.*": 0.5})
     config, data, plan = prepared(tree)
     model, steps = plan.model, len(plan.train_steps(0))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[1:].parameters()}],
+                                lr=0.05, momentum=0.9)
     torch.manual_seed(derive_seed(config.seed, "stage", 0))
     for step, (x, y) in enumerate(batches(config, data)):
-        optimizer.param_groups[0]["lr"] = 0.05 if step < steps else 0.05 * 0.1
+        for group, lr in zip(optimizer.param_groups, (0.025, 0.05), strict=True):
+            group["lr"] = lr if step < steps else lr * 0.1
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -28,7 +28,7 @@ from blpipe.checkpoint.folders import config_of, damaged, manifest
 from blpipe.engines.common import Engine
 from blpipe.engines.reports import EpochSums
 from blpipe.errors import UserError, one_line
-from blpipe.models.build import plain_names
+from blpipe.models.build import parameter_names, plain_names
 from blpipe.plan import Plan
 from blpipe.stage import Held, Stage
 from blpipe.tally import Tally
@@ -52,8 +52,8 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     seated = {(r, k): stage for r, stages in engine.replicas.items() for k, stage in stages.items()}
     for (replica, index), stage in seated.items():
         load_weights(checkpoint, plan, {index: stage}, strict=alike)
-        _load_optimizer(plan, index, stage, read(checkpoint, _starting_with(
-            tuple(f"optimizer/{name}/" for name in _optimized(plan, index, stage).values()))))
+        _load_optimizer(stage, read(checkpoint, _starting_with(
+            tuple(f"optimizer/{name}/" for name in _optimized(stage).values()))))
         if same:
             seat = _seat(index, replica)
             state = read(checkpoint, _starting_with((f"random/{seat}/",)))
@@ -223,7 +223,7 @@ def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
     for prefix, part in _own_parts(plan, index, stage):
         state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     if stage.update.optimizer is not None:
-        names = _optimized(plan, index, stage)
+        names = _optimized(stage)
         state |= {f"optimizer/{names[parameter]}/{key}": value
                   for parameter, values in stage.update.optimizer.state.items()
                   for key, value in values.items() if isinstance(value, Tensor)}
@@ -252,10 +252,10 @@ def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn
     return [*head, (f"loss/{boundary}/", stage.loss)]
 
 
-def _load_optimizer(plan: Plan, index: int, stage: Stage, state: dict[str, Tensor]) -> None:
+def _load_optimizer(stage: Stage, state: dict[str, Tensor]) -> None:
     if stage.update.optimizer is None:
         return
-    loaded, name_of = stage.update.optimizer.state_dict(), _optimized(plan, index, stage)
+    loaded, name_of = stage.update.optimizer.state_dict(), _optimized(stage)
     names = [name_of[parameter] for group in stage.update.optimizer.param_groups for parameter in group["params"]]
     loaded["state"] = {
         number: {key.removeprefix(f"optimizer/{name}/"): tensor for key, tensor in state.items()
@@ -277,10 +277,7 @@ def _as_saved(value: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype, device=device).copy_(value)
 
 
-def _optimized(plan: Plan, index: int, stage: Stage) -> dict[Tensor, str]:
+def _optimized(stage: Stage) -> dict[Tensor, str]:
     """The names in the checkpoint of the optimizer's parameters."""
-    plain = plain_names(stage.blocks)
-    named = [*((p, plain[name]) for name, p in stage.blocks.named_parameters()),
-             *((p, prefix + name) for prefix, part in _own_parts(plan, index, stage)
-               for name, p in part.named_parameters())]
-    return {p: name for p, name in named if p.requires_grad}
+    named = parameter_names(stage.blocks, stage.head, stage.loss)
+    return {parameter: name for parameter, name in named.items() if parameter.requires_grad}

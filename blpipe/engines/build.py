@@ -8,6 +8,7 @@ from torch import nn
 from blpipe.config import Config
 from blpipe.device import Precision, spare_cudnn_norms, use_channels_last
 from blpipe.graphs import Recorder
+from blpipe.models.build import parameter_names
 from blpipe.optim import build_optimizer
 from blpipe.plan import Plan
 from blpipe.seeds import RandomStream, derive_seed
@@ -54,7 +55,8 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     early = list(blocks[:len(blocks) - waits].parameters())
     late = [p for p in blocks.parameters() if all(p is not other for other in early)]
     of_head_and_loss = [p for part in (head, loss) if part is not None for p in part.parameters()]
-    optimizer = build_optimizer(config.optimizer, early, late, of_head_and_loss)
+    optimizer = build_optimizer(config.optimizer, early, late, of_head_and_loss,
+                                names=parameter_names(blocks, head, loss))
     update = Update(parts, optimizer, clip_norm=config.optimizer.clip_norm,
                     skip_nonfinite=config.train.on_nonfinite == "skip", leads=plan.replica == 0)
     return Stage(blocks, head, loss, update, links,

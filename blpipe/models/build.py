@@ -106,6 +106,18 @@ def plain_names(blocks: nn.Sequential) -> dict[str, str]:
             for block, part in named_blocks(blocks) for name in part.state_dict()}
 
 
+def parameter_names(blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module) -> dict[nn.Parameter, str]:
+    """The names of a stage's parameters, as checkpoints have them: the plain model's, and for what is not the model's
+    `head/<last block>/…` and `loss/<last block>/…`.
+    """
+    plain, (boundary, _) = plain_names(blocks), named_blocks(blocks)[-1]
+    named = [(parameter, plain[name]) for name, parameter in blocks.named_parameters()]
+    for kind, part in (("head", head), ("loss", loss)):
+        if part is not None:
+            named += [(parameter, f"{kind}/{boundary}/{name}") for name, parameter in part.named_parameters()]
+    return dict(named)
+
+
 def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
     """The versions of the plain model's modules, by path, which its state_dict carries as `_metadata`."""
     kept = getattr(blocks, "plain_metadata", None)
