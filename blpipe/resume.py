@@ -183,7 +183,7 @@ def notes_on_schedule(start_point: StartPoint, plan: Plan) -> list[str]:
         return []
     begins = config.optimizer.lr * lr_factor(config.schedule, done, per_epoch, config.train.epochs)
     return [f"schedule: {config.schedule.name} is stretched over {config.train.epochs} epochs, instead of "
-            f"{saved.train.epochs}, so the learning rate goes on at {begins:.3g}, and was "
+            f"{saved.train.epochs}; the learning rate goes on at {begins:.3g}, and was "
             f"{saved.optimizer.lr * before:.3g} before"]
 
 

@@ -239,7 +239,7 @@ def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed)
 
 @pytest.mark.parametrize(("schedule", "note"), [
     # Of 6 steps: the last one's factor is (1 + cos 5π/6) / 2, and of 12 the next one's a half.
-    ("cosine", ["schedule: cosine is stretched over 2 epochs, instead of 1, so the learning rate goes on at 0.025, and "
+    ("cosine", ["schedule: cosine is stretched over 2 epochs, instead of 1; the learning rate goes on at 0.025, and "
                 "was 0.00335 before"]),
     ({"name": "cosine", "warmup_epochs": 1}, []), ({"name": "multistep", "milestones": [1]}, [])])
 def test_more_epochs_for_a_schedule_that_depends_on_them_are_noted(tmp_path, schedule, note, capsys):

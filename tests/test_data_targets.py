@@ -67,6 +67,24 @@ def test_a_part_of_a_dataset_has_the_classes_and_the_targets_of_the_whole(monkey
                    (listed, Subset(listed, [6])), monkeypatch)
 
 
+class Halved(Subset):
+    """A part with targets of its own."""
+
+    classes = ("low", "high")
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x, y // 2
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def test_a_part_that_changes_its_targets_is_not_taken_for_the_whole(monkeypatch):
+    part = Halved(as_dataset(X, Y, targets=Y + 2), [0, 1])
+    assert opened_target((part, part), monkeypatch).spec.classes == 2
+
+
 def test_a_target_gets_its_arguments(monkeypatch):
     def make(count):
         return (X[:count], Y[:count]), (X, Y)

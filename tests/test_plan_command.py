@@ -35,6 +35,10 @@ def refused(capsys, *arguments):
     return line
 
 
+def test_learning_rates_may_name_heads_of_these_cuts(config, capsys):
+    assert "planned: backlink in 3 stages" in plan(capsys, "optimizer.lr_factors={head/1/*: 0.5}")
+
+
 def test_tables_of_stages_and_methods(config, capsys):
     output = plan(capsys)
     lines = output.splitlines()

@@ -166,6 +166,17 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_remedy(tmp_path, monk
         build(SMALL, weights="DEFAULT")
 
 
+def test_other_classes_renew_nothing_but_the_layer_for_them(monkeypatch):
+    """These weights are for larger images than torchvision's default."""
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: {})
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+    with torch.device("meta"):
+        shapes = [{name: tensor.shape for name, tensor in torchvision_model("torchvision/vit_b_16", {
+            "weights": "IMAGENET1K_SWAG_E2E_V1"} | args, 5).state_dict().items()} for args in ({}, {"num_classes": 4})]
+    renewed = {name for name in shapes[0] if shapes[0][name] != shapes[1][name]}
+    assert renewed == {"heads.head.weight", "heads.head.bias"}
+
+
 @pytest.mark.parametrize(("name", "args"), [
     ("googlenet", {}), ("googlenet", {"num_classes": 4}), ("inception_v3", {"aux_logits": True}), ("maxvit_t", {}),
     ("vit_h_14", {"weights": "IMAGENET1K_SWAG_E2E_V1"}), ("vgg11", {"num_classes": 4}), ("densenet121", {})])

@@ -80,7 +80,7 @@ def _classes(given: Any, train: Split, where: str) -> int:
 
 def _class_names(dataset: Dataset[Any], where: str) -> Any:
     names = _attribute(dataset, "classes", where)
-    return _class_names(dataset.dataset, where) if names is None and isinstance(dataset, Subset) else names
+    return _class_names(dataset.dataset, where) if names is None and type(dataset) is Subset else names
 
 
 def _labels(dataset: Dataset[Any], where: str) -> Tensor | None:
@@ -93,7 +93,7 @@ def _labels(dataset: Dataset[Any], where: str) -> Tensor | None:
         raise ConfigError(f"{where} is empty; give at least one sample")
     targets = _attribute(dataset, "targets", where)
     if targets is None:
-        counted = isinstance(dataset, Subset) and hasattr(dataset.dataset, "__len__")
+        counted = type(dataset) is Subset and hasattr(dataset.dataset, "__len__")  # others may change what they take
         return _labels_of_part(dataset, where) if counted else None
     labels = usable_target(targets)
     if labels is None or labels.ndim == 0 or len(labels) != count:

@@ -88,8 +88,9 @@ class Rehearsal:
         own = [self._network.stage_of_block[i - 1] for i in (*inner, len(names))]
         method, index = fitting(config.method.with_parts_of(own)), 1 if start else 0
         unlinked = method if method.name == "bp" else method.model_copy(update={"name": "greedy", "local_weight": 1.0})
-        plan = make_plan(config.model_copy(update={"partition": partition, "method": unlinked}), self._network.data,
-                         self._network)
+        optimizer = config.optimizer.model_copy(update={"lr_factors": {}})  # which may name heads of other cuts
+        plan = make_plan(config.model_copy(update={"partition": partition, "method": unlinked, "optimizer": optimizer}),
+                         self._network.data, self._network)
         links = links or most_links(method, start, end - start, len(names) - end, config.partition.stage_count)
         plan = replace(plan, links=[links if k == index else other for k, other in enumerate(plan.links)])
         ledger = Ledger()

@@ -50,7 +50,7 @@ def torchvision_model(name: str, args: Mapping[str, Any], classes: int, pretrain
     if without:
         _remove_auxiliary(model)
     if wanted != own:
-        _renew(model, _plain(builder, args, wanted))
+        _renew(model, _plain(builder, _implied(known[name], weights) | args, wanted))
     return model
 
 
@@ -84,7 +84,7 @@ def _plain(builder: Any, args: Mapping[str, Any], classes: int) -> nn.Module:
 def _implied(model: str, weights: Any) -> dict[str, Any]:
     """The arguments, besides `num_classes`, that torchvision derives from weights."""
     if model in _WITH_AUXILIARY:
-        return {"transform_input": True, "init_weights": False}
+        return {"transform_input": True}
     if model.startswith("vit_"):
         return {"image_size": weights.meta["min_size"][0]}
     return {"input_size": weights.meta["min_size"]} if model == "maxvit_t" else {}
