@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 from blpipe import launch, resume, runs
@@ -44,12 +45,12 @@ def plan(arguments: Namespace) -> None:
 
 
 def _bandwidth(text: str | None) -> float | None:
+    if text is None:
+        return None
+    with suppress(ValueError):
+        return float(text)
     try:
-        return None if text is None else float(text)
-    except ValueError:
-        pass
-    try:
-        return float(bytes_of(str(text)))
+        return float(bytes_of(text))
     except ValueError as error:
         raise ConfigError(f"--bandwidth: {text!r} {error}") from None
 

@@ -22,15 +22,17 @@ _MOST_VALUES, _DEEPEST = 20_000, 50  # of a file or an override, every alias wri
 _MOST_PROBLEMS = 50  # that are told of one config
 
 # What other systems call our keys and values.
-_KEYS_ALSO_CALLED = {"learning_rate": "optimizer.lr", "weight_decay": "optimizer.args.weight_decay",
-                     "momentum": "optimizer.args.momentum", "gradient_clipping": "optimizer.clip_norm",
-                     "num_epochs": "train.epochs", "max_epochs": "train.epochs", "num_workers": "data.workers",
-                     "label_smoothing": "method.loss={name: cross_entropy, args: {label_smoothing: …}}"}
-_KEYS_ALSO_CALLED |= dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm", "gradient_clip_val"),
-                                   "optimizer.clip_norm")
-_KEYS_ALSO_CALLED |= dict.fromkeys(("accumulate", "accumulate_grad_batches", "gradient_accumulation_steps"),
-                                   "train.microbatches")
-_KEYS_ALSO_CALLED |= dict.fromkeys(("amp", "mixed_precision", "fp16"), "train.precision")
+_ALSO_CALLED = {
+    "optimizer.lr": ("learning_rate",),
+    "optimizer.args.weight_decay": ("weight_decay",),
+    "optimizer.args.momentum": ("momentum",),
+    "optimizer.clip_norm": ("gradient_clipping", "grad_clip", "clip_grad", "max_grad_norm", "gradient_clip_val"),
+    "train.epochs": ("num_epochs", "max_epochs"),
+    "train.microbatches": ("accumulate", "accumulate_grad_batches", "gradient_accumulation_steps"),
+    "train.precision": ("amp", "mixed_precision", "fp16"),
+    "data.workers": ("num_workers",),
+    "method.loss={name: cross_entropy, args: {label_smoothing: …}}": ("label_smoothing",)}
+_OUR_KEYS = {name: key for key, names in _ALSO_CALLED.items() for name in names}
 _NOT_THERE = {"ema": "there is no moving average of weights; leave it out",
               "early_stopping": "there is none; leave it out: checkpoint.best keeps the best checkpoint",
               "max_steps": "there is none; give train.epochs"}
@@ -233,7 +235,7 @@ def _suggest(path: str, kind: type[BaseModel]) -> str:
     if kind is Config and last in _NOT_THERE:
         return f"; {_NOT_THERE[last]}"
     by_last_part = [key for key in known if key.rpartition(".")[2] == last]
-    also = [_KEYS_ALSO_CALLED[last]] if kind is Config and last in _KEYS_ALSO_CALLED else []
+    also = [_OUR_KEYS[last]] if kind is Config and last in _OUR_KEYS else []
     close = also or get_close_matches(path, by_last_part, n=1, cutoff=0.0) or \
         get_close_matches(path, known, n=1, cutoff=0.75) or get_close_matches(path, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

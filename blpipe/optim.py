@@ -60,7 +60,7 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter],
     return call("optimizer", partial(kind, lr=config.lr), trainable, **args)
 
 
-def lr_factor_of(config: OptimizerConfig, name: str) -> float:
+def _lr_factor_of(config: OptimizerConfig, name: str) -> float:
     """The factor on the learning rate of the parameter with this name."""
     return next((factor for pattern, factor in reversed(config.lr_factors.items()) if fnmatchcase(name, pattern)), 1.0)
 
@@ -88,7 +88,7 @@ def _groups(config: OptimizerConfig, parameters: Iterable[nn.Parameter],
     for parameter in parameters:
         if parameter.requires_grad:
             decays = config.decay == "all" or parameter.dim() > 1
-            found.setdefault((lr_factor_of(config, names.get(parameter, "")), decays), []).append(parameter)
+            found.setdefault((_lr_factor_of(config, names.get(parameter, "")), decays), []).append(parameter)
     return [{"params": alike, "lr": config.lr * factor, **({} if decays else {"weight_decay": 0.0})}
             for (factor, decays), alike in found.items()]
 

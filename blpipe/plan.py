@@ -222,19 +222,17 @@ def _told(spec: TensorSpec) -> str:
     return f"{list(spec.shape)} of {dtype_name(spec.dtype)}"
 
 
-def make_plan(config: Config, data: DataSpec, network: Network | None = None, replica: int = 0,
-              pretrained: bool = True) -> Plan:
+def make_plan(config: Config, data: DataSpec, network: Network | None = None, replica: int = 0) -> Plan:
     """Cut the model into stages and check that all parts fit; no process group, no training.
 
     Args:
         network: the one of this config and data, where it is there already.
         replica: of the pipeline, from 0.
-        pretrained: see `build_model`; of a network that is to be made.
 
     Raises:
         ConfigError: anything in `config` that does not fit together or does not fit the data.
     """
-    network = network or make_network(config, data, pretrained)
+    network = network or make_network(config, data)
     stages = partition(config.partition, network.model)
     ends = [end - 1 for end in accumulate(len(stage) for stage in stages)]
     plan = Plan(
@@ -244,7 +242,7 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
         links=stage_links(config.method, [len(stage) for stage in stages]), replica=replica)
     _check_boundaries(plan)
     _check_links(plan)
-    judges: list[nn.Module] = []
+    heads_and_losses: list[nn.Module] = []
     names: list[str] = []
     for k, stage in enumerate(stages):
         last = k == len(stages) - 1
@@ -259,8 +257,8 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
             check_hooks(plan.block_names(k), stage, head, loss)
         if plan.links[k].hops_in and config.method.link.delay:
             check_reached_by_name(plan.block_names(k), stage[len(stage) - plan.links[k].tail:])
-        check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, judges)
-        judges += head, loss
+        check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, heads_and_losses)
+        heads_and_losses += head, loss
         names += parameter_names(stage, head, loss).values()
     check_patterns(config.optimizer, names)
     return plan

@@ -86,10 +86,11 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
     config = resume.evaluated_config(found, overrides)
     set_up(config)
     data = open_data(config.data, config.seed)
-    plan = make_plan(_for_evaluation(config, data.spec.train_samples), data.spec, pretrained=False)
+    config = _for_evaluation(config, data.spec.train_samples)
+    plan = make_plan(config, data.spec, make_network(config, data.spec, pretrained=False))
     data.check_fits_model(plan.classes)
     engine = open_local(plan, data)
-    load_weights(found, plan, engine.stages)
+    load_weights(found, engine.stages.values())
     engine.evaluate()
     reports = engine.reports()
     assert reports is not None
@@ -221,7 +222,7 @@ def _follow(config: Config, meeting: Meeting) -> _Run:
     replica, stage = divmod(meeting.rank, config.partition.stage_count)
     spec, found = DataSpec.from_json(told["data"]), told["checkpoint"]
     data = None if stage else open_data(config.data, config.seed)
-    plan = make_plan(config, spec, replica=replica, pretrained=found is None)
+    plan = make_plan(config, spec, make_network(config, spec, pretrained=found is None), replica)
     return _Run(plan, data, Path(told["run"]), StartPoint(found and Path(found)), told["shown"], meeting)
 
 

@@ -222,7 +222,7 @@ def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed)
     plan = make_plan(config, data.spec)
     engine, untouched = (open_local(plan, data) for _ in range(2))
     notes = load(found, plan, engine)
-    after, fresh = state_of_engine(plan, engine), state_of_engine(plan, untouched)
+    after, fresh = state_of_engine(engine), state_of_engine(untouched)
     for key in after:
         ours = key.removeprefix("optimizer/").startswith(("model/", "conv", *"012345"))
         if key.startswith(f"head/{kept}/") or ours or key.startswith(f"optimizer/head/{kept}/"):

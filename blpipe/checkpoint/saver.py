@@ -55,7 +55,7 @@ class Saver:
             say(f"note: {problem}; training goes on")
         self._newest = steps_done
         state = {key: tensor.detach().to("cpu", copy=True)
-                 for key, tensor in state_of(self._plan, self._engine).items()}
+                 for key, tensor in state_of(self._engine).items()}
         self._writing = self._thread.submit(self._write, steps_done, state, model)
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ alone.
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path, PurePath
@@ -28,7 +28,7 @@ from blpipe.checkpoint.folders import config_of, damaged, manifest
 from blpipe.engines.common import Engine
 from blpipe.engines.reports import EpochSums
 from blpipe.errors import UserError, one_line
-from blpipe.models.build import parameter_names, plain_names
+from blpipe.models.build import own_parts, parameter_names, plain_names
 from blpipe.plan import Plan
 from blpipe.stage import Held, Stage
 from blpipe.tally import Tally
@@ -51,7 +51,7 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     same = alike and replicas == plan.config.train.replicas
     seated = {(r, k): stage for r, stages in engine.replicas.items() for k, stage in stages.items()}
     for (replica, index), stage in seated.items():
-        load_weights(checkpoint, plan, {index: stage}, strict=alike)
+        load_weights(checkpoint, [stage], strict=alike)
         _load_optimizer(stage, read(checkpoint, _starting_with(
             tuple(f"optimizer/{name}/" for name in _optimized(stage).values()))))
         if same:
@@ -87,7 +87,7 @@ def _notes_on_other_stages(before: list[list[str]], plan: Plan) -> list[str]:
             f"heads: {'; '.join(heads) or 'none'}"]
 
 
-def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage], strict: bool = True) -> None:
+def load_weights(checkpoint: Path, stages: Iterable[Stage], strict: bool = True) -> None:
     """Put a checkpoint's weights and buffers into the blocks, heads and losses of `stages`.
 
     Args:
@@ -96,9 +96,9 @@ def load_weights(checkpoint: Path, plan: Plan, stages: dict[int, Stage], strict:
     Raises:
         UserError: a damaged checkpoint, or one of another model.
     """
-    for index, stage in stages.items():
+    for stage in stages:
         _load_module(checkpoint, "model/", stage.blocks, plain_names(stage.blocks))
-        for prefix, part in _own_parts(plan, index, stage):
+        for prefix, part in own_parts(stage.blocks, stage.head, stage.loss).items():
             if strict or read(checkpoint, _starting_with((prefix,))):
                 _load_module(checkpoint, prefix, part, {name: name for name in part.state_dict()})
 
@@ -191,14 +191,14 @@ def without_warning() -> Iterator[None]:
         yield
 
 
-def state_of(plan: Plan, engine: Engine) -> dict[str, Tensor]:
+def state_of(engine: Engine) -> dict[str, Tensor]:
     """All that a checkpoint holds of the stages of `engine`; waits for the device."""
     state: dict[str, Tensor] = {}
     for replica, stages in engine.replicas.items():
         for index, stage in stages.items():
             state |= _state_of_replica(index, replica, stage)
             if replica == 0:
-                state |= _state_of_stage(plan, index, stage)
+                state |= _state_of_stage(stage)
     for (replica, index), sums in engine.epoch_sums().items():
         state[f"tally/{_seat(index, replica)}"] = torch.tensor(sums.tally.state(), dtype=torch.float64)
         state[f"seconds/{_seat(index, replica)}"] = torch.tensor(sums.seconds, dtype=torch.float64)
@@ -217,10 +217,10 @@ def _link(held: Held, replica: int) -> str:
     return ".".join(map(str, [*held, *([replica] if replica else [])]))
 
 
-def _state_of_stage(plan: Plan, index: int, stage: Stage) -> dict[str, Tensor]:
+def _state_of_stage(stage: Stage) -> dict[str, Tensor]:
     own, plain = stage.blocks.state_dict(), plain_names(stage.blocks)
     state = {f"model/{stored}": own[name] for name, stored in plain.items()}
-    for prefix, part in _own_parts(plan, index, stage):
+    for prefix, part in own_parts(stage.blocks, stage.head, stage.loss).items():
         state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     if stage.update.optimizer is not None:
         names = _optimized(stage)
@@ -243,13 +243,6 @@ def _load_held(checkpoint: Path, stage: Stage, replica: int) -> None:
         parameter = stage.blocks.get_parameter(own[plain])
         held = torch.empty_like(parameter, requires_grad=False).copy_(gradient)  # laid out as it was when saved
         stage.held.setdefault((step, micro, hop), {})[own[plain]] = held
-
-
-def _own_parts(plan: Plan, index: int, stage: Stage) -> list[tuple[str, torch.nn.Module]]:
-    """The head and the loss of a stage, which are not the plain model's, each with the prefix of its names."""
-    boundary = plan.block_names(index)[-1]
-    head = [] if stage.head is None else [(f"head/{boundary}/", stage.head)]
-    return [*head, (f"loss/{boundary}/", stage.loss)]
 
 
 def _load_optimizer(stage: Stage, state: dict[str, Tensor]) -> None:

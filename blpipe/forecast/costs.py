@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from statistics import median
 from time import perf_counter
@@ -133,9 +133,10 @@ def _profile(network: Network, device: torch.device, data: Data | None, heads_at
     known: dict[Hashable, Cost] = {}
 
     def cost_of(what: str, module: nn.Module, alike: Hashable, given: TensorSpec, x: Tensor | None = None,
-                goal: Tensor | None = None) -> Cost:
+                goal: Tensor | None = None, check: Callable[[], None] = lambda: None) -> Cost:
         key = (alike, given, x is None)
         if key not in known:
+            check()
             trial = _Trial(module, given, x, goal, config.train)
             with _trying(what):
                 cost = trial.estimate(device)
@@ -148,13 +149,15 @@ def _profile(network: Network, device: torch.device, data: Data | None, heads_at
     few = min(2, *training_sizes(network.data, config))
     refusals: list[ConfigError] = []
 
+    def check_loss_of(head: _HeadAndLoss, given: TensorSpec) -> None:
+        logits = inputs[-1]._replace(dtype=head.type_of_logits(given, device))
+        check_loss(head.names[1], head.loss, network.data, few, logits, given)
+
     def head_cost(head: _HeadAndLoss | None, given: TensorSpec, must_fit: bool) -> Cost | None:
         if head is None:
             return None
         try:
-            logits = inputs[-1]._replace(dtype=head.type_of_logits(given, device))
-            check_loss(head.names[1], head.loss, network.data, few, logits, given)
-            return cost_of(head.what, head, head.alike, given, goal=targets)
+            return cost_of(head.what, head, head.alike, given, goal=targets, check=partial(check_loss_of, head, given))
         except ConfigError as error:
             if must_fit:
                 raise

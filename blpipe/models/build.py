@@ -106,16 +106,18 @@ def plain_names(blocks: nn.Sequential) -> dict[str, str]:
             for block, part in named_blocks(blocks) for name in part.state_dict()}
 
 
+def own_parts(blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module) -> dict[str, nn.Module]:
+    """The head and the loss of a stage, which are no part of the plain model, by their names' prefix in checkpoints."""
+    boundary, _ = named_blocks(blocks)[-1]
+    return ({} if head is None else {f"head/{boundary}/": head}) | {f"loss/{boundary}/": loss}
+
+
 def parameter_names(blocks: nn.Sequential, head: nn.Module | None, loss: nn.Module) -> dict[nn.Parameter, str]:
-    """The names of a stage's parameters, as checkpoints have them: the plain model's, and for what is not the model's
-    `head/<last block>/…` and `loss/<last block>/…`.
-    """
-    plain, (boundary, _) = plain_names(blocks), named_blocks(blocks)[-1]
-    named = [(parameter, plain[name]) for name, parameter in blocks.named_parameters()]
-    for kind, part in (("head", head), ("loss", loss)):
-        if part is not None:
-            named += [(parameter, f"{kind}/{boundary}/{name}") for name, parameter in part.named_parameters()]
-    return dict(named)
+    """The names of a stage's parameters, as checkpoints have them: the plain model's, and those of `own_parts`."""
+    plain = plain_names(blocks)
+    return {parameter: plain[name] for name, parameter in blocks.named_parameters()} | {
+        parameter: prefix + name for prefix, part in own_parts(blocks, head, loss).items()
+        for name, parameter in part.named_parameters()}
 
 
 def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
