@@ -56,7 +56,7 @@ def test_tables_of_memory_follow_from_their_rows(folder):
     assert (path / "table.md").read_text() == memory_table(rows, Size(110, 1024, (2, 4, 8, 16)))
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_short", "search", "vit", "vit_lr"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_short", "search", "vit"])
 def test_tables_of_accuracy_follow_from_their_rows(name):
     sweep, combinations = load_sweep(BENCHMARKS / f"accuracy/{name}.yaml")
     path = BENCHMARKS / "accuracy/results" / name
