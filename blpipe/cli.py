@@ -28,7 +28,7 @@ examples:
   python -m blpipe compare runs/quickstart runs/short
 
 exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupted by Ctrl-C, 141 if the reader of the
-output has gone, 143 by SIGTERM, and saved; torchrun itself returns 1 for all but the first"""
+output has gone, 143 by SIGTERM; torchrun itself returns 1 for all but the first"""
 
 _RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
 _BEST = "the checkpoint of the best accuracy on the test samples (the least loss, of values), of those that were kept"
@@ -122,7 +122,7 @@ def _end_interrupted(trained: bool) -> NoReturn:
     if not launch.under_torchrun():
         _say(text)
         raise SystemExit(130) from None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes on what the terminal has sent already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would end this process before it has spoken
     if load_commands.cache_info().currsize:
         _report(text)
     elif launch.rank() == 0:  # torch may be half loaded: the others cannot be asked
@@ -145,7 +145,7 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
     except StoppedError as error:
         if launch.rank() == 0:
             _say(str(error))
-        raise SystemExit(128 + signal.SIGTERM) from None
+        raise SystemExit(error.exit_code) from None
 
 
 def _report(text: str) -> None:

@@ -1,6 +1,8 @@
 """The errors that users see, each with the exit code that the command line gives it."""
 
+import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -65,7 +67,18 @@ class CheckpointError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """The run was asked to stop by SIGTERM, and has: it is saved. Exit code 143."""
+    """The run was asked to stop by a signal, and has: it is saved. Exit code 130 by SIGINT, 143 by SIGTERM.
+
+    Args:
+        step: how many steps are done.
+        run: its folder.
+        by: the signal.
+    """
+
+    def __init__(self, step: int, run: Path, by: signal.Signals):
+        how = "interrupted" if by is signal.SIGINT else f"stopped by {by.name}"
+        super().__init__(f"{how} after step {step}, and saved; `train --resume {run}` goes on")
+        self.exit_code = 128 + by
 
 
 class PeerLostError(RuntimeError):

@@ -1,5 +1,6 @@
 """Run folders: what each subcommand does with one."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -58,7 +59,7 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
     Raises:
         UserError: anything wrong with config, data, launch or run folder; nothing was written then.
         StageError: a stage failed while it ran.
-        StoppedError: SIGTERM; the run is saved.
+        StoppedError: SIGTERM or Ctrl-C; the run is saved.
     """
     set_up(config)
     options = StartOptions(overwrite, resume_from, auto_resume)
@@ -68,9 +69,9 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
             run = _Run(plan, data, folder, start_point, _has_terminal(config))
             stopped = _train(open_local(plan, data), run)
     else:
-        folder, stopped = _train_in_pipeline(config, meet(config.runtime.timeout_seconds), options)
+        stopped = _train_in_pipeline(config, meet(config.runtime.timeout_seconds), options)
     if stopped is not None:
-        raise StoppedError(f"stopped by SIGTERM after step {stopped}, and saved; `train --resume {folder}` goes on")
+        raise stopped
 
 
 def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) -> str:
@@ -187,14 +188,13 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
     return plan, data, start_point
 
 
-def _train_in_pipeline(config: Config, meeting: Meeting, options: StartOptions) -> tuple[Path, int | None]:
-    """Returns the run folder, and what `_train` does."""
+def _train_in_pipeline(config: Config, meeting: Meeting, options: StartOptions) -> StoppedError | None:
     with ExitStack() as claim:
         run = _lead(config, meeting, options, claim) if meeting.rank == 0 else _follow(config, meeting)
         engine = open_pipeline(run.plan, run.data, meeting)
         stopped = _train(engine, run)
         engine.close()
-    return run.folder, stopped
+    return stopped
 
 
 def _lead(config: Config, meeting: Meeting, options: StartOptions, claim: ExitStack) -> _Run:
@@ -231,8 +231,8 @@ def _has_terminal(config: Config) -> bool:
     return config.runtime.progress and sys.stderr.isatty()
 
 
-def _train(engine: Engine, run: _Run) -> int | None:
-    """Train to the end; returns the step after which SIGTERM stopped it, if it did."""
+def _train(engine: Engine, run: _Run) -> StoppedError | None:
+    """Train to the end; returns how it was stopped before, if it was."""
     plan, start, notes = run.plan, 0, [*notices(run.plan), *run.start_point.notes]
     notes += run.data.notes_on_layout() if run.data is not None else []
     found, per_epoch = run.start_point.checkpoint, len(run.plan.step_sizes)
@@ -251,11 +251,7 @@ def _train(engine: Engine, run: _Run) -> int | None:
     reached, ended, model = Reached(start, None, stopped=False), -1, None
     with Signals() as signals, closing(Saver(run.folder, plan, engine, start if found else -1)) as saver:
         with Progress(engine, plan, start, run.meeting, run.shown) as progress:
-            def on_step() -> None:
-                signals.check()
-                progress.tick()
-
-            for reached in train(engine, plan, start, _horizon(run, start, signals), on_step):
+            for reached in train(engine, plan, start, _horizon(run, start, signals), progress.tick):
                 if reached.epoch is not None:
                     ended, model = reached.steps_done, _of_model(reached.epoch)
                     _tell_of(reached.epoch, run, log)
@@ -270,7 +266,9 @@ def _train(engine: Engine, run: _Run) -> int | None:
         saver.finish()
         if log is not None and not reached.stopped:
             _finish(log, run.folder)
-    return reached.steps_done if reached.stopped else None
+    if not reached.stopped:
+        return None
+    return StoppedError(reached.steps_done, run.folder, signals.asked_by or signal.SIGTERM)  # or another process was
 
 
 def _horizon(run: _Run, start: int, signals: Signals) -> Horizon:

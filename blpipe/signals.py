@@ -1,47 +1,52 @@
-"""Signals while a run trains: SIGTERM asks it to stop, and Ctrl-C ends it, wherever it is."""
+"""Signals while a run trains: SIGTERM and Ctrl-C ask it to stop, and Ctrl-C once more ends it, wherever it is."""
 
+import os
 import signal
+from time import monotonic
 from types import FrameType, TracebackType
-from typing import NoReturn
 
-from blpipe.errors import StageError
+from blpipe import launch
+from blpipe.errors import PeerLostError, StageError
+
+_AGAIN_SECONDS = 0.5  # what comes sooner after a SIGINT is the same one, sent to a process and to its group
+_WORD = "\nblpipe: stopping, to save the run; Ctrl-C again ends it at once\n"
 
 
 class Signals:
-    """While it is entered, SIGTERM is noted, and SIGINT noted and raised as KeyboardInterrupt.
+    """While it is entered, SIGTERM and SIGINT are noted. After a SIGINT the next one raises KeyboardInterrupt.
 
-    Python drops what is raised while an object is deleted, such as the reader of an epoch's data: `check` raises it
-    again.
+    So does SIGTERM: as such torchrun passes a second Ctrl-C on. `asked_by` is the signal that has asked the run to
+    stop, None if none has.
     """
 
     def __init__(self) -> None:
-        self._stop_asked = self._interrupted = False
+        self.asked_by: signal.Signals | None = None
+        self._interrupted_at: float | None = None
 
     def __enter__(self) -> "Signals":
-        self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._ask_to_stop)}
+        self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._hear)}
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
-            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._hear)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._interrupted and isinstance(error, StageError):  # of a process that was interrupted too
-            raise KeyboardInterrupt from error
+        if self.asked_by is signal.SIGINT and isinstance(error, StageError | PeerLostError):
+            raise KeyboardInterrupt from error  # of a process that was interrupted too
 
     def stop_asked(self) -> bool:
-        """Whether SIGTERM has come."""
-        return self._stop_asked
+        """Whether a signal has asked the run to stop."""
+        return self.asked_by is not None
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt where that was dropped."""
-        if self._interrupted:
-            raise KeyboardInterrupt
-
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stop_asked = True
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
-        self._interrupted = True
-        raise KeyboardInterrupt
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupted_at is not None:
+            if monotonic() - self._interrupted_at > _AGAIN_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.asked_by = signal.Signals(number)
+        if number == signal.SIGINT:
+            self._interrupted_at = monotonic()
+            if launch.rank() == 0:
+                os.write(2, _WORD.encode())  # print may be at work already

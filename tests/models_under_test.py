@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -69,6 +70,28 @@ def waiting_net(in_channels: int = 2) -> nn.Sequential:
     net = conv_net(in_channels)
     net[2] = nn.Sequential(net[2], Waits())
     return net
+
+
+class Stalls(nn.Module):
+    """Passes its input on; in training, the forward with this number, from 0, does not end."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.left = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Identity."""
+        if self.training and x.device != torch.device("meta"):
+            self.left -= 1
+            if self.left < 0:
+                print("stalled", flush=True)
+                time.sleep(600)
+        return x
+
+
+def stalling_net(at: int = 3) -> list[nn.Module]:
+    """`conv_net` which stalls in its first block."""
+    return [Stalls(at), *conv_net()]
 
 
 class Averages(nn.Module):

@@ -4,10 +4,13 @@ import os
 import re
 import signal
 import subprocess
+import time
 
 import pytest
 import yaml
 from conftest import Started, small_config, torchrun, torchrun_command
+
+from blpipe.checkpoint.folders import checkpoints
 
 
 @pytest.fixture
@@ -83,11 +86,34 @@ def test_a_killed_stage_ends_the_run_and_no_other_is_blamed(train, method, stage
     assert_gone(workers)
 
 
-def test_an_interrupt_ends_all_processes_at_once(train):
-    run = train(2)
+STOPPING = "blpipe: stopping, to save the run; Ctrl-C again ends it at once"
+
+
+def test_an_interrupt_saves_and_ends_all_processes(train, folder):
+    """Though one stage's data are read by a process that the terminal interrupts too."""
+    run = train(2, "data.workers=1", "data.augment.transforms=[{name: RandomHorizontalFlip}]")
     workers = run.workers()
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.end(10) == 1  # torchrun's own
+    first, last = said_by_blpipe(run.said)
+    step, = re.findall(r"^blpipe: interrupted after step (\d+), and saved; `train --resume runs/long` goes on$", last)
+    assert first == STOPPING
+    assert [path.name for path in checkpoints(folder / "runs/long")] == [f"step_{int(step):09d}"]
+    assert_gone(workers)
+
+
+def test_a_second_interrupt_ends_all_processes_at_once(folder, start):
+    """For the first stage hangs, and the other waits for it."""
+    run = start(torchrun_command(2, "-m", "blpipe", "train", "long.yaml", "partition.stages=2",
+                                 "model={target: 'models_under_test:stalling_net'}"), folder)
+    run.wait_until(lambda: "stalled" in run.said)
+    workers = run.workers()
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.wait_until(lambda: STOPPING in run.said, 5)
+    time.sleep(1)
+    assert run.process.poll() is None
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.end(10)
     assert said_by_blpipe(run.said) == [
-        "blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint, if there is one"]
+        STOPPING, "blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint, if there is one"]
     assert_gone(workers)

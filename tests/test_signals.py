@@ -1,67 +1,85 @@
-"""Ctrl-C, wherever it comes."""
+"""Ctrl-C and SIGTERM while a run trains."""
 
 import os
 import signal
-import sys
-from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import small_config
 from test_cli import run
 
+from blpipe import signals
+from blpipe.checkpoint.folders import checkpoints
 from blpipe.checkpoint.saver import Saver
-from blpipe.errors import StageError
+from blpipe.errors import PeerLostError, StageError
 from blpipe.signals import Signals
 
 
-class Dropped:
-    """Is interrupted as it is deleted, where Python drops what is raised."""
-
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupt_that_python_drops_ends_the_run_all_the_same(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def interrupted_run(tmp_path, monkeypatch):
+    """Trains two epochs, interrupted so often as the first one is saved; returns the exit code."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small_config("run", train__epochs=2,
                                                                    checkpoint={"every_epochs": 1})))
     save = Saver.save
 
-    def interrupted(saver, steps_done, *given):
-        save(saver, steps_done, *given)
-        Dropped()  # after the first epoch
+    def train(times: int) -> int:
+        def interrupted(saver, *given):
+            monkeypatch.setattr(Saver, "save", save)
+            save(saver, *given)
+            for _ in range(times):
+                interrupt()
 
-    dropped = []
-    monkeypatch.setattr(Saver, "save", interrupted)
-    monkeypatch.setattr(sys, "unraisablehook", lambda found: dropped.append(found.exc_type))
-    assert run("train", "run.yaml") == 130
-    assert dropped == [KeyboardInterrupt]
-    assert capsys.readouterr().err.startswith("blpipe: interrupted; `train --resume RUN` goes on from the last ")
-    assert len((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()) == 3
+        monkeypatch.setattr(Saver, "save", interrupted)
+        return run("train", "run.yaml")
+    return train
+
+
+def test_an_interrupted_run_is_saved_and_says_how_it_goes_on(interrupted_run, capfd):
+    assert interrupted_run(1) == 130
+    step, = checkpoints(Path("runs/run"))
+    assert capfd.readouterr().err.splitlines() == [
+        "", "blpipe: stopping, to save the run; Ctrl-C again ends it at once",
+        f"blpipe: interrupted after step {int(step.name[5:])}, and saved; `train --resume runs/run` goes on"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def fails(interrupted):
+@pytest.mark.parametrize(("seconds", "last"), [
+    (-1.0, "blpipe: interrupted; `train --resume RUN` goes on from the last checkpoint, if there is one"),
+    (60.0, "blpipe: interrupted after step 6, and saved; `train --resume runs/run` goes on")])
+def test_a_second_interrupt_ends_a_run_at_once_unless_it_is_the_first_one_passed_on(seconds, last, interrupted_run,
+                                                                                   monkeypatch, capfd):
+    monkeypatch.setattr(signals, "_AGAIN_SECONDS", seconds)
+    assert interrupted_run(2) == 130
+    assert capfd.readouterr().err.splitlines()[-1] == last
+
+
+def fails(error, interrupted):
     with Signals():
         if interrupted:
-            with suppress(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        raise StageError(1, 0, ["one"], "step 3", RuntimeError("a worker exited"))
+            interrupt()
+        raise error
 
 
-@pytest.mark.parametrize(("interrupted", "ends"), [(True, KeyboardInterrupt), (False, StageError)])
-def test_what_fails_because_it_was_interrupted_too_is_an_interrupt(interrupted, ends):
-    with pytest.raises(ends):
-        fails(interrupted)
+@pytest.mark.parametrize("error", [StageError(1, 0, ["one"], "step 3", RuntimeError("a worker exited")),
+                                   PeerLostError("rank 1 waiting for rank 0")])
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_what_fails_because_another_process_was_interrupted_is_an_interrupt(error, interrupted):
+    with pytest.raises(KeyboardInterrupt if interrupted else type(error)):
+        fails(error, interrupted)
 
 
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Signals() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
-            signals.check()
+        with Signals() as found:
+            interrupt()
+            assert not found.stop_asked()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

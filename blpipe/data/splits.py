@@ -1,5 +1,6 @@
 """A split: raw samples and their targets, fetched batch by batch, from memory or from a map-style Dataset."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -158,7 +159,7 @@ class DatasetSplit:
         # A loader without a generator of its own would draw from the global stream, which is a stage's.
         indices = ((derive_seed(*labels), index_B.tolist()) for labels, index_B in requests)
         loader = DataLoader(_Batches(self), batch_size=None, sampler=indices, num_workers=self.workers,
-                            generator=torch.Generator(), worker_init_fn=_outlive_sigterm)
+                            generator=torch.Generator(), worker_init_fn=_outlive_signals)
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -167,9 +168,10 @@ class DatasetSplit:
             yield x, y
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """SIGTERM comes to all processes of a run, which still needs its batches to end between two steps."""
+def _outlive_signals(worker: int) -> None:
+    """SIGTERM and Ctrl-C come to all processes of a run, which still needs its batches to end between two steps."""
     launch.outlive_sigterm(_GRACE_SECONDS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Batches(Dataset[Any]):
