@@ -31,7 +31,7 @@ exit codes: 0 done, 1 failed while running, 2 bad usage or config, 130 interrupt
 output has gone, 143 by SIGTERM; torchrun itself returns 1 for all but the first"""
 
 _RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
-_BEST = "the checkpoint of the best accuracy on the test samples (the least loss, of values), of those that were kept"
+_BEST = "the checkpoint that training evaluated as best (by accuracy, of values by loss), of those that were kept"
 _GRACE_SECONDS = 2.0  # between SIGTERM and the end of a process under torchrun
 
 

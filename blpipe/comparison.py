@@ -45,7 +45,7 @@ class Comparison:
 
     def as_text(self) -> str:
         """Two tables: a row a run, and a row a key."""
-        header = ("run", "epochs", "test loss", "accuracy", "samples/s", "× first", "training", "memory")
+        header = ("run", "epochs", "loss", "accuracy", "samples/s", "× first", "training", "memory")
         rows = [header, *(_row(run, self.runs[0]) for run in self.runs)]
         keys = [[key, *(printable(str(value), 40) for value in values)] for key, values in self.differences.items()]
         if not keys:

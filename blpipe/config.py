@@ -60,6 +60,7 @@ class DataConfig(Named):
 
     bad_samples: what becomes of a sample that its data set cannot read; `skip`: the next readable one of its split
     stands in for it.
+    validation_samples: how many training samples are held out, and evaluated in place of the test samples.
     """
 
     default = "digits"
@@ -73,6 +74,12 @@ class DataConfig(Named):
     place: Literal["auto", "host", "device"] = "auto"
     train_samples: Positive | None = None
     test_samples: Positive | None = None
+    validation_samples: Positive | None = None
+
+    @property
+    def evaluated(self) -> str:
+        """Which samples are evaluated, in words: `validation` where some are held out, else `test`."""
+        return "test" if self.validation_samples is None else "validation"
 
 
 class PartitionConfig(Section):

@@ -203,19 +203,19 @@ def run_line(plan: Plan, device: torch.device, engine: str) -> str:
     where = f"one process on {device}" if engine == "local" else f"{config.processes} processes on {device.type}"
     return (f"{config.method.name} in {len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}{replicas}, {where}: "
             f"{count:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; {data.train_samples:,} training "
-            f"and {data.test_samples:,} test samples of {list(data.shape)}, {targets}; "
+            f"and {data.test_samples:,} {config.data.evaluated} samples of {list(data.shape)}, {targets}; "
             f"{len(plan.step_sizes)} steps an epoch")
 
 
-def epoch_line(epoch: Epoch, epochs: int, samples: int) -> str:
+def epoch_line(epoch: Epoch, plan: Plan) -> str:
     """One epoch on one line."""
     assert epoch.reports is not None
-    last = epoch.reports[-1]
+    config, last = plan.config, epoch.reports[-1]
     tested = f"accuracy by stage {' '.join(percent(report.val_accuracy) for report in epoch.reports)}"
     if last.val_accuracy is None and last.val_loss is not None:  # of values
         tested = f"loss by stage {' '.join(_loss(report.val_loss) for report in epoch.reports)}"
-    return (f"epoch {epoch.index + 1}/{epochs}  train loss {_loss(last.train_loss)}  test {tested}  "
-            f"{samples / last.train_seconds:,.0f} samples/s")
+    return (f"epoch {epoch.index + 1}/{config.train.epochs}  train loss {_loss(last.train_loss)}  "
+            f"{config.data.evaluated} {tested}  {plan.samples_per_epoch / last.train_seconds:,.0f} samples/s")
 
 
 def _loss(value: float | None) -> str:
@@ -236,7 +236,7 @@ def stage_table(result: dict[str, Any]) -> str:
     """A table with a row a stage, from a result; of values, with losses in place of accuracies."""
     valued = result["val_accuracy"] is None and result["val_loss"] is not None
     tested = [*map(_loss, result["stage_val_loss"])] if valued else [*map(percent, result["stage_val_accuracy"])]
-    rows = [("stage", "blocks", "parameters", "test loss" if valued else "accuracy", "busy", "waiting")]
+    rows = [("stage", "blocks", "parameters", "loss" if valued else "accuracy", "busy", "waiting")]
     for number, (stage, found) in enumerate(zip(result["stages"], tested, strict=True), start=1):
         busy, wait = stage.get("busy_seconds"), stage.get("wait_seconds")
         total = None if busy is None or wait is None else busy + wait

@@ -106,10 +106,12 @@ def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
 def evaluated_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
     """The config of a checkpoint, with changes of its data and of how it is computed.
 
+    It holds no training samples out, unless the changes say so: what is evaluated are the test samples.
+
     Raises:
         ConfigError: other changes.
     """
-    saved, config = config_of(checkpoint), config_of(checkpoint, overrides)
+    saved, config = config_of(checkpoint), config_of(checkpoint, ["data.validation_samples=null", *overrides])
     refused = _but(_OF_EVALUATION, _changes(saved, config))
     if refused:
         raise ConfigError(*(f"{change.key}: is the checkpoint's own; eval takes data, runtime, train.eval_batch_size, "

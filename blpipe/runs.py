@@ -290,7 +290,7 @@ def _tell_of(epoch: Epoch, run: _Run, log: RunLog | None) -> None:
     if log is not None:  # in the first process
         plan = run.plan
         _tell(log.add(epoch))
-        say(epoch_line(epoch, plan.config.train.epochs, plan.samples_per_epoch))
+        say(epoch_line(epoch, plan))
         for number, report in enumerate(epoch.reports or [], start=1):
             if report.skipped_steps:
                 say(f"note: stage {number} ({plan.stage_names[number - 1]}) skipped step "

@@ -27,8 +27,8 @@ class DataSpec:
         dtype: of a prepared batch, "float32" or "int64".
         target_shape: of one target, () for a class label.
         classes: how many classes there are; of values, how many a target has in its last dimension.
-        train_samples: how many training samples.
-        test_samples: how many test samples.
+        train_samples: how many training samples, but for those held out.
+        test_samples: how many samples are evaluated: test samples, or those held out.
         target_dtype: "int64" for labels, "float32" for values.
     """
 

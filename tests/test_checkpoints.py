@@ -341,6 +341,7 @@ def test_the_last_ones_and_the_best_are_kept(folder):
     ("optimizer.args", "{momentum: 0.5}", r"blpipe: optimizer\.args\.momentum: 0\.5, but 0\.9 in runs/small/checkpoin"),
     ("seed", "3", r"blpipe: seed: 3, but 0 in runs/small/"),
     ("train.batch_size", "8", r"blpipe: train\.batch_size: 8, but 16 in runs/small/"),
+    ("data.validation_samples", "8", r"blpipe: data\.validation_samples: 8, but none in runs/small/"),
 ])
 def test_what_differs_from_the_checkpoint_is_named_and_refused(folder, capsys, key, value, message):
     before = (folder / "runs/small/config.yaml").read_text()

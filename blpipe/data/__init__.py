@@ -18,6 +18,7 @@ from blpipe.data.source import (
     check_alike,
     check_fits_model,
     check_known_labels,
+    hold_out,
     keep_first,
     notes_on_layout,
 )
@@ -135,7 +136,8 @@ class Data:
     def test_batches(self, batch_size: int, share: Share = EVERYTHING) -> Iterator[tuple[Tensor, Tensor]]:
         """Every test sample once, in order, as `train_batches` gives them but not augmented.
 
-        Each of several replicas has every n-th whole batch.
+        With `data.validation_samples` they are those held out of the training samples. Each of several replicas has
+        every n-th whole batch.
         """
         count = len(self._source.test)
         requests = (((0, "sample", start), torch.arange(start, min(start + batch_size, count)))
@@ -193,4 +195,5 @@ def open_data(config: DataConfig, seed: int) -> Data:
         why = "data.augment.transforms run" if config.augment.transforms else "these are read"
         raise ConfigError(f"data.place: device is for data in memory, and {why} sample by sample, on the host; "
                           "leave it out")
-    return Data(keep_first(source, config), config, source.train.device)
+    source = hold_out(keep_first(source, config), config)
+    return Data(source, config, source.train.device)

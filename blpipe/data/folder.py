@@ -91,14 +91,16 @@ def imagefolder(config: DataConfig, seed: int, size: int | list[int] | None = No
     label = {name: index for index, name in enumerate(classes)}
     both = {"train": (train_paths, train_names), "test": (test_paths, test_names)}
     height_width = _size(size) or _first_size(train_paths, "data.root: train", config)
-    transform, splits = open_transforms(config, seed, keep_size=False), {}
-    for name, (paths, names) in both.items():
+
+    def split(name: str, transform: Transform | None = None) -> DatasetSplit:
+        paths, names = both[name]
         labels = [label[n] for n in names]
-        files = ImageFiles(paths, labels, height_width, transform if name == "train" else None)
-        splits[name] = DatasetSplit.open(files, len(classes), torch.tensor(labels), f"data.root: {name}",
-                                         config)
-    return Source(splits["train"], splits["test"], len(classes),
-                  mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        files = ImageFiles(paths, labels, height_width, transform)
+        return DatasetSplit.open(files, len(classes), torch.tensor(labels), f"data.root: {name}", config)
+
+    transform = open_transforms(config, seed, keep_size=False)
+    return Source(split("train", transform), split("test"), len(classes), mean=(0.485, 0.456, 0.406),
+                  std=(0.229, 0.224, 0.225), untransformed=split("train") if transform else None)
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:

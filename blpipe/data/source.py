@@ -9,6 +9,7 @@ from torch import Tensor
 from blpipe.config import DataConfig
 from blpipe.data.splits import Split, TensorSplit, outside
 from blpipe.errors import ConfigError
+from blpipe.seeds import generator
 from blpipe.text import dtype_name
 
 
@@ -18,10 +19,12 @@ class Source:
 
     Args:
         train: the training samples.
-        test: the test samples.
+        test: the test samples, or those held out for validation in their place.
         classes: see `DataSpec`.
         mean: the default normalisation of values in 0…1, per channel or one for all; None for none.
         std: likewise.
+        untransformed: the training samples without the transforms of `augment`; None where there are none.
+        tested: the name of the split that `test` is of, "test" or, where its samples are held out, "train".
     """
 
     train: Split
@@ -29,6 +32,8 @@ class Source:
     classes: int
     mean: tuple[float, ...] | None = (0.5,)
     std: tuple[float, ...] | None = (0.5,)
+    untransformed: Split | None = None
+    tested: str = "test"
 
     def on(self, device: torch.device) -> "Source":
         """The same data set, what of it is in memory on `device`."""
@@ -49,7 +54,7 @@ class Source:
 
     def splits(self) -> list[tuple[str, Split]]:
         """Both splits with their names."""
-        return [("train", self.train), ("test", self.test)]
+        return [("train", self.train), (self.tested, self.test)]
 
 
 def notes_on_layout(source: Source) -> list[str]:
@@ -79,9 +84,9 @@ def check_fits_model(source: Source, classes: int) -> None:
             continue
         wrong = outside(split.labels, classes, split.labels.dim() > 1)
         if bool(wrong.any()):
-            needed = int(split.labels.max()) + 1
-            raise ConfigError(f"data: {_found(split.labels, wrong, name)} lies outside 0..{classes - 1}, of which the "
-                              f"model gives logits; have it give {needed}, or mend the data")
+            needed = 1 + max(int(other.labels.max()) for _, other in source.splits() if other.labels is not None)
+            raise ConfigError(f"data: {_found(split.labels, wrong, name, split.places)} lies outside 0..{classes - 1}, "
+                              f"of which the model gives logits; have it give {needed}, or mend the data")
 
 
 def check_known_labels(source: Source) -> None:
@@ -122,7 +127,30 @@ def keep_first(source: Source, config: DataConfig) -> Source:
     return replace(source, **kept)
 
 
-def _found(labels: Tensor, wrong: Tensor, name: str) -> str:
+def hold_out(source: Source, config: DataConfig) -> Source:
+    """The source with `validation_samples` of its training samples, untransformed, in place of the test samples.
+
+    They are drawn at random, the same ones for every seed of a run: runs are to choose by the same samples.
+
+    Raises:
+        ConfigError: none would be left to train on.
+    """
+    held, count = config.validation_samples, len(source.train)
+    if held is None:
+        return source
+    if held >= count:
+        raise ConfigError(f"data.validation_samples: {held} of {count} training samples would leave none to train on; "
+                          f"hold out at most {count - 1}")
+    order_N = torch.randperm(count, generator=generator(0, "validation"))
+    held_N, rest_N = order_N[:held].sort().values, order_N[held:].sort().values
+    prepared_as_test = source.train if source.untransformed is None else source.untransformed
+    return replace(source, train=source.train.part(rest_N), test=prepared_as_test.part(held_N), untransformed=None,
+                   tested="train")
+
+
+def _found(labels: Tensor, wrong: Tensor, name: str, places: Tensor | None = None) -> str:
+    """The first wrong label and its index: in the labels, or of the sample that `places` says it is of."""
     place = wrong.nonzero()[0].tolist()
-    index = place[0] if len(place) == 1 else place
+    sample = place[0] if places is None else int(places[place[0]])
+    index = sample if len(place) == 1 else [sample, *place[1:]]
     return f"{name} label {int(labels[tuple(place)])} at index {index}"

@@ -32,10 +32,12 @@ class TensorSplit:
     Args:
         x: [N, …], uint8 images, float32 or int64.
         y: [N, …], int64 labels or float32 values.
+        places: int64 [N], which samples of the data these are; None for the first ones.
     """
 
     x: Tensor
     y: Tensor
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -72,7 +74,11 @@ class TensorSplit:
 
     def first(self, count: int) -> "TensorSplit":
         """The first `count` samples alone."""
-        return TensorSplit(self.x[:count], self.y[:count])
+        return replace(self, x=self.x[:count], y=self.y[:count])
+
+    def part(self, index_N: Tensor) -> "TensorSplit":
+        """The samples at these indices alone, copied, so that they take no more memory than they need."""
+        return TensorSplit(self.x[index_N], self.y[index_N], _places_of_part(self.places, index_N))
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +87,7 @@ class TensorSplit:
 
     def to(self, device: torch.device) -> "TensorSplit":
         """The same samples on `device`."""
-        return TensorSplit(self.x.to(device), self.y.to(device))
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
         """Copies of the requested batches, where the data are, so that nobody's in-place operation reaches them."""
@@ -97,6 +103,7 @@ class DatasetSplit:
     Every sample and target has the shape and type of the first, and labels lie in 0…classes-1; both are checked on
     every batch. `where` names the data in messages, for example "data.target: train". With `skip`, the next sample
     that can be read stands in for one that cannot; `skipped` collects a line about each of these, by index.
+    `places`, int64 [N], are the indices of these samples in the Dataset; None for the first ones.
     """
 
     dataset: Dataset[Any]
@@ -111,6 +118,7 @@ class DatasetSplit:
     workers: int
     skip: bool
     skipped: dict[int, str] = field(default_factory=dict)
+    places: Tensor | None = None
 
     @classmethod
     def open(cls, dataset: Dataset[Any], classes: int, labels: Tensor | None, where: str,
@@ -149,6 +157,15 @@ class DatasetSplit:
     def first(self, count: int) -> "DatasetSplit":
         """The first `count` samples alone."""
         return replace(self, count=count, labels=None if self.labels is None else self.labels[:count])
+
+    def part(self, index_N: Tensor) -> "DatasetSplit":
+        """The samples at these indices alone; what is skipped there is told apart from what is skipped here."""
+        return replace(self, count=len(index_N), labels=None if self.labels is None else self.labels[index_N],
+                       skipped={}, places=_places_of_part(self.places, index_N))
+
+    def place(self, index: int) -> int:
+        """The index in the Dataset of the sample with this index."""
+        return index if self.places is None else int(self.places[index])
 
     def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
         """The requested batches, the same whatever the number of workers.
@@ -192,7 +209,7 @@ class _Batches(Dataset[Any]):
 
     def _checked(self, index: int) -> "Sample":
         split = self.split
-        places = chain(range(index, split.count), range(index))
+        places = map(split.place, chain(range(index, split.count), range(index)))
         sample = first_readable(split.dataset, places, split.where, split.skip)
         index, x, y = sample.place, sample.x, sample.y
         first = split.shape, split.dtype, split.target_shape, split.target_dtype
@@ -204,6 +221,10 @@ class _Batches(Dataset[Any]):
             raise UserError(f"{split.where} sample {index} has the label {y.tolist()}, outside "
                             f"0..{split.classes - 1}; mend the data or its number of classes")
         return sample
+
+
+def _places_of_part(places: Tensor | None, index_N: Tensor) -> Tensor:
+    return index_N if places is None else places[index_N]
 
 
 def outside(labels: Tensor, classes: int, ignorable: bool) -> Tensor:

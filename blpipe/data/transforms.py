@@ -79,7 +79,7 @@ class Transformed(Dataset[Any]):
 
 
 def with_transforms(source: Source, config: DataConfig, seed: int) -> Source:
-    """The source with its training samples transformed one by one, when they are fetched.
+    """The source with its training samples transformed one by one, when they are fetched, and as they were beside.
 
     Raises:
         ConfigError: as `open_transforms` does, or transforms that fail on the first sample.
@@ -90,4 +90,4 @@ def with_transforms(source: Source, config: DataConfig, seed: int) -> Source:
     dataset, where = (TensorDataset(train.x, train.y), "data: train") if isinstance(train, TensorSplit) \
         else (train.dataset, train.where)
     split = DatasetSplit.open(Transformed(dataset, transform), source.classes, train.labels, where, config)
-    return replace(source, train=split)
+    return replace(source, train=split, untransformed=train)

@@ -49,7 +49,7 @@ class Engine(Protocol):
         """Be in the middle of an epoch, with these sums."""
 
     def evaluate(self) -> None:
-        """Evaluate every stage's head on all test samples."""
+        """Evaluate every stage's head on all test samples, or those held out."""
 
     def progress(self) -> dict[int, StageProgress]:
         """Of this process's stages of the first replica, by index, at any time; waits for the device."""

@@ -126,7 +126,7 @@ class LocalEngine:
         self._train_seconds = sums[0, 0].train_seconds
 
     def evaluate(self) -> None:
-        """Evaluate every stage's head on all test samples."""
+        """Evaluate every stage's head on all test samples, or those held out."""
         for stage in self._seated.values():
             stage.train(False)
         self._val_tallies = self._tallies_now()

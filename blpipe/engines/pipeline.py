@@ -145,7 +145,7 @@ class PipelineEngine:
         self._untold_seconds = mine.train_seconds - mine.busy_seconds - mine.wait_seconds
 
     def evaluate(self) -> None:
-        """Evaluate every stage's head on all test samples."""
+        """Evaluate every stage's head on all test samples, or those held out."""
         self.stage.train(False)
         self._val_tally = self.stage.tally
         sizes = self.plan.evaluation_sizes()
