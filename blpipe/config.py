@@ -22,6 +22,17 @@ from blpipe.config_types import (
 )
 
 
+class ModelConfig(Named):
+    """The plain model.
+
+    weights: that it begins with, parameters and buffers: a file with its state_dict, a run folder or a checkpoint.
+    weights_except: patterns of names, such as `fc.*`, that are not taken from there, nor looked for.
+    """
+
+    weights: PathText | None = None
+    weights_except: tuple[str, ...] = Field(default=(), strict=False)
+
+
 class NormalizeConfig(Section):
     """Per-channel mean and standard deviation, for values scaled to 0…1."""
 
@@ -349,7 +360,7 @@ class Config(Section):
 
     name: FolderName
     seed: NotNegative = 0
-    model: Named
+    model: ModelConfig
     data: DataConfig = DataConfig()
     partition: PartitionConfig
     method: MethodConfig = MethodConfig()

@@ -23,6 +23,7 @@ _MOST_PROBLEMS = 50  # that are told of one config
 
 # What other systems call our keys and values.
 _ALSO_CALLED = {
+    "model.weights": ("pretrained", "init_from", "load_from"),
     "optimizer.lr": ("learning_rate",),
     "optimizer.args.weight_decay": ("weight_decay",),
     "optimizer.args.momentum": ("momentum",),

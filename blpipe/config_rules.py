@@ -2,16 +2,27 @@
 
 from collections.abc import Iterator
 
-from blpipe.config import Config
+from blpipe.config import Config, ModelConfig
 
 
 def conflicts(config: Config) -> Iterator[str]:
     """All keys that do not go together, on one line each: the key, its value and the remedy."""
+    yield from _of_weights(config.model)
     yield from _of_lists(config)
     yield from _of_links(config)
     yield from _of_recomputing(config)
     if config.method.name == "bp":
         yield from _of_bp(config)
+
+
+def _of_weights(model: ModelConfig) -> Iterator[str]:
+    if model.weights is None and model.weights_except:
+        yield (f"model.weights_except: {list(model.weights_except)}, and no model.weights; give them, or leave "
+               "model.weights_except out")
+    theirs = model.args.get("weights")
+    if model.weights is not None and theirs is not None and (model.name or "").startswith("torchvision/"):
+        yield (f"model.weights: {model.weights}, and model.args.weights: {theirs} are both for the model to begin "
+               "with; leave one of them out")
 
 
 def _of_lists(config: Config) -> Iterator[str]:

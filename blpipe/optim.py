@@ -13,7 +13,7 @@ from torch import nn
 
 from blpipe.config import OptimizerConfig, ScheduleConfig
 from blpipe.errors import ConfigError
-from blpipe.plugins import call, did_you_mean
+from blpipe.plugins import call, did_you_mean, unmatched
 
 _NEEDS_MORE = {"lbfgs": "it calls the model again", "sparseadam": "it wants sparse gradients"}
 
@@ -74,11 +74,10 @@ def check_patterns(config: OptimizerConfig, names: Sequence[str]) -> None:
         ConfigError: as above.
     """
     parts = any("/" in name for name in names)
-    for pattern in config.lr_factors:
-        if not any(fnmatchcase(name, pattern) for name in names) and (parts or "/" not in pattern):
-            raise ConfigError(f"optimizer.lr_factors: {pattern!r} matches no parameter"
-                              f"{did_you_mean(pattern, dict.fromkeys(names))}; names are as in a state_dict, and "
-                              "head/<block before it>/…")
+    patterns = [pattern for pattern in config.lr_factors if parts or "/" not in pattern]
+    problems = unmatched("optimizer.lr_factors", patterns, names)
+    if problems:
+        raise ConfigError(*(f"{problem}, and head/<block before it>/…" for problem in problems))
 
 
 def _groups(config: OptimizerConfig, parameters: Iterable[nn.Parameter],

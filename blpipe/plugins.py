@@ -7,9 +7,10 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial, wraps
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -157,6 +158,12 @@ def _place(error: BaseException) -> str:
     installed = (str(Path(__file__).parent), *sysconfig.get_paths().values(), "<")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(installed)]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def unmatched(key: str, patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """What is wrong with each of these shell-like patterns that matches none of the parameters' names, a line each."""
+    return [f"{key}: {pattern!r} matches no parameter{did_you_mean(pattern, dict.fromkeys(names))}; names are as in a "
+            "state_dict" for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
 
 def did_you_mean(name: str, known: Mapping[str, Any]) -> str:

@@ -31,11 +31,13 @@ class StartPoint:
         checkpoint: that it goes on from; None where it begins anew.
         notes: what a user may want to know of that.
         last: of the run folder's checkpoints, where the newest intact one was chosen.
+        weights: the file or the checkpoint with the model's values, where it begins anew with such.
     """
 
     checkpoint: Path | None = None
     notes: list[str] = field(default_factory=list)
     last: Path | None = None
+    weights: Path | None = None
 
 
 def find(path: Path, best: bool = False) -> StartPoint:

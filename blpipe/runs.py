@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from blpipe import launch, resume
+from blpipe import launch, resume, weights
 from blpipe.checkpoint.folders import manifest
 from blpipe.checkpoint.saver import Saver
 from blpipe.checkpoint.state import load, load_weights, model_state
@@ -172,8 +172,11 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
         config, start_point = resume.resume_from(config, options.resume_from)
     elif options.auto_resume:
         config, start_point = resume.resume_if_there(config, run)
+    if start_point.checkpoint is None:
+        start_point = weights.given(config)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec, pretrained=start_point.checkpoint is None)
+    weights.load(start_point, config.model, network.model)
     if config.partition.unsettled:
         device, _ = choose_device(config.runtime.device)
         costs = profile(network, device, data if config.partition.costs == "measured" else None)
@@ -206,10 +209,10 @@ def _lead(config: Config, meeting: Meeting, options: StartOptions, claim: ExitSt
         is_reporter(meeting.timeout_seconds)  # before another rank can be
         meeting.announce({"failed": True})
         raise
-    shown, found = _has_terminal(config), start_point.checkpoint
+    shown, found, source = _has_terminal(config), start_point.checkpoint, start_point.weights
     meeting.announce({
         "data": data.spec.to_json(), "run": str(folder), "shown": shown, "checkpoint": found and str(found),
-        "partition": plan.config.partition.model_dump()})
+        "weights": source and str(source), "partition": plan.config.partition.model_dump()})
     return _Run(plan, data, folder, start_point, shown, meeting)
 
 
@@ -220,10 +223,12 @@ def _follow(config: Config, meeting: Meeting) -> _Run:
         raise UserError("rank 0 could not begin")
     config = config.model_copy(update={"partition": PartitionConfig(**told["partition"])})
     replica, stage = divmod(meeting.rank, config.partition.stage_count)
-    spec, found = DataSpec.from_json(told["data"]), told["checkpoint"]
+    spec, found, source = DataSpec.from_json(told["data"]), told["checkpoint"], told["weights"]
+    start_point = StartPoint(found and Path(found), weights=source and Path(source))
     data = None if stage else open_data(config.data, config.seed)
-    plan = make_plan(config, spec, make_network(config, spec, pretrained=found is None), replica)
-    return _Run(plan, data, Path(told["run"]), StartPoint(found and Path(found)), told["shown"], meeting)
+    network = make_network(config, spec, pretrained=found is None)
+    weights.load(start_point, config.model, network.model)
+    return _Run(make_plan(config, spec, network, replica), data, Path(told["run"]), start_point, told["shown"], meeting)
 
 
 def _has_terminal(config: Config) -> bool:

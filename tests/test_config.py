@@ -178,7 +178,7 @@ def test_an_override_that_is_no_yaml_is_refused_with_its_path(load):
 @pytest.mark.parametrize(("key", "meant"), [
     ("train.lr", "optimizer.lr"), ("optimizer.learning_rate", "optimizer.lr"), ("lr", "optimizer.lr"),
     ("optimizer.weight_decay", "optimizer.args.weight_decay"), ("train.epoch", "train.epochs"),
-    ("train.max_epochs", "train.epochs"),
+    ("train.max_epochs", "train.epochs"), ("model.pretrained", "model.weights"), ("init_from", "model.weights"),
     ("train.label_smoothing", "method.loss={name: cross_entropy, args: {label_smoothing: …}}"),
     *((f"train.{key}", "optimizer.clip_norm") for key in ("grad_clip", "clip_grad", "max_grad_norm")),
     ("train.gradient_clip_val", "optimizer.clip_norm"), ("train.accumulate", "train.microbatches"),

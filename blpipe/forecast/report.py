@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from blpipe import weights
 from blpipe.config import Config
 from blpipe.data import open_data
 from blpipe.device import set_up
@@ -60,6 +61,7 @@ def make_report(config: Config, sweep: Sequence[int] = (), latency: float | None
     connection = _connection(device, latency, bandwidth)
     data = open_data(config.data, config.seed)
     network = make_network(config, data.spec)
+    weights.load(weights.given(config), config.model, network.model)
     blocks = len(network.block_names)
     if max(sweep, default=1) > blocks:
         raise ConfigError(f"--stages: {max(sweep)} stages need as many blocks, and the model has {blocks}; "
