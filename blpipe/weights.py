@@ -59,19 +59,25 @@ def load(start_point: StartPoint, config: ModelConfig, model: nn.Sequential) -> 
               if name in own and name not in left_out and tensor.shape != own[name].shape}
     unknown = [name for name in state if name not in own and name not in left_out]
     taken = state.keys() & own.keys() - left_out - unlike.keys()
-    try:
-        result = model.load_state_dict({name: state[plain] for name, plain in names.items() if plain in taken},
-                                       strict=False)
-    except RuntimeError as error:
-        raise ConfigError(f"model.weights: {path}: cannot be copied to the model: {one_line(error)}; give tensors "
-                          "with values, one for each place") from error
-    # But for what torch's modules do without, such as the batches that a BatchNorm of earlier versions has counted.
-    lacking = [plain for plain in dict.fromkeys(map(names.__getitem__, result.missing_keys))
+    missing = _copy(path, {name: state[plain] for name, plain in names.items() if plain in taken}, model)
+    lacking = [plain for plain in dict.fromkeys(names[name] for name in missing)
                if plain not in left_out and plain not in unlike]
     problems = _problems(path, len(own), unlike, lacking, unknown)
     problems += unmatched("model.weights_except", config.weights_except, list({**own, **state}))
     if problems:
         raise ConfigError(*problems)
+
+
+def _copy(path: Path, state: Mapping[str, Tensor], model: nn.Sequential) -> list[str]:
+    """Returns what is missing for the model, but for what torch's modules do without.
+
+    Such are the batches that a BatchNorm has counted, which earlier versions of it did not.
+    """
+    try:
+        return model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        raise ConfigError(f"model.weights: {path}: cannot be copied to the model: {one_line(error)}; give tensors "
+                          "with values, one for each place") from error
 
 
 def _problems(path: Path, count: int, unlike: Mapping[str, str], lacking: list[str], unknown: list[str]) -> list[str]:
