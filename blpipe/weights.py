@@ -17,6 +17,7 @@ from blpipe.run_folder import run_folder_of
 
 _KEYS = ("state_dict", "model_state_dict", "model")  # under which a file may hold the state_dict, beside other things
 _PREFIXES = ("module.", "_orig_mod.")  # which DDP and torch.compile put before all names
+_SAFETENSORS = ".safetensors"  # how the names of Hugging Face's files of tensors end
 _SHOWN = 3  # names of a kind that a message tells, and patterns
 
 
@@ -109,10 +110,13 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     """The state_dict in a file."""
     try:
         with path.open("rb") as file:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = _load_safetensors(path) if path.suffix == _SAFETENSORS else torch.load(
+                file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"model.weights: cannot read {path}: {error.strerror}; give a file, a run folder or one of "
                           "its checkpoints") from error
+    except ImportError:
+        raise ConfigError(f"model.weights: {path}: needs safetensors; run `pip install safetensors`") from None
     except Exception as error:  # torch raises almost anything for a file that is not its own
         raise ConfigError(f"model.weights: {path}: cannot be read as tensors that torch.save wrote "
                           f"({type(error).__name__}); write it by torch.save(model.state_dict(), …)") from error
@@ -123,6 +127,11 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise ConfigError(f"model.weights: {path}: holds no state_dict of tensors alone; write it by "
                           "torch.save(model.state_dict(), …)")
     return state
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+    return load_file(path)
 
 
 def _without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,9 +1,11 @@
 """Runs that begin with weights of the user's: what is taken, what is refused, and when the file is read."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 import yaml
@@ -99,6 +101,18 @@ def test_the_file_may_hold_it_as_training_scripts_save_it(wrap):
     expected = unlike(resnet())
     torch.save(wrap(expected), "own.pt")
     assert_equal_states(plain_state(begun({**RESNET, "weights": "own.pt"})), expected)
+
+
+def test_a_file_of_safetensors_is_taken(monkeypatch):
+    expected = unlike(resnet())
+    safetensors.torch.save_file(expected, "own.safetensors")
+    assert_equal_states(plain_state(begun({**RESNET, "weights": "own.safetensors"})), expected)
+    Path("own.safetensors").write_bytes(b"no tensors")
+    line, = refused({**RESNET, "weights": "own.safetensors"})
+    assert line.startswith("model.weights: own.safetensors: cannot be read as tensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert refused({**RESNET, "weights": "own.safetensors"}) == [
+        "model.weights: own.safetensors: needs safetensors; run `pip install safetensors`"]
 
 
 def test_a_name_before_all_of_the_models_own_is_no_wrappers():
