@@ -159,7 +159,8 @@ def _refuse_shared(stages: list[nn.Sequential]) -> None:
         if isinstance(shared, nn.Parameter):
             one, two = (_plain_name(stages[k], shared) for k in (first, other))
             raise ConfigError(f"partition: {one} (stage {first + 1}) and {two} (stage {other + 1}) are one "
-                              "parameter; cut so that both are in one stage, or untie them")
+                              "parameter; cut so that both are in one stage, or make one of them "
+                              "nn.Parameter(weight.clone()) as the model is made")
         name = next(name for name, module in stages[other].named_modules() if module is shared)
         raise ConfigError(f"partition: {name} (stage {other + 1}) is in stage {first + 1} too, and has running "
                           "statistics; cut so that both are in one stage, or use two modules")

@@ -163,7 +163,7 @@ WHAT = {"target": "parts_of_tests:returns", "stages": 2}
      r"partition\.target: no stage holds 'two', 'four'; put each block into a stage"),
     ({"partition": {"cuts": ["block2"]}, "model": {"target": "parts_of_tests:tied"}},
      r"partition: block0\.weight \(stage 1\) and block3\.weight \(stage 2\) are one parameter; cut so that both are in "
-     "one stage, or untie them"),
+     r"one stage, or make one of them nn\.Parameter\(weight\.clone\(\)\) as the model is made"),
     ({"model": {"target": "parts_of_tests:fails", "args": {"x": 1}}}, r"model: RuntimeError: out of luck.*"),
     ({"data": {"target": "parts_of_tests:fails"}}, r"data: RuntimeError: out of luck at \S+:\d+"),
     ({"partition": {"target": "parts_of_tests:fails", "stages": 2}},
