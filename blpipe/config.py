@@ -203,9 +203,20 @@ class LinkConfig(Section):
 
 
 class HeadConfig(Named):
-    """An auxiliary classifier."""
+    """An auxiliary classifier, or `none`: then the stage has no local loss."""
 
     default = "conv"
+
+    @model_validator(mode="after")
+    def _none_takes_nothing(self) -> "HeadConfig":
+        if self.left_out and self.args:
+            raise ValueError(f"none takes no args, and has {self.args}; leave them out")
+        return self
+
+    @property
+    def left_out(self) -> bool:
+        """Whether there is none."""
+        return self.name == "none"
 
 
 class LossConfig(Named):

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 
 from blpipe.config import Config, ModelConfig
+from blpipe.links import hops
 
 
 def conflicts(config: Config) -> Iterator[str]:
     """All keys that do not go together, on one line each: the key, its value and the remedy."""
     yield from _of_weights(config.model)
-    yield from _of_lists(config)
+    lists = [*_of_lists(config)]
+    yield from lists or _of_heads(config)
     yield from _of_links(config)
     yield from _of_recomputing(config)
     if config.method.name == "bp":
@@ -38,6 +40,24 @@ def _of_lists(config: Config) -> Iterator[str]:
         if config.partition.unsettled and isinstance(parts, tuple) and any(part != parts[0] for part in parts):
             yield (f"method.{key}: a list needs stages that are fixed, and partition.strategy balanced looks for them; "
                    f"give one {key}, or partition.cuts")
+
+
+def _of_heads(config: Config) -> Iterator[str]:
+    """A stage without a head has no local loss, so nothing must learn from one: at most a line."""
+    method, stages = config.method, config.partition.stage_count
+    headless = [k for k in range(stages - 1) if method.stage_head(k).left_out]
+    if method.name == "bp" or not headless:
+        return
+    key, or_heads = method.head_key(headless[0]), "or leave the heads in"
+    taught = [k for k in headless if k and 1 in hops(method, stages)[k - 1]]
+    if method.local_weight:
+        yield (f"{key}: none, and with method.local_weight {method.local_weight:g} a stage learns from its own head's "
+               f"loss; set method.local_weight=0, {or_heads}")
+    elif method.link.normalize:
+        yield f"{key}: none, and method.link.normalize takes a local gradient's norm; set it to false, {or_heads}"
+    elif taught:
+        yield (f"{method.head_key(taught[0])}: none, and stage {taught[0]} learns from the loss of stage "
+               f"{taught[0] + 1}; set method.link.take=farthest and method.link.reach=all, {or_heads}")
 
 
 def _of_links(config: Config) -> Iterator[str]:

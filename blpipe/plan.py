@@ -132,6 +132,15 @@ class Plan:
         """Batch sizes of one evaluation."""
         return evaluation_sizes(self.data.test_samples, self.config)[self.replica::self.config.train.replicas]
 
+    def has_head(self, index: int) -> bool:
+        """Whether the stage with this index, from 0, has a head; the last one has the model's own end instead."""
+        method = self.config.method
+        return index < len(self.stages) - 1 and method.name != "bp" and not method.stage_head(index).left_out
+
+    def has_loss(self, index: int) -> bool:
+        """Whether the stage with this index, from 0, has a loss."""
+        return index == len(self.stages) - 1 or self.has_head(index)
+
     def build_head(self, index: int) -> nn.Module:
         """The head of the stage with this index, from 0."""
         method = self.config.method
@@ -245,12 +254,11 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
     heads_and_losses: list[nn.Module] = []
     names: list[str] = []
     for k, stage in enumerate(stages):
-        last = k == len(stages) - 1
         head: nn.Module = nn.Identity()
         logits = next(iter(plan.outputs.values()))[-1]
-        if not last and config.method.name != "bp":
+        if plan.has_head(k):
             head, logits = _checked_head(plan, k)
-        loss = _checked_loss(plan, k, logits) if last or config.method.name != "bp" else nn.Identity()
+        loss = _checked_loss(plan, k, logits) if plan.has_loss(k) else nn.Identity()
         build_optimizer(config.optimizer, stage.parameters(), [p for part in (head, loss) for p in part.parameters()])
         check_kept(plan.block_names(k), stage, head, loss)
         if config.method.name != "bp":

@@ -61,7 +61,7 @@ class Stage:
     Args:
         blocks: the stage's part of the model.
         head: from the stage's output to logits; `nn.Identity()` for the last stage, None for a stage that has
-            no local loss (`bp`).
+            no local loss (`bp`, or α = 0 where no stage before wants it).
         loss: of (logits, targets, x_k); not called where there is no head.
         update: of the weights of all three, at the end of a batch.
         links: which errors come and go, and how they train the stage.
@@ -123,11 +123,11 @@ class Stage:
         Returns:
             The error for the stage before, ∂L_k/∂x_{k-1}; None if it wants none.
         """
-        assert self._flight is not None and self.head is not None
+        assert self._flight is not None
         flight, self._flight = self._flight, None
         trained, sends = self._body_live if self.links.local_weight else [], 1 in self.links.hops_out
         wanted = sends or self.links.local_weight != 0.0 or self.links.normalize
-        error = self._head_backward(flight, targets, share, mix_ratio, wanted)
+        error = self._head_backward(flight, targets, share, mix_ratio, wanted) if self.head is not None else None
         if flight.tail_run is not None:
             error = self._local_backward_of_tail(flight.tail_run, error, bool(trained) or sends)
         if error is not None:

@@ -61,7 +61,8 @@ METHODS = {
     "far": {"method": {"local_weight": 0.5, "link": {**DEEP, "delay": 1, "normalize": True, "weight": 0.7}},
             "train__microbatches": 2,
             "optimizer": {"name": "adamw", "lr": 0.01, "clip_norm": 0.5, "args": {"fused": True}}},
-    "farthest": {"method": {"local_weight": 0.0, "link": {**DEEP, "delay": 1, "take": "farthest", "wire": "bf16"}},
+    "farthest": {"method": {"local_weight": 0.0, "head": "none",
+                            "link": {**DEEP, "delay": 1, "take": "farthest", "wire": "bf16"}},
                  "train__microbatches": 2},
 }
 

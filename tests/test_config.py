@@ -527,6 +527,16 @@ def test_heads_losses_and_link_weights_are_one_for_all_or_one_for_each():
     assert parse_config(yaml.safe_load(dump_config(each))) == each
 
 
+BY_LINKS = {"local_weight": 0.0, "link": {"length": "all"}}
+
+
+@pytest.mark.parametrize("method", [
+    {"head": ["none", "conv"], **BY_LINKS}, {"name": "bp", "head": "none"},
+    {"head": "none", "local_weight": 0.0, "link": {"length": "all", "reach": "all", "take": "farthest"}}])
+def test_heads_whose_losses_teach_nothing_can_be_left_out(method):
+    assert with_method(**method).method.stage_head(0).left_out
+
+
 @pytest.mark.parametrize(("method", "message"), [
     ({"head": ["linear"]}, r"^method\.head: a list of 1 for 3 stages; give 2, one for each but the last, or one "),
     ({"loss": ["cross_entropy"] * 2}, r"^method\.loss: a list of 2 for 3 stages; give 3, one for each, or one value "),
@@ -540,6 +550,12 @@ def test_heads_losses_and_link_weights_are_one_for_all_or_one_for_each():
     ({"link": {"joint": True, "reach": 2}}, r"^method\.link\.joint: true joins .*; set method\.link\.reach=1, or "),
     ({"link": {"joint": True, "normalize": True}}, r"^method\.link\.joint: true .*; set method\.link\.normalize=false"),
     ({"name": "greedy", "local_weight": 0.0}, r"^method\.local_weight: 0, and no link: only the last stage would "),
+    ({"head": "none"}, r"^method\.head: none, and with method\.local_weight 1 a stage learns from its own head's "),
+    ({"head": "none", **BY_LINKS}, r"^method\.head: none, and stage 1 learns from the loss of stage 2; set "),
+    ({"head": ["conv", "none"], **BY_LINKS}, r"^method\.head\.1: none, and stage 1 learns from the loss of stage 2; "),
+    ({"head": ["none", "conv"], "local_weight": 0.0, "link": {"length": "all", "normalize": True}},
+     r"^method\.head\.0: none, and method\.link\.normalize takes a local gradient's norm; set it to false, "),
+    ({"head": {"name": "none", "args": {"hidden": 3}}}, r"^method\.head: none takes no args, and has \{'hidden': 3\}"),
 ])
 def test_what_does_not_fit_the_stages_is_refused(method, message):
     with pytest.raises(ConfigError, match=message):

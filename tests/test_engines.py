@@ -10,9 +10,9 @@ ADAMW = {"name": "adamw", "lr": 0.01, "args": {"fused": True, "weight_decay": 0.
 DEEP = {"name": "mlp", "args": {"hidden": [12] * 8, "dropout": 0.2}}
 
 
-def far(name, delay, microbatches, alpha, **link):
+def far(name, delay, microbatches, alpha, head="conv", **link):
     """Links that reach further than the next stage, and treat their errors in every way there is."""
-    return small_config(name, partition__stages=4, method={"local_weight": alpha, "link": {
+    return small_config(name, partition__stages=4, method={"local_weight": alpha, "head": head, "link": {
         "length": "all", "delay": delay, **link}}, train__microbatches=microbatches,
         data__args={"shape": [2, 8, 8], "classes": 4, "samples": 56})
 
@@ -56,6 +56,8 @@ JOBS = {
         far("two", 1, 1, 0.0, reach=2),
         far("two_in_time", 0, 4, 1.0, reach=2, weight=[1.0, 0.0, 0.5]),
         far("farthest", 1, 2, 0.0, reach="all", take="farthest", wire="bf16"),
+        far("without_heads", 1, 4, 0.0, "none", reach="all", take="farthest", delay_unit="microbatch",
+            keep="recompute"),
         far("normalized", 2, 4, 0.5, reach=3, normalize=True, keep="recompute"),
         far("late", 4, 1, 1.0, schedule="cosine", wire="bf16"),
         far("joint_in_time", 0, 4, 0.5, joint=True, weight=[1.0, 0.0, 0.5]),

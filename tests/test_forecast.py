@@ -32,6 +32,7 @@ from blpipe.program import Factors, Ports, errors_ahead, execute, train_program
 from blpipe.steps import Step
 
 CPU = torch.device("cpu")
+LAST_LOSS = {"local_weight": 0.0, "link": {"length": "all", "reach": "all", "take": "farthest"}}
 MLP = {"name": "mlp", "args": {"hidden": [32] * 6, "batch_norm": False}}
 
 
@@ -320,7 +321,7 @@ def test_estimates_for_the_search_are_near_the_exact_memory():
     {}, {"method__link": {"length": 0}}, {"method__name": "greedy", "train__wire": "bf16"},
     {"method__head": "blocks"}, {"method__head": "blocks", "train__recompute": True},
     {"method__link": {"delay": 2, "wire": "bf16"}, "train__microbatches": 2, "train__wire": "bf16"},
-    {"method": {"local_weight": 0.0, "link": {"length": "all", "reach": "all", "take": "farthest"}}}])
+    {"method": LAST_LOSS}, {"method": {**LAST_LOSS, "head": "none"}}])
 def test_the_search_misses_no_partition_that_fits(changes):
     network = small_resnet(**changes)
     estimates, exact = estimated_bytes(profile(network, CPU)), Rehearsal(network, CPU)
@@ -335,6 +336,14 @@ def test_backpropagation_is_not_charged_for_heads():
     stage, blocks = stage_cost(costs, 1, 3, linked(length=1)), costs.blocks[1:3]
     assert stage.batch_seconds("bp", 1) == pytest.approx(sum(b.forward + b.backward + b.step for b in blocks))
     assert stage.head_step == costs.heads[2].step > 0
+
+
+def test_heads_that_are_left_out_cost_nothing():
+    network, _ = network_of(partition__stages=2, method={**LAST_LOSS, "head": "none"})
+    costs = profile(network, CPU)
+    assert not costs.head_seconds[1:-1].any()
+    assert not costs.head_step[:-1].any()
+    assert costs.head_seconds[-1] > 0  # the last loss
 
 
 @pytest.fixture

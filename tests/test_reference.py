@@ -1,5 +1,7 @@
 """The engines against plain PyTorch: a hand-written reference, a plain loop, plain backpropagation."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +165,21 @@ def test_links_that_reach_all_of_the_way_are_backpropagation(tmp_path):
     plain = train_locally(small_config("bp", model=NO_DROPOUT, method__name="bp"), tmp_path)
     for name, expected in model_of(plain).items():
         torch.testing.assert_close(model_of(linked)[name], expected, rtol=1e-4, atol=1e-5)
+
+
+LAST_LOSS = {"local_weight": 0.0, "link": {"reach": "all", "take": "farthest", "length": "all", "delay": 1}}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train__on_nonfinite": "skip", "train__replicas": 2}])
+def test_heads_that_teach_nothing_can_be_left_out(changes, tmp_path):
+    """The model learns the same without them, and their stages have no accuracy."""
+    heads, none = (train_locally(small_config(head, method={**LAST_LOSS, "head": head}, **changes), tmp_path)
+                   for head in ("linear", "none"))
+    for name, expected in model_of(heads).items():
+        assert torch.equal(model_of(none)[name], expected), name
+    of_stages = json.loads((none / "result.json").read_text())["stage_val_accuracy"]
+    assert of_stages[:-1] == [None] * (len(of_stages) - 1)
+    assert of_stages[-1] == json.loads((heads / "result.json").read_text())["val_accuracy"]
 
 
 @pytest.mark.parametrize("key", ["method__link", "train"])

@@ -80,7 +80,7 @@ def _seat(index: int, replica: int) -> str:
 
 def _notes_on_other_stages(before: list[list[str]], plan: Plan) -> list[str]:
     ends = {names[-1] for names in before[:-1]}
-    now = [plan.block_names(k)[-1] for k in range(len(plan.stages) - 1)]
+    now = [plan.block_names(k)[-1] for k in range(len(plan.stages)) if plan.has_head(k)]
     kept, new = [name for name in now if name in ends], [name for name in now if name not in ends]
     heads = [f"those after {', '.join(names)} are {how}" for names, how in ((kept, "kept"), (new, "new")) if names]
     return [f"the checkpoint is of {len(before)} stages, and this run has {len(plan.stages)}; "

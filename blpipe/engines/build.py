@@ -39,12 +39,12 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     Raises:
         ConfigError: a head, loss or optimizer that cannot be built.
     """
-    config, last = plan.config, index == len(plan.stages) - 1
+    config = plan.config
     blocks = _on(device, plan.stages[index], config.train.channels_last)
-    head: nn.Module | None = nn.Identity() if last else None
-    if not last and config.method.name != "bp":
+    head: nn.Module | None = nn.Identity() if plan.has_loss(index) else None
+    if plan.has_head(index):
         head = _on(device, plan.build_head(index), config.train.channels_last)
-    loss = _on(device, plan.build_loss(index) if head is not None else nn.Identity(), config.train.channels_last)
+    loss = _on(device, plan.build_loss(index) if plan.has_loss(index) else nn.Identity(), config.train.channels_last)
     parts = [blocks, loss, *([] if head is None else [head])]
     # With deterministic algorithms in every engine: then all compute the same. What is compiled has kernels of its own.
     alike = device.type == "cuda" and (beside_receives or torch.are_deterministic_algorithms_enabled())

@@ -106,6 +106,9 @@ class Profile:
         return np.array([0.0] + [0.0 if head is None else head.step for head in self.heads])
 
 
+FREE = Cost(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0)  # of a head that is left out
+
+
 def profile(network: Network, device: torch.device, data: Data | None = None, heads_at: Collection[int] = ()
             ) -> Profile:
     """The costs of all blocks and of a head after each of them; blocks that are alike are looked at once.
@@ -153,9 +156,9 @@ def _profile(network: Network, device: torch.device, data: Data | None, heads_at
         logits = inputs[-1]._replace(dtype=head.type_of_logits(given, device))
         check_loss(head.names[1], head.loss, network.data, few, logits, given)
 
-    def head_cost(head: _HeadAndLoss | None, given: TensorSpec, must_fit: bool) -> Cost | None:
-        if head is None:
-            return None
+    def head_cost(head: _HeadAndLoss | Cost | None, given: TensorSpec, must_fit: bool) -> Cost | None:
+        if not isinstance(head, _HeadAndLoss):
+            return head
         try:
             return cost_of(head.what, head, head.alike, given, goal=targets, check=partial(check_loss_of, head, given))
         except ConfigError as error:
@@ -224,11 +227,17 @@ def _of_logits(loss: nn.Module) -> bool:
     return isinstance(loss, LocalLoss) and not loss.takes_x
 
 
-def _heads(network: Network) -> Iterator[_HeadAndLoss | None]:
-    """A head with its loss after every block, by the stage that the block is in; after the last one the loss alone."""
+def _heads(network: Network) -> Iterator[_HeadAndLoss | Cost | None]:
+    """A head with its loss after every block, by the stage that the block is in; after the last one the loss alone.
+
+    The cost itself where heads are left out, and None where no head fits.
+    """
     config, seed, stages = network.config.method, network.config.seed, network.stage_of_block
     method = config.with_parts_of(stages)  # as if each block were a stage
     for i, (name, boundary) in enumerate(zip(network.block_names, network.boundaries, strict=True)):
+        if not boundary.last and method.stage_head(i).left_out:
+            yield FREE
+            continue
         loss_config = method.stage_loss(i)
         try:
             head = nn.Identity() if boundary.last else \
