@@ -8,6 +8,7 @@ JOINT: dict[str, Any] = {"name": "backlink", "link": {"length": "all", "joint": 
 JOINT_TAIL: dict[str, Any] = {"name": "backlink", "link": {"joint": True}}
 LAST_LOSS: dict[str, Any] = {"name": "backlink", "local_weight": 0.0,
                              "link": {"length": "all", "reach": "all", "take": "farthest"}}
+HEADLESS: dict[str, Any] = LAST_LOSS | {"head": "none"}
 
 
 def late(method: dict[str, Any], delay: int | str) -> dict[str, Any]:

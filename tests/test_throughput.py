@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
+from benchmarks.methods import HEADLESS, JOINT, JOINT_TAIL, LARGER_HEADS
 from benchmarks.prediction import vit
 from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling.report import COLUMNS, PREDICTED
@@ -20,6 +20,7 @@ from benchmarks.throughput.methods import make_configs
 from benchmarks.throughput.settings import METHODS, REPLICAS, Cuts, case_tree, find_cuts, load_settings
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
+from blpipe.errors import ConfigError
 from blpipe.forecast.costs import profile
 from blpipe.forecast.report import make_report
 from blpipe.forecast.stages import balanced_starts
@@ -242,13 +243,22 @@ def test_every_method_has_the_cuts_that_suit_it():
     config = parse_config({**tree, "partition": {**tree["partition"], "costs": "analytic"}})
     cuts = find_cuts(config, 8, torch.device("cpu"))
     for kind, method in (("stages", {}), ("larger_heads", LARGER_HEADS), ("joint_tail", JOINT_TAIL),
-                         ("joint", JOINT)):
+                         ("joint", JOINT), ("no_heads", HEADLESS)):
         network = make_network(parse_config({**tree, "method": method}), open_data(config.data, config.seed).spec)
         starts = balanced_starts(profile(network, torch.device("cpu")), "backlink", config.partition)[1:]
         assert getattr(cuts, kind) == [network.block_names[start] for start in starts]
     assert cuts.joint not in (cuts.stages, cuts.joint_tail)
     assert cuts.replicas is None  # three stages are no two halves
     assert REPLICAS not in make_configs(tree, cuts, 8)
+
+
+def test_some_methods_are_measured_beside_what_they_are_compared_with():
+    changes = {"methods": ["one process", "no heads d=1", REPLICAS], "stages": 3}
+    assert load_settings(FULL, changes | {"cases": {}}).measured == ["no heads d=1", "1F1B", "DDP", "one process"]
+    with pytest.raises(ConfigError, match=r"^methods: unknown 'no head' \(did you mean 'no heads d=1'\?\); some of"):
+        load_settings(FULL, {"methods": ["no head"], "cases": {}})
+    with pytest.raises(ConfigError, match=r"^cases\.ResNet-20, width 2\.aims\.0\.method: unknown 'BackLink d=1'"):
+        load_settings(FULL, changes)
 
 
 def test_replicas_have_half_as_many_stages_and_half_of_every_batch():

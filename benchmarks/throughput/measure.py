@@ -28,7 +28,8 @@ def measure_case(settings: ThroughputConfig, name: str, device: torch.device) ->
     measured_on = environment(device) | {"load": os.getloadavg()[0], "blpipe": blpipe.__version__}
     with one_thread():
         cuts = find_cuts(config, settings.microbatches, device)
-    rounds = _launch({"case": name, "config": tree, "cuts": cuts._asdict(), **_lengths(settings)}, settings.stages)
+    rounds = _launch({"case": name, "config": tree, "cuts": cuts._asdict(), "methods": settings.measured,
+                      **_lengths(settings)}, settings.stages)
     if rounds is None:
         return None
     return {"stages": settings.stages, "batch": config.train.batch_size, **_lengths(settings),

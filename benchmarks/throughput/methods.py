@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.methods import BACKLINK, JOINT, JOINT_TAIL, LARGER_HEADS, LAST_LOSS, late
+from benchmarks.methods import BACKLINK, HEADLESS, JOINT, JOINT_TAIL, LARGER_HEADS, LAST_LOSS, late
 from benchmarks.throughput.settings import REPLICAS, Cuts
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
@@ -105,6 +105,8 @@ def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[st
         "joint d=0": variant(late(JOINT, 0), cuts=cuts.joint),
         "last loss d=1": variant(late(LAST_LOSS, 1), 1),
         "last loss d=1/M": variant(late(LAST_LOSS, "1/M")),
+        "no heads d=1": variant(late(HEADLESS, 1), 1, cuts.no_heads),
+        "no heads d=1/M": variant(late(HEADLESS, "1/M"), cuts=cuts.no_heads),
         "greedy": variant({"name": "greedy"}, 1),
         **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))
            for name, schedule in SCHEDULES.items()},

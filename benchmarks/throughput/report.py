@@ -10,8 +10,8 @@ from blpipe.text import human_bytes
 Case = dict[str, Any]  # of results.json: settings, environment, aims and rounds
 DASH = "–"
 _CUTS = {"stages": "stages", "larger_heads": "with larger heads", "joint_tail": "of joint tails",
-         "joint": "of joint backwards", "backprop": "1F1B's own", "virtual": "two stages a process",
-         "replicas": "of a replica"}
+         "joint": "of joint backwards", "no_heads": "without heads", "backprop": "1F1B's own",
+         "virtual": "two stages a process", "replicas": "of a replica"}
 _HEAD = ["", "samples/s", "× 1F1B", "× DDP", "of own speed", "side by side", "busy, %", "waiting, %", "sent a step"]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field
 
-from benchmarks.methods import JOINT, JOINT_TAIL, LARGER_HEADS
+from benchmarks.methods import HEADLESS, JOINT, JOINT_TAIL, LARGER_HEADS
 from blpipe.config import Config, MethodConfig, PartitionConfig
 from blpipe.config_file import parse_as, parse_config, read_yaml
 from blpipe.config_types import Positive, Section
@@ -21,8 +21,10 @@ from blpipe.plugins import did_you_mean
 
 REPLICAS = "2 replicas d=1"
 METHODS = ("BackLink d=1", "BackLink d=1/M", "BackLink d=0", "larger heads d=1", "joint tail d=1",
-           "joint tail d=0", "joint d=1", "joint d=1/M", "joint d=0", "last loss d=1", "last loss d=1/M", "greedy",
-           "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B", "zero-bubble", "DDP", REPLICAS, "one process")
+           "joint tail d=0", "joint d=1", "joint d=1/M", "joint d=0", "last loss d=1", "last loss d=1/M",
+           "no heads d=1", "no heads d=1/M", "greedy", "GPipe", "1F1B", "1F1B, own cuts", "interleaved 1F1B",
+           "zero-bubble", "DDP", REPLICAS, "one process")
+COMPARED = ("1F1B", "DDP")  # over which the speeds of all are told
 DRAINING = 2  # steps after a window, in which pipelines drain: they do so once an epoch, which has hundreds of steps
 OWN_SPEED = "own speed"  # of the slowest stage, without neighbours
 
@@ -48,17 +50,25 @@ class ThroughputConfig(Section):
     """The whole measurement.
 
     base: an ordinary config without name, model, method and cuts; `samples` of its data follows from
-    the steps. microbatches: of BackLink d=0 and of torch's schedules. A window is `warmup` steps that are not
-    timed, then `steps` that are, then two in which the pipelines drain.
+    the steps. methods: these alone, and 1F1B and DDP, which they are compared with. microbatches: of BackLink d=0 and
+    of torch's schedules. A window is `warmup` steps that are not timed, then `steps` that are, then two in which the
+    pipelines drain.
     """
 
     base: dict[str, Any]
+    methods: tuple[str, ...] = Field(default=METHODS, strict=False)
     stages: Positive = 2
     microbatches: Positive = 8
     rounds: Positive = 5
     steps: Positive = 8
     warmup: Positive = 3
     cases: dict[str, CaseConfig]
+
+    @property
+    def measured(self) -> list[str]:
+        """The methods that are measured, in order; replicas only with an even number of stages."""
+        return [method for method in METHODS if method in (*self.methods, *COMPARED)
+                and (method != REPLICAS or self.stages % 2 == 0)]
 
 
 class Cuts(NamedTuple):
@@ -69,6 +79,7 @@ class Cuts(NamedTuple):
         larger_heads: of K stages, by those of BackLink with heads `blocks` and links through all of a stage.
         joint_tail: of K stages, by those of BackLink with a joint backward through the last block.
         joint: of K stages, by those of BackLink with a joint backward through all blocks.
+        no_heads: of K stages, by those of the last loss alone.
         backprop: of K stages, by those of backpropagation with microbatches.
         virtual: of 2K stages, by the same, for schedules with two a process.
         replicas: of K/2 stages, by the costs of BackLink with half of every batch; None where K is odd.
@@ -78,6 +89,7 @@ class Cuts(NamedTuple):
     larger_heads: list[str]
     joint_tail: list[str]
     joint: list[str]
+    no_heads: list[str]
     backprop: list[str]
     virtual: list[str]
     replicas: list[str] | None
@@ -90,14 +102,15 @@ def load_settings(path: Path, changes: dict[str, Any]) -> ThroughputConfig:
         ConfigError: with the problems found, each on its own line with its key.
     """
     settings = parse_as(ThroughputConfig, read_yaml(path) | changes)
-    methods = [method for method in METHODS if method != REPLICAS or settings.stages % 2 == 0]
-    problems = [f"base.{key}: leave it out; {why}" for key, why in
+    problems = [f"methods: unknown {method!r}{did_you_mean(method, dict.fromkeys(METHODS))}; some of "
+                f"{', '.join(METHODS)}" for method in settings.methods if method not in METHODS]
+    problems += [f"base.{key}: leave it out; {why}" for key, why in
                 (("name", "cases have names"), ("model", "cases have models"), ("method", "all of them are measured"))
                 if key in settings.base]
     for name, case in settings.cases.items():
         aims = [(f"cases.{name}.aims.{i}", aim) for i, aim in enumerate(case.aims)]
-        for key, value, known in [(f"{key}.method", aim.method, methods) for key, aim in aims] \
-                + [(f"{key}.over", aim.over, [*methods, OWN_SPEED]) for key, aim in aims]:
+        for key, value, known in [(f"{key}.method", aim.method, settings.measured) for key, aim in aims] \
+                + [(f"{key}.over", aim.over, [*settings.measured, OWN_SPEED]) for key, aim in aims]:
             if value not in known:
                 problems.append(f"{key}: unknown {value!r}{did_you_mean(value, dict.fromkeys(known))}; "
                                 f"one of {', '.join(known)}")
@@ -136,8 +149,8 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
         ConfigError: a model that does not fit the data, or has too few blocks.
     """
     stages = config.partition.stage_count
-    larger, joint_tail, joint = (config.model_copy(update={"method": MethodConfig.model_validate(method)})
-                                 for method in (LARGER_HEADS, JOINT_TAIL, JOINT))
+    larger, joint_tail, joint, no_heads = (config.model_copy(update={"method": MethodConfig.model_validate(method)})
+                                           for method in (LARGER_HEADS, JOINT_TAIL, JOINT, HEADLESS))
     train = config.train.model_copy(update={"microbatches": microbatches})
     backprop = config.model_copy(update={"method": MethodConfig(name="bp"), "train": train})
     virtual = backprop.model_copy(update={"partition": PartitionConfig(stages=2 * stages, strategy="balanced")})
@@ -153,7 +166,8 @@ def find_cuts(config: Config, microbatches: int, device: torch.device) -> Cuts:
 
     half = None if stages % 2 else _half_of(config)
     return Cuts(cuts(config, whole), cuts(larger, _costs(larger, device)), cuts(joint_tail, whole), cuts(joint, whole),
-                cuts(backprop, parts), cuts(virtual, parts), None if half is None else cuts(half, _costs(half, device)))
+                cuts(no_heads, _costs(no_heads, device)), cuts(backprop, parts), cuts(virtual, parts),
+                None if half is None else cuts(half, _costs(half, device)))
 
 
 def _half_of(config: Config) -> Config:

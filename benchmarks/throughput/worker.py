@@ -72,8 +72,9 @@ def main(job: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(1)
     data = Batches(config, device)
-    plans = {name: make_plan(each, data.spec, replica=launch.rank() // each.partition.stage_count)
-             for name, each in make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"]).items()}
+    configs = make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"])
+    plans = {name: make_plan(configs[name], data.spec, replica=launch.rank() // configs[name].partition.stage_count)
+             for name in job["methods"]}
     agreed = {name: contract(plan) for name, plan in plans.items()}
     world = World(meet(config.runtime.timeout_seconds), device, own_gpu, agreed)
     worlds = {1: world}
