@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blpipe.boundary import Boundary
 from blpipe.config_types import Named
 from blpipe.errors import ConfigError
-from blpipe.heads import Boundary, PoolToFeatures, before_pool
+from blpipe.heads import PoolToFeatures, before_pool
 from blpipe.models.build import out_of_place
 from blpipe.plugins import call, resolve, takes
 from blpipe.seeds import derive_seed, fixed_randomness

@@ -8,11 +8,12 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from blpipe.boundary import Boundary, channels_first, tokens_of
 from blpipe.config import Config
 from blpipe.config_types import WirePrecision
 from blpipe.data import Mixing
 from blpipe.errors import ConfigError, one_line
-from blpipe.heads import Boundary, build_head, channels_first, tokens_of
+from blpipe.heads import build_head
 from blpipe.links import Links, stage_links
 from blpipe.losses import build_loss
 from blpipe.models import build_model

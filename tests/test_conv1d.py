@@ -5,9 +5,10 @@ import torch
 from conftest import metrics_of, small_config, train_locally
 from torch import nn
 
+from blpipe.boundary import Boundary
 from blpipe.config import HeadConfig, LossConfig
 from blpipe.config_file import parse_config
-from blpipe.heads import Boundary, ToTokens, build_head
+from blpipe.heads import ToTokens, build_head
 from blpipe.losses import build_loss
 from blpipe.plan import make_network, make_plan
 from blpipe.specs import DataSpec

@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from blpipe.boundary import Boundary
 from blpipe.config import HeadConfig, LossConfig
 from blpipe.errors import ConfigError
-from blpipe.heads import Boundary, PoolToFeatures, blocks, build_head, conv, linear, mlp_sr
+from blpipe.heads import PoolToFeatures, blocks, build_head, conv, linear, mlp_sr
 from blpipe.losses import build_loss, cross_entropy
 from blpipe.tally import Tally
 

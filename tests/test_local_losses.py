@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from blpipe.boundary import Boundary
 from blpipe.config import LossConfig
 from blpipe.errors import ConfigError
-from blpipe.heads import Boundary
 from blpipe.losses import build_loss
 
 LATER = ((8, 2, 2), (5,))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from blpipe.heads import Boundary
+from blpipe.boundary import Boundary
 
 
 class Patches(nn.Module):
