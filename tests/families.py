@@ -1,12 +1,10 @@
 """torchvision's classification models: one of each family, and what the tests do with any of them."""
 
-from collections import OrderedDict
-
 import torch
 from torch import nn
 
+from benchmarks.models.same import EQUAL, differences, plain_state
 from blpipe.models.blocks import blocks_of
-from blpipe.models.build import plain_metadata, plain_names
 from blpipe.models.zoo import torchvision_model
 
 FAMILIES = ("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t",
@@ -32,35 +30,17 @@ def assert_blocks_are_the_model(name: str) -> nn.Sequential:
     plain = torchvision_model(f"torchvision/{name}", args, 5)
     x = torch.rand(2, 3, size, size)
     blocks = blocks_of(plain, x)
-    start = {name: buffer.clone() for name, buffer in plain.named_buffers()}
-    wanted = outputs(plain, x), {name: buffer.clone() for name, buffer in plain.named_buffers()}
-    for name, buffer in plain.named_buffers():  # which the blocks share
-        buffer.copy_(start[name])
-    for one, other in zip(outputs(blocks, x), wanted[0], strict=True):
-        assert torch.equal(one, other)
-    assert all(torch.equal(buffer, wanted[1][name]) for name, buffer in plain.named_buffers())
+    assert differences(plain, blocks, x) == EQUAL
     assert_same_state(plain, blocks)
     return blocks
 
 
 def assert_same_state(plain: nn.Module, blocks: nn.Sequential) -> None:
     """The blocks' state_dict, under the plain model's names, is the plain model's."""
-    names, state = plain_names(blocks), plain.state_dict()
-    own = OrderedDict((names[key], tensor) for key, tensor in blocks.state_dict().items())
+    own, state = plain_state(blocks), plain.state_dict()
     assert own.keys() == state.keys()
     assert all(torch.equal(own[key], tensor) for key, tensor in state.items())
-    own._metadata = plain_metadata(blocks)
     plain.load_state_dict(own, strict=True)
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """In training, with random numbers from a seed, and then in evaluation."""
-    found = []
-    for training in (True, False):
-        torch.manual_seed(1)
-        found.append(model.train(training)(x.clone()))
-    return found
 
 
 def one_step(name: str, **more) -> dict:

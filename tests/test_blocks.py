@@ -51,6 +51,7 @@ def example(name, size=3):
     ("Auxiliary", ["a", "joined", "memory", "b"]),
     ("Asserts", ["fc"]),
     ("MakesModules", ["fc"]),
+    ("SizesOneByOne", ["fc"]),
     ("DrawsForAKnownShape", ["fc"]),
     ("Shortcuts", ["a", "b", "c"]),
 ])

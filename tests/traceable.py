@@ -364,6 +364,12 @@ class FollowsADtype(ControlFlow):
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device).index_add(0, torch.arange(x.shape[0]), x)
 
 
+class SizesOneByOne(ControlFlow):
+    def forward(self, x: Tensor) -> Tensor:
+        state, noise = torch.zeros(x.shape[0], 4), torch.rand(x.shape[0], 1, dtype=x.dtype)
+        return self.fc(x + state * torch.ones(4) + noise)
+
+
 class MakesModules(ControlFlow):
     def forward(self, x: Tensor) -> Tensor:
         return nn.Flatten()(nn.ReLU()(self.fc(x)))

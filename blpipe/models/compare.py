@@ -34,7 +34,7 @@ def check_same(model: nn.Module, blocks: nn.Sequential, data: DataSpec) -> list[
     notes = []
     for training in (False, True):
         same, mode = True, "training" if training else "evaluation"
-        with _kept_buffers(model):
+        with kept_buffers(model):
             try:
                 same = _computes_the_same(model, blocks, training, data)
             except Exception as error:  # whatever a user's model does; the shapes that are traced later may tell
@@ -51,7 +51,8 @@ def check_same(model: nn.Module, blocks: nn.Sequential, data: DataSpec) -> list[
 
 
 @contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards all modules hold what they held before, and buffers the values that they had."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with unchanged(model):
@@ -62,7 +63,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _computes_the_same(model: nn.Module, blocks: nn.Sequential, training: bool, data: DataSpec) -> bool:
-    with _kept_buffers(model):
+    with kept_buffers(model):
         plain = _copy_of(model).train(training)
         outputs = [each for each in tree_leaves(_parts(_run(plain, data))) if isinstance(each, Tensor)]
         buffers = [buffer.clone() for buffer in plain.buffers()]

@@ -5,8 +5,8 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -52,6 +52,9 @@ _VIEWS = {  # what may share its result's memory with its input
     "stochastic_depth", "diagonal", "ravel", "moveaxis", "swapdims", "tensor_split", "split_with_sizes",
     "hsplit", "vsplit", "dsplit", "unfold", "broadcast_to", "as_strided", "type_as", "double", "squeeze_",
     "unsqueeze_", "real", "view_as_real", "view_as_complex"}
+
+
+_OF_SIZES = ("empty", "ones", "rand", "randn", "zeros")  # functions of torch that take sizes one by one
 
 
 class Traced(NamedTuple):
@@ -257,12 +260,35 @@ def _refuse_new_buffers(model: nn.Module) -> None:
 
 def _graph_of(model: nn.Module, tracer: _Tracer) -> fx.Graph:
     try:
-        return tracer.trace(model)
+        with _sizes_in_tuples():
+            return tracer.trace(model)
     except Exception as error:
         modules = [module_path(call) for call in tracer.module_stack]
         raise Untraceable(f"{type(error).__name__}: {one_line(error)}",
                           _place(reversed(list(traceback.walk_tb(error.__traceback__)))),
                           modules[-1] if modules else "") from error
+
+
+@contextmanager
+def _sizes_in_tuples() -> Iterator[None]:
+    """`torch.zeros(batch, 4)` can be traced: where the first size is a proxy, torch takes sizes in a tuple alone."""
+    originals = {name: getattr(torch, name) for name in _OF_SIZES}
+    with torch.device("meta"):  # when first used it lists the functions that take a device: those of torch, not ours
+        torch.empty(0)
+    try:
+        for name, function in originals.items():
+            setattr(torch, name, _with_sizes_in_a_tuple(function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
+
+
+def _with_sizes_in_a_tuple(function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*sizes: Any, **more: Any) -> Any:
+        one_by_one = len(sizes) > 1 and isinstance(sizes[0], fx.Proxy)
+        return function(sizes, **more) if one_by_one else function(*sizes, **more)
+    return called
 
 
 def _frames_upward(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
