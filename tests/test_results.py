@@ -14,6 +14,9 @@ from benchmarks.byte_lm.__main__ import table as language_model_table
 from benchmarks.memory.cases import Size
 from benchmarks.memory.report import as_markdown as memory_table
 from benchmarks.memory.results import Results
+from benchmarks.models.__main__ import rows_of
+from benchmarks.models.report import as_markdown as models_table
+from benchmarks.models.report import exceptions, summary
 from benchmarks.overview.__main__ import ACCURACY, accuracies, peaks_by_k, speeds
 from benchmarks.prediction.__main__ import as_markdown as prediction_tables
 from benchmarks.scaling.report import as_markdown as scaling_table
@@ -62,6 +65,21 @@ def test_tables_of_accuracy_follow_from_their_rows(name):
     path = BENCHMARKS / "accuracy/results" / name
     results = read_results(path / "results.jsonl")
     assert (path / "table.md").read_text() == accuracy_table(sweep, combinations, results)
+
+
+def test_tables_of_models_follow_from_their_rows():
+    path = BENCHMARKS / "models/results"
+    rows = rows_of(path / "results.jsonl")
+    assert (path / "table.md").read_text() == models_table(rows)
+    readme = (BENCHMARKS / "models/README.md").read_text()
+    assert summary(rows) in readme
+    assert exceptions(rows) in readme
+    equal = [row for row in rows if row["training"] == row["evaluation"] == 0 and row["buffers"]]
+    trained = [row for row in rows if "losses" in row and row["stages"] == 4]
+    told = " ".join((REPOSITORY / "README.md").read_text().split())
+    assert f"Of {len(rows)}, one of every module" in told
+    assert len(equal) == len(rows)
+    assert f"and {len(trained)} train a BackLink step in four stages" in told
 
 
 def test_the_readme_shows_the_tables_of_the_predictions():
