@@ -61,7 +61,7 @@ def _why_uncut(row: Row) -> str:
     if row["largest_weight"] > 0.5:
         return f"one weight holds {percent(row['largest_weight'])} of the parameters"
     notes = [note.partition(": a cut needs ")[2] for note in row["notes"] if ": a cut needs " in note]
-    return f"a cut needs {notes[0]}" if notes else "its layers lie in one module, and hold as much"
+    return f"a cut needs {notes[0]}" if notes else "a module of the model's own, which stays whole"
 
 
 def _trained(row: Row) -> bool:
