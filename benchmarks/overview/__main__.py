@@ -35,7 +35,7 @@ ACCURACY: dict[str, tuple[str, int, Sequence[Settings]]] = {
 NETWORKS = {"ViT, 12 layers": "ViT", "ViT, 12 layers in halves": "ViT,\nhalf-layers", "ResNet-20, width 2": "ResNet-20",
             "ResNet-110": "ResNet-110", "VGG-11, 4096 hidden": "VGG-11"}
 SPEED = {"BackLink, a batch late": ("BackLink d=1", COLOURS["BackLink"]),
-         "the last loss, a microbatch late": ("no heads d=1/M", COLOURS["the last loss, late"]),
+         "the last loss, a microbatch late": ("last loss d=1/M", COLOURS["the last loss, late"]),
          "DDP": ("DDP", "#bab0ac")}
 MEMORY = {"1F1B": ("bp", COLOURS["1F1B"]),
           "the last loss, a microbatch late": ("last loss, d = 1/M", COLOURS["the last loss, late"]),
@@ -80,9 +80,10 @@ def _draw_accuracy(axis: Any) -> None:
 
 def _draw_speed(axis: Any) -> None:
     for number, (label, (method, colour)) in enumerate(SPEED.items()):
-        found = {place + 0.28 * (number - 1): value for place, value in enumerate(speeds(method)) if value is not None}
-        axis.bar(list(found), list(found.values()), 0.26, color=colour, label=label)
-        for place, value in found.items():
+        places = [place + 0.28 * (number - 1) for place in range(len(NETWORKS))]
+        values = speeds(method)
+        axis.bar(places, values, 0.26, color=colour, label=label)
+        for place, value in zip(places, values, strict=True):
             axis.annotate(f"{value:.2f}", (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
     axis.axhline(1.0, color=COLOURS["1F1B"], linestyle="--", label="1F1B, over its own best cuts")
     axis.set_xticks(range(len(NETWORKS)), NETWORKS.values(), fontsize=8)
@@ -123,13 +124,9 @@ def _is(row: Combination, settings: Settings, stages: int) -> bool:
 
 
 def speeds(method: str) -> list[float | None]:
-    """Over 1F1B's with its own cuts, on each of the networks; None where it has not been measured.
-
-    What has no heads was measured in a run of its own.
-    """
-    folder = "amd-epyc-2-cores" + "-no-heads" * method.startswith("no heads")
-    cases = json.loads((BENCHMARKS / f"throughput/results/{folder}/k2.json").read_text())
-    return [ratio(cases[name], method, "1F1B, own cuts") if name in cases else None for name in NETWORKS]
+    """Over 1F1B's with its own cuts, on each of the networks."""
+    cases = json.loads((BENCHMARKS / "throughput/results/amd-epyc-2-cores/k2.json").read_text())
+    return [ratio(cases[name], method, "1F1B, own cuts") for name in NETWORKS]
 
 
 def peaks_by_k(part: str, method: str, again: bool) -> dict[int, int]:
