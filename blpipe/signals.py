@@ -22,6 +22,7 @@ class Signals:
     def __init__(self) -> None:
         self.asked_by: signal.Signals | None = None
         self._interrupted_at: float | None = None
+        self._process = os.getpid()
 
     def __enter__(self) -> "Signals":
         self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._hear)}
@@ -41,6 +42,8 @@ class Signals:
         return self.asked_by is not None
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # one that reads data, and was forked just now
+            return
         if self._interrupted_at is not None:
             if monotonic() - self._interrupted_at > _AGAIN_SECONDS:
                 raise KeyboardInterrupt

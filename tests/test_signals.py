@@ -74,6 +74,16 @@ def test_what_fails_because_another_process_was_interrupted_is_an_interrupt(erro
         fails(error, interrupted)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_has_just_been_forked_does_not_speak(capfd):
+    with Signals():
+        if not (child := os.fork()):
+            interrupt()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert not capfd.readouterr().err
+
+
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
