@@ -99,8 +99,9 @@ def imagefolder(config: DataConfig, seed: int, size: int | list[int] | None = No
         return DatasetSplit.open(files, len(classes), torch.tensor(labels), f"data.root: {name}", config)
 
     transform = open_transforms(config, seed, keep_size=False)
+    untransformed = split("train") if transform and config.validation_samples else None
     return Source(split("train", transform), split("test"), len(classes), mean=(0.485, 0.456, 0.406),
-                  std=(0.229, 0.224, 0.225), untransformed=split("train") if transform else None)
+                  std=(0.229, 0.224, 0.225), untransformed=untransformed)
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:

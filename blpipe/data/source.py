@@ -23,7 +23,7 @@ class Source:
         classes: see `DataSpec`.
         mean: the default normalisation of values in 0…1, per channel or one for all; None for none.
         std: likewise.
-        untransformed: the training samples without the transforms of `augment`; None where there are none.
+        untransformed: the training samples without the transforms of `augment`; None where nobody needs them.
         tested: the name of the split that `test` is of, "test" or, where its samples are held out, "train".
     """
 
