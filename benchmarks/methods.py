@@ -2,6 +2,8 @@
 
 from typing import Any
 
+BACKPROP: dict[str, Any] = {"name": "bp"}
+GREEDY: dict[str, Any] = {"name": "greedy"}
 BACKLINK: dict[str, Any] = {"name": "backlink", "link": {}}
 LARGER_HEADS: dict[str, Any] = {"name": "backlink", "head": "blocks", "link": {"length": "all"}}
 JOINT: dict[str, Any] = {"name": "backlink", "link": {"length": "all", "joint": True}}

@@ -16,8 +16,10 @@ from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling.report import COLUMNS, PREDICTED
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import report
+from benchmarks.throughput.cuts import find_cuts
 from benchmarks.throughput.methods import make_configs
-from benchmarks.throughput.settings import METHODS, REPLICAS, Cuts, case_tree, find_cuts, load_settings
+from benchmarks.throughput.rows import METHODS, REPLICAS
+from benchmarks.throughput.settings import case_tree, load_settings
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.errors import ConfigError
@@ -63,7 +65,7 @@ def test_an_interrupted_benchmark_leaves_no_process(tmp_path, start):
 def plan_of(case, name):
     """The plan of one method of a measured case."""
     tree = case_tree(load_settings(QUICK, {}), "ResNet-8", "cpu")
-    config = make_configs(tree, Cuts(**case["cuts"]), case["microbatches"])[name]
+    config = make_configs(tree, case["cuts"], case["microbatches"], [name])[name]
     return make_plan(config, open_data(config.data, config.seed).spec)
 
 
@@ -153,7 +155,7 @@ def test_scaling_measures_what_the_machine_has_and_predicts_the_rest(measured, t
     assert set(found["measured"]) == {"1", "2"} and set(found["predicted"]) == {"1", "2", "4"}
     assert all(set(found["predicted"][count]) == set(PREDICTED) for count in ("2", "4"))
     assert set(COLUMNS) <= set(found["measured"]["2"])
-    config = scaling._config(load_settings(SCALING, {}), "ResNet-8", torch.device("cpu"))
+    config = parse_config(case_tree(load_settings(SCALING, {}), "ResNet-8", "cpu"))
     assert config.train.microbatches == 1  # one device trains whole batches
     assert found["predicted"]["1"]["one device"] == make_report(config).methods[-1].samples_per_second
     assert all(value > 0 for rows in (found["measured"], found["predicted"])
@@ -240,16 +242,17 @@ def test_every_method_has_the_cuts_that_suit_it():
     settings = load_settings(FULL, {"stages": 3})
     base = {**settings.base, "train": {"batch_size": 48}}
     tree = case_tree(settings.model_copy(update={"base": base}), "ResNet-20, width 2", "cpu")
-    config = parse_config({**tree, "partition": {**tree["partition"], "costs": "analytic"}})
-    cuts = find_cuts(config, 8, torch.device("cpu"))
+    tree["partition"]["costs"] = "analytic"
+    cuts = find_cuts(tree, METHODS, 8, torch.device("cpu"))
     for kind, method in (("stages", {}), ("larger_heads", LARGER_HEADS), ("joint_tail", JOINT_TAIL),
                          ("joint", JOINT), ("no_heads", HEADLESS)):
-        network = make_network(parse_config({**tree, "method": method}), open_data(config.data, config.seed).spec)
+        config = parse_config({**tree, "method": method})
+        network = make_network(config, open_data(config.data, config.seed).spec)
         starts = balanced_starts(profile(network, torch.device("cpu")), "backlink", config.partition)[1:]
-        assert getattr(cuts, kind) == [network.block_names[start] for start in starts]
-    assert cuts.joint not in (cuts.stages, cuts.joint_tail)
-    assert cuts.replicas is None  # three stages are no two halves
-    assert REPLICAS not in make_configs(tree, cuts, 8)
+        assert cuts[kind] == [network.block_names[start] for start in starts]
+    assert cuts["joint"] not in (cuts["stages"], cuts["joint_tail"])
+    assert find_cuts(tree, ["no heads d=1", "1F1B"], 8, torch.device("cpu")) == {
+        kind: cuts[kind] for kind in ("stages", "no_heads")}
 
 
 def test_some_methods_are_measured_beside_what_they_are_compared_with():
@@ -264,11 +267,13 @@ def test_some_methods_are_measured_beside_what_they_are_compared_with():
 def test_replicas_have_half_as_many_stages_and_half_of_every_batch():
     settings = load_settings(FULL, {"stages": 4})
     tree = case_tree(settings, "ResNet-20, width 2", "cpu")
-    config = parse_config({**tree, "partition": {**tree["partition"], "costs": "analytic"}})
-    replica = make_configs(tree, find_cuts(config, 8, torch.device("cpu")), 8)[REPLICAS]
+    tree["partition"]["costs"] = "analytic"
+    cuts = find_cuts(tree, [REPLICAS], 8, torch.device("cpu"))
+    replica = make_configs(tree, cuts, 8, [REPLICAS])[REPLICAS]
     assert (replica.partition.stage_count, replica.train.replicas, replica.train.microbatch_size) == (2, 2, 32)
     halves = {**tree, "train": {**tree["train"], "replicas": 2},
               "partition": {"stages": 2, "strategy": "balanced", "costs": "analytic"}}
-    network = make_network(parse_config(halves), open_data(config.data, config.seed).spec)
-    start, = balanced_starts(profile(network, torch.device("cpu")), "backlink", parse_config(halves).partition)[1:]
+    config = parse_config(halves)
+    network = make_network(config, open_data(config.data, config.seed).spec)
+    start, = balanced_starts(profile(network, torch.device("cpu")), "backlink", config.partition)[1:]
     assert replica.partition.cuts == (network.block_names[start],)

@@ -11,7 +11,8 @@ import torch
 import blpipe
 from benchmarks.command import one_thread, run_processes
 from benchmarks.environment import environment
-from benchmarks.throughput.settings import ThroughputConfig, case_tree, find_cuts
+from benchmarks.throughput.cuts import find_cuts
+from benchmarks.throughput.settings import ThroughputConfig, case_tree
 from benchmarks.throughput.torch_schedules import SCHEDULES
 from blpipe.config import PartitionConfig
 from blpipe.config_file import parse_config
@@ -27,14 +28,14 @@ def measure_case(settings: ThroughputConfig, name: str, device: torch.device) ->
     set_up(config)
     measured_on = environment(device) | {"load": os.getloadavg()[0], "blpipe": blpipe.__version__}
     with one_thread():
-        cuts = find_cuts(config, settings.microbatches, device)
-    rounds = _launch({"case": name, "config": tree, "cuts": cuts._asdict(), "methods": settings.measured,
-                      **_lengths(settings)}, settings.stages)
+        cuts = find_cuts(tree, settings.measured, settings.microbatches, device)
+    rounds = _launch({"case": name, "config": tree, "cuts": cuts, "methods": settings.measured,
+                      "own_speed": settings.own_speed, **_lengths(settings)}, settings.stages)
     if rounds is None:
         return None
     return {"stages": settings.stages, "batch": config.train.batch_size, **_lengths(settings),
-            "cuts": cuts._asdict(),
-            "blocks": {kind: _blocks(tree, each) for kind, each in cuts._asdict().items() if each is not None},
+            "cuts": cuts,
+            "blocks": {kind: _blocks(tree, each) for kind, each in cuts.items()},
             "environment": measured_on,
             "like": {each: schedule.like for each, schedule in SCHEDULES.items() if schedule.like},
             "aims": [aim.model_dump() for aim in settings.cases[name].aims], "rounds": rounds}

@@ -1,6 +1,6 @@
 """What is compared: the same model, batches and cuts, trained by each method over the same processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.methods import BACKLINK, HEADLESS, JOINT, JOINT_TAIL, LARGER_HEADS, LAST_LOSS, late
-from benchmarks.throughput.settings import REPLICAS, Cuts
+from benchmarks.throughput.rows import ROWS
+from benchmarks.throughput.settings import config_of
 from benchmarks.throughput.torch_schedules import SCHEDULES, TorchPipeline
 from blpipe.config import Config
-from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.device import transfer
 from blpipe.engines.common import train_epoch
@@ -86,36 +85,12 @@ class Constant:
         """Drop them."""
 
 
-def make_configs(tree: dict[str, Any], cuts: Cuts, microbatches: int) -> dict[str, Config]:
-    """The config of every method, by name; `bp` for all that train end to end. Replicas only with an even K."""
-    def variant(method: dict[str, Any], parts: int = microbatches, cuts: list[str] = cuts.stages,
-                replicas: int = 1) -> Config:
-        return parse_config({**tree, "method": method, "partition": {"cuts": cuts},
-                             "train": {**tree.get("train", {}), "microbatches": parts, "replicas": replicas}})
-
-    found = {
-        "BackLink d=1": variant(late(BACKLINK, 1), 1),
-        "BackLink d=1/M": variant(late(BACKLINK, "1/M")),
-        "BackLink d=0": variant(late(BACKLINK, 0)),
-        "larger heads d=1": variant(late(LARGER_HEADS, 1), 1, cuts.larger_heads),
-        "joint tail d=1": variant(late(JOINT_TAIL, 1), 1, cuts.joint_tail),
-        "joint tail d=0": variant(late(JOINT_TAIL, 0), cuts=cuts.joint_tail),
-        "joint d=1": variant(late(JOINT, 1), 1, cuts.joint),
-        "joint d=1/M": variant(late(JOINT, "1/M"), cuts=cuts.joint),
-        "joint d=0": variant(late(JOINT, 0), cuts=cuts.joint),
-        "last loss d=1": variant(late(LAST_LOSS, 1), 1),
-        "last loss d=1/M": variant(late(LAST_LOSS, "1/M")),
-        "no heads d=1": variant(late(HEADLESS, 1), 1, cuts.no_heads),
-        "no heads d=1/M": variant(late(HEADLESS, "1/M"), cuts=cuts.no_heads),
-        "greedy": variant({"name": "greedy"}, 1),
-        **{name: variant({"name": "bp"}, cuts=getattr(cuts, schedule.cuts))
-           for name, schedule in SCHEDULES.items()},
-        "DDP": variant({"name": "bp"}, 1),
-        "one process": variant({"name": "bp"}, 1),
-    }
-    if cuts.replicas is not None:
-        found[REPLICAS] = variant(late(BACKLINK, 1), 1, cuts.replicas, replicas=2)
-    return found
+def make_configs(tree: dict[str, Any], cuts: dict[str, list[str]], microbatches: int, methods: Sequence[str]
+                 ) -> dict[str, Config]:
+    """The config of every method, by name; `bp` for all that train end to end."""
+    rows = {name: ROWS[name] for name in methods}
+    return {name: config_of(tree, row.method, {"cuts": cuts[row.cuts]}, replicas=row.replicas,
+                            microbatches=1 if row.whole else microbatches) for name, row in rows.items()}
 
 
 def make_methods(plans: dict[str, Plan], data: Batches, worlds: dict[int, World]) -> list[Method]:

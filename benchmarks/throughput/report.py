@@ -4,7 +4,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.markdown import table
-from benchmarks.throughput.settings import METHODS, OWN_SPEED
+from benchmarks.throughput.rows import METHODS
+from benchmarks.throughput.settings import OWN_SPEED
 from blpipe.text import human_bytes
 
 Case = dict[str, Any]  # of results.json: settings, environment, aims and rounds

@@ -1,6 +1,6 @@
 """The schedules of torch.distributed.pipelining over the stages of our plan."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,15 @@ class Schedule(NamedTuple):
     """One of torch's schedules.
 
     Args:
-        cuts: which of `settings.Cuts` it has; with "virtual" each process has two of 2K stages, instead of one of K.
+        virtual: whether each process has two of 2K stages, instead of one of K.
         vee: whether they lie as a V, the first and the last stage in one process, instead of K apart.
         like: the schedule with the same stages in each process.
     """
 
     kind: Any
-    cuts: Literal["stages", "backprop", "virtual"] = "stages"
+    virtual: bool = False
     vee: bool = False
     like: str | None = None
-
-    @property
-    def virtual(self) -> bool:
-        """Whether each process has two stages."""
-        return self.cuts == "virtual"
 
     def stages_of(self, rank: int, processes: int) -> list[int]:
         """The stages of a process, from 0."""
@@ -47,9 +42,9 @@ class Schedule(NamedTuple):
 SCHEDULES = {
     "GPipe": Schedule(ScheduleGPipe, like="1F1B"),
     "1F1B": Schedule(Schedule1F1B),
-    "1F1B, own cuts": Schedule(Schedule1F1B, "backprop"),
-    "interleaved 1F1B": Schedule(ScheduleInterleaved1F1B, "virtual"),
-    "zero-bubble": Schedule(ScheduleZBVZeroBubble, "virtual", vee=True),
+    "1F1B, own cuts": Schedule(Schedule1F1B),
+    "interleaved 1F1B": Schedule(ScheduleInterleaved1F1B, virtual=True),
+    "zero-bubble": Schedule(ScheduleZBVZeroBubble, virtual=True, vee=True),
 }
 
 

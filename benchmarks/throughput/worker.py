@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from benchmarks.throughput.methods import Batches, Method, Run, make_configs, make_methods
-from benchmarks.throughput.settings import Cuts
 from blpipe import launch
 from blpipe.config_file import parse_config
 from blpipe.device import set_up
@@ -72,9 +71,9 @@ def main(job: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(1)
     data = Batches(config, device)
-    configs = make_configs(job["config"], Cuts(**job["cuts"]), job["microbatches"])
+    configs = make_configs(job["config"], job["cuts"], job["microbatches"], job["methods"])
     plans = {name: make_plan(configs[name], data.spec, replica=launch.rank() // configs[name].partition.stage_count)
-             for name in job["methods"]}
+             for name in configs}
     agreed = {name: contract(plan) for name, plan in plans.items()}
     world = World(meet(config.runtime.timeout_seconds), device, own_gpu, agreed)
     worlds = {1: world}
@@ -103,7 +102,7 @@ def measure(method: Method, job: dict[str, Any], world: World) -> dict[str, Any]
     """
     windows = _together(method, method.run, job, world)
     at_once = apart = None
-    if method.alone is not None:
+    if method.alone is not None and job["own_speed"]:
         at_once = [window["seconds"] for window in _together(method, method.alone, job, world)]
         in_turn = [_together(method, method.alone if world.rank == rank else None, job, world)
                    for rank in range(world.size)]

@@ -1,6 +1,6 @@
 """The forecast of a run: what each stage costs, and what each method would make of the same devices."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -167,8 +167,9 @@ class Forecaster:
         runs = blocks * train.microbatches * rehearsed_steps(self.config, max(links.hops_in, default=0), recorded)
         return method.name != "bp" and runs <= _MOST_BLOCK_RUNS
 
-    def compare(self, stages: int, starts: list[int] | None = None) -> list[MethodForecast]:
-        """Every method on `stages` devices, the config's own first.
+    def compare(self, stages: int, starts: list[int] | None = None, among: Collection[str] | None = None,
+                ) -> list[MethodForecast]:
+        """Every method, or those of these names, on `stages` devices, the config's own first.
 
         With `partition.strategy: balanced` each method has its own best cuts, without a limit on memory; else all have
         the same ones. A method for which these are no stages is left out.
@@ -179,6 +180,8 @@ class Forecaster:
         rows = []
         tables: dict[str, Table] = {}
         for number, method in enumerate(methods(self.config)):
+            if among is not None and method.name not in among:
+                continue
             kind = method.config.name
             if kind not in tables:
                 tables[kind] = seconds_table(self.costs, method.config)

@@ -1,0 +1,64 @@
+"""The balanced cuts of a case, each by the costs of the methods that have them."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.throughput.rows import BALANCES, ROWS
+from benchmarks.throughput.settings import config_of
+from blpipe.config import Config
+from blpipe.data import open_data
+from blpipe.errors import ConfigError
+from blpipe.forecast.costs import Profile, profile
+from blpipe.forecast.stages import settle, under
+from blpipe.plan import make_network
+
+
+class CaseCosts:
+    """What the blocks and heads of one network cost, looked at once for each size of a microbatch and kind of head."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._known: dict[tuple[int, Hashable], Profile] = {}
+
+    def of(self, config: Config) -> Profile:
+        """The costs for a config of the network; where it leaves out heads, those of any other of the same size."""
+        size, head = config.train.microbatch_size, config.method.stage_head(0)
+        key = size, head.model_dump_json()
+        if key not in self._known:
+            alike = [costs for (other, _), costs in self._known.items() if other == size and head.left_out]
+            self._known[key] = alike[0] if alike else self._look(config)
+        return under(self._known[key], config)
+
+    def _look(self, config: Config) -> Profile:
+        data = open_data(config.data, config.seed)
+        return profile(make_network(config, data.spec), self.device,
+                       data if config.partition.costs == "measured" else None)
+
+
+def find_cuts(tree: dict[str, Any], methods: Sequence[str], microbatches: int, device: torch.device
+              ) -> dict[str, list[str]]:
+    """The blocks that later stages begin with, for every kind of `BALANCES` that the methods have.
+
+    Raises:
+        ConfigError: a model that does not fit the data, or has too few blocks.
+    """
+    kinds, costs = {ROWS[method].cuts for method in methods}, CaseCosts(device)
+    found = {}
+    for kind, balance in BALANCES.items():
+        if kind in kinds:
+            stages = tree["partition"]["stages"] * balance.virtual // balance.replicas
+            config = config_of(tree, balance.method, {**tree["partition"], "stages": stages},
+                               microbatches=1 if balance.whole else microbatches, replicas=balance.replicas)
+            found[kind] = _cuts(config, costs.of(config), balance.virtual)
+    return found
+
+
+def _cuts(config: Config, costs: Profile, virtual: int) -> list[str]:
+    stages, names = config.partition.stage_count, costs.network.block_names
+    if stages > len(names):
+        what = "schedules with two stages a process need" if virtual > 1 else "they need"
+        raise ConfigError(f"stages: {stages // virtual}: {what} {stages} blocks, and {config.name} has {len(names)}; "
+                          "use fewer stages")
+    return list(settle(config, costs.network, costs).partition.cuts or ())
