@@ -143,16 +143,25 @@ class PartitionConfig(Section):
         return self.strategy == "balanced" and self.cuts is None and self.target is None
 
 
-class ScheduleConfig(ByName):
-    """A factor over training: on `optimizer.lr`, or on λ."""
+class ScheduleConfig(Named):
+    """A factor over training: on `optimizer.lr`, or on λ. See `blpipe.optim.lr_factor`."""
 
-    name: Literal["constant", "cosine", "multistep", "one-cycle"] = "constant"
+    default = "constant"
+
+    name: Literal["constant", "linear", "cosine", "multistep", "one-cycle"] | None = None
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     final: Fraction = 0.0
     milestones: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(default=(), strict=False)
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     peak: Fraction = 0.3
     start: Fraction = 0.04
+
+    @model_validator(mode="after")
+    def _args_are_a_targets(self) -> "ScheduleConfig":
+        if self.args and self.target is None:
+            raise ValueError(f"args are for a target; {self.name} has keys of its own, such as final: see "
+                             "configs/README.md")
+        return self
 
 
 def _count_or_all(value: Any, info: ValidationInfo) -> Any:
@@ -179,7 +188,7 @@ class LinkConfig(Section):
     delay: NotNegative = 1
     delay_unit: Literal["batch", "microbatch"] = "batch"
     weight: Each[float] = 1.0
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = ScheduleConfig(name="constant")
     reach: Annotated[Any, AfterValidator(_count_or_all)] = 1
     take: Literal["every", "farthest"] = "every"
     joint: bool = False
@@ -272,8 +281,8 @@ class MethodConfig(ByName):
         return self.model_copy(update=parts)
 
 
-class OptimizerConfig(ByName):
-    """Any optimizer of torch.optim, by its name (upper or lower case).
+class OptimizerConfig(Named):
+    """Any optimizer of torch.optim, by its name (upper or lower case), or a target.
 
     lr_factors: on `lr`, of the parameters whose names match a pattern such as `layer1.*`; the last one that matches
     counts. Names are the plain model's, and `head/<block before it>/…` and `loss/<block before it>/…`.
@@ -281,12 +290,12 @@ class OptimizerConfig(ByName):
     parameters its weight_decay is for: all, or `matrices`, those of two dimensions and more.
     """
 
-    name: str = "sgd"
+    default = "sgd"
+
     lr: Annotated[float, Field(gt=0.0)] = 0.1
     lr_factors: dict[str, Annotated[float, Field(ge=0.0)]] = {}
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     decay: Literal["all", "matrices"] = "all"
-    args: dict[str, Any] = {}
 
 
 class TrainConfig(Section):
@@ -375,8 +384,8 @@ class Config(Section):
     data: DataConfig = DataConfig()
     partition: PartitionConfig
     method: MethodConfig = MethodConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(name="sgd")
+    schedule: ScheduleConfig = ScheduleConfig(name="constant")
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -1,10 +1,9 @@
-"""Optimizers by their torch name, and the learning rate as a pure function of the step."""
+"""Optimizers by their torch name or a target, and the learning rate as a pure function of the step."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from blpipe.config import OptimizerConfig, ScheduleConfig
 from blpipe.errors import ConfigError
-from blpipe.plugins import call, did_you_mean, unmatched
+from blpipe.plugins import by_name, call, import_target, resolve, unmatched
 
 _NEEDS_MORE = {"lbfgs": "it calls the model again", "sparseadam": "it wants sparse gradients"}
 
@@ -31,33 +30,40 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter],
     Raises:
         ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.
     """
-    known = {name.lower(): value for name, value in vars(torch.optim).items()
-             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
-             and value is not torch.optim.Optimizer}
-    name = config.name.lower()
-    if name not in known:
-        raise ConfigError(f"optimizer.name: unknown {config.name!r}{did_you_mean(name, known)}; "
-                          f"one of {', '.join(sorted(known.keys() - _NEEDS_MORE.keys()))}")
-    if name in _NEEDS_MORE:
-        raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
-    if name != "sgd" and "lr" not in config.model_fields_set:
-        raise ConfigError(f"optimizer.lr: is not given, and its default, {config.lr}, is for sgd; give {name} one, "
-                          "such as optimizer.lr=0.001")
+    kind = _kind(config)
+    if (config.name or "").lower() != "sgd" and "lr" not in config.model_fields_set:
+        raise ConfigError(f"optimizer.lr: is not given, and its default, {config.lr}, is for sgd; give "
+                          f"{config.name or config.target} one, such as optimizer.lr=0.001")
     if "lr" in config.args:
         raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
-    if config.decay != "all":
-        decay = inspect.signature(known[name]).parameters.get("weight_decay")
-        if decay is None or not config.args.get("weight_decay", decay.default):
-            raise ConfigError(f"optimizer.decay: {config.decay}, but {name} has no weight_decay here; give it "
-                              "optimizer.args.weight_decay, or leave it out")
     apart = groups if config.args.get("fused") else [chain(*groups)]
     trainable = [group for parameters in apart for group in _groups(config, parameters, names or {})]
     if not trainable:
         return None
     # YAML has lists where torch's betas want a tuple.
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
-    kind: Callable[..., torch.optim.Optimizer] = known[name]
-    return call("optimizer", partial(kind, lr=config.lr), trainable, **args)
+    optimizer = call("optimizer", partial(kind, lr=config.lr), trainable, **args)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer.target: {config.target!r} returned a {type(optimizer).__name__}; return a "
+                          "torch.optim.Optimizer")
+    if config.decay != "all" and not optimizer.defaults.get("weight_decay"):
+        raise ConfigError(f"optimizer.decay: {config.decay}, but {config.name or config.target} has no weight_decay "
+                          "here; give it optimizer.args.weight_decay, or leave it out")
+    return optimizer
+
+
+def _kind(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
+    """What makes the optimizer, of groups of parameters, `lr` and `args`."""
+    if config.name is None:
+        return resolve("optimizer", config, {})
+    known = {name.lower(): value for name, value in vars(torch.optim).items()
+             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+             and value is not torch.optim.Optimizer}
+    name = config.name.lower()
+    if name in _NEEDS_MORE:
+        raise ConfigError(f"optimizer.name: {config.name!r} does not fit stages: {_NEEDS_MORE[name]}; use adamw or sgd")
+    usable = {each: kind for each, kind in known.items() if each not in _NEEDS_MORE}
+    return by_name("optimizer.name", name if name in usable else config.name, usable)
 
 
 def _lr_factor_of(config: OptimizerConfig, name: str) -> float:
@@ -97,16 +103,21 @@ def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: i
 
     A linear warm-up over `warmup_epochs`, then:
     constant: 1; multistep: times `gamma` at each of `milestones` (epochs);
-    cosine: from 1 to `final` over the epochs that remain;
+    linear, cosine: from 1 to `final` over the epochs that remain;
     one-cycle: from `start` up to 1 at the share `peak` of the steps that remain, then down to `final`,
-    both along a cosine (Smith & Topin, arXiv 1708.07120).
+    both along a cosine (Smith & Topin, arXiv 1708.07120);
+    a target: what it returns for the share of the steps that remain which is done, from 0 on and less than 1.
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1.0, steps_per_epoch * epochs - warmup)
+    if config.target is not None:
+        return float(_shape(config.target)(done, **config.args))
     if config.name == "constant":
         return 1.0
+    if config.name == "linear":
+        return 1.0 + (config.final - 1.0) * done
     if config.name == "multistep":
         return config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
     if config.name == "cosine":
@@ -114,6 +125,27 @@ def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: i
     if done < config.peak:
         return _cosine(config.start, 1.0, done / config.peak)
     return _cosine(1.0, config.final, (done - config.peak) / max(1e-12, 1.0 - config.peak))
+
+
+@lru_cache
+def _shape(target: str) -> Callable[..., float]:
+    return import_target("schedule.target", target)
+
+
+def check_schedule(key: str, config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> None:
+    """Try a schedule's target, for its first step and its last one.
+
+    Raises:
+        ConfigError: it cannot be imported or called, or returns no factor.
+    """
+    if config.target is None:
+        return
+    function, steps = import_target(f"{key}.target", config.target), steps_per_epoch * epochs
+    for done in (0.0, (steps - 1) / steps):
+        factor = call(key, function, done, **config.args)
+        if not isinstance(factor, int | float) or not 0.0 <= factor < math.inf:
+            raise ConfigError(f"{key}.target: {config.target!r} returned {factor!r} for {done:g}; return a number, 0 "
+                              "or more, for a share of the steps from 0 on and less than 1")
 
 
 def _cosine(begin: float, end: float, share: float) -> float:

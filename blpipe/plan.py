@@ -18,7 +18,7 @@ from blpipe.links import Links, stage_links
 from blpipe.losses import build_loss
 from blpipe.models import build_model
 from blpipe.models.build import model_notes, named_blocks, parameter_names
-from blpipe.optim import build_optimizer, check_patterns
+from blpipe.optim import build_optimizer, check_patterns, check_schedule
 from blpipe.partition import check_stage_count, partition
 from blpipe.parts import check_hooks, check_kept, check_own, check_reached_by_name
 from blpipe.shapes import channels_last, layer_calls, signals, trace_module, trace_shapes
@@ -270,6 +270,8 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
         heads_and_losses += head, loss
         names += parameter_names(stage, head, loss).values()
     check_patterns(config.optimizer, names)
+    for key, schedule in (("schedule", config.schedule), ("method.link.schedule", config.method.link.schedule)):
+        check_schedule(key, schedule, len(plan.step_sizes), config.train.epochs)
     return plan
 
 

@@ -21,7 +21,8 @@ from blpipe.errors import ConfigError, one_line
 from blpipe.seeds import fixed_randomness
 
 GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "data.augment.transforms": "blpipe.transforms",
-          "partition": "blpipe.partitions", "method.head": "blpipe.heads", "method.loss": "blpipe.losses"}
+          "partition": "blpipe.partitions", "method.head": "blpipe.heads", "method.loss": "blpipe.losses",
+          "optimizer": "blpipe.optimizers"}
 """By a part's section of the config: the entry point group in which packages register theirs."""
 
 _IMPORT_SEED = 0

@@ -186,8 +186,9 @@ def notes_on_schedule(start_point: StartPoint, plan: Plan) -> list[str]:
     if before == now or done == per_epoch * config.train.epochs or saved.schedule != config.schedule:
         return []
     begins = config.optimizer.lr * lr_factor(config.schedule, done, per_epoch, config.train.epochs)
-    return [f"schedule: {config.schedule.name} is stretched over {config.train.epochs} epochs, instead of "
-            f"{saved.train.epochs}; the learning rate goes on at {begins:.3g}, and was "
+    name = config.schedule.name or config.schedule.target
+    return [f"schedule: {name} is stretched over {config.train.epochs} epochs, instead of {saved.train.epochs}; the "
+            f"learning rate goes on at {begins:.3g}, and was "
             f"{saved.optimizer.lr * before:.3g} before"]
 
 

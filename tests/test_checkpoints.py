@@ -51,7 +51,9 @@ METHODS = {
     "in_time": {"method__link": {"delay": 0}, "train__microbatches": 4, "data__augment": {"mixup": 0.4, "cutmix": 1.0}},
     "late": {"method__link": {"delay": 1}, "data__augment": {"flip": True, "transforms": [
         {"name": "RandomResizedCrop", "args": {"size": 8}}]}},
-    "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2},
+    "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2,
+                   "optimizer": {"target": "optimizers_under_test:Counting", "lr": 0.05},
+                   "schedule": {"target": "optimizers_under_test:stays_then_falls", "args": {"at": 0.2}}},
     "a_microbatch_late": {"method__link": {"delay": 3, "delay_unit": "microbatch", "keep": "recompute"},
                           "train__microbatches": 4},
     "joint": {"method__link": {"delay": 1, "length": "all", "joint": True}, "train__microbatches": 2,

@@ -254,7 +254,7 @@ def test_every_error_is_said_at_once_a_line_each():
     ({"method": {"name": "backlinks"}}, "method.name", "'backlinks'"),
     ({"method": {"link": {"delay": -1}}}, "method.link.delay", "-1"),
     ({"method": {"link": {"delay": 1.5}}}, "method.link.delay", "1.5"),
-    ({"schedule": {"name": "linear"}}, "schedule.name", "'linear'"),
+    ({"schedule": {"name": "sine"}}, "schedule.name", "'sine'"),
     ({"schedule": {"milestones": ["1"]}}, "schedule.milestones.0", "'1'"),
     ({"schedule": {"milestones": "12"}}, "schedule.milestones", "'12'"),
     ({"schedule": {"final": 1.5}}, "schedule.final", "1.5"),
@@ -285,6 +285,11 @@ def test_microbatches_that_do_not_divide_are_refused_with_the_nearest_that_do(ba
     ({}, "give a name or a target (package.module:function)")])
 def test_a_part_has_either_a_name_or_a_target(part, message):
     assert problems(model=part) == (f"model: {message}",)
+
+
+def test_a_schedule_by_name_has_no_args():
+    assert problems(schedule={"name": "cosine", "args": {"final": 0.1}}) == (
+        "schedule: args are for a target; cosine has keys of its own, such as final: see configs/README.md",)
 
 
 @pytest.mark.parametrize(("partition", "message"), [

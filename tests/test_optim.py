@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from optimizers_under_test import Counting
 from torch import nn
 
+from blpipe.checkpoint.optimizers import load_optimizer, optimizer_state
 from blpipe.config import OptimizerConfig, ScheduleConfig
 from blpipe.errors import ConfigError
-from blpipe.optim import build_optimizer, check_patterns, lr_factor
+from blpipe.optim import build_optimizer, check_patterns, check_schedule, lr_factor
 
 
 def parameters() -> list[nn.Parameter]:
@@ -140,6 +142,65 @@ def test_the_default_learning_rate_is_for_sgd_alone():
         build_optimizer(OptimizerConfig(name="adam"), parameters())
 
 
+def of_target(target, **keys):
+    return OptimizerConfig(target=f"optimizers_under_test:{target}", **{"lr": 0.1} | keys)
+
+
+def test_an_optimizer_of_ones_own_is_built_as_torchs_are():
+    config = of_target("Counting", decay="matrices", lr_factors={"b": 0.5}, args={"weight_decay": 0.3})
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(config, [matrix, vector], names={matrix: "a", vector: "b"})
+    assert type(optimizer) is Counting
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.3), (0.05, 0.0)]
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (OptimizerConfig(target="optimizers_under_test:Counting"), "optimizer.lr: is not given, and its default, 0.1, is "),
+    (of_target("no_optimizer"), "optimizer.target: 'optimizers_under_test:no_optimizer' returned a list; return a tor"),
+    (of_target("Counting", args={"beta": 1}), "optimizer.args: got an unexpected keyword argument 'beta'; it takes we"),
+    (of_target("Counting", decay="matrices"), "optimizer.decay: matrices, but optimizers_under_test:Counting has no w"),
+    (of_target("Missing"), "optimizer.target: cannot import 'optimizers_under_test:Missing': AttributeError"),
+])
+def test_what_is_wrong_with_an_optimizer_of_ones_own_is_said(config, message):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(message)}"):
+        build_optimizer(config, parameters())
+
+
+@pytest.mark.parametrize("regrouped", [False, True])
+def test_the_numbers_that_an_optimizer_keeps_are_saved(regrouped):
+    """Also where parameters are in other stages afterwards, and one is new."""
+    def step(optimizer, given):
+        for parameter in given:
+            parameter.grad = parameter.detach().sin()
+        optimizer.step()
+
+    config, given, again = of_target("Counting"), parameters(), parameters()
+    names, renamed = (dict(zip(each, "ab", strict=True)) for each in (given, again))
+    before, after = build_optimizer(config, given), build_optimizer(config, again[::-1] if regrouped else again)
+    for _ in range(3):
+        step(before, given)
+    state = {key: value.clone() for key, value in optimizer_state(before, names).items()}
+    assert {key for key in state if key.startswith("optimizer/a/")} == {
+        f"optimizer/a/{key}" for key in ("sum", "seen/number", "group/step", "group/doubled/number")}
+    for parameter, other in zip(again, given, strict=True):
+        parameter.data.copy_(other)
+    load_optimizer(after, renamed, state)
+    assert after.param_groups[0]["step"] == 3 and type(after.state[again[0]]["seen"]) is int
+    step(before, given)
+    step(after, again)
+    assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
+
+
+def test_torchs_own_optimizers_are_saved_as_tensors_alone():
+    given = parameters()
+    optimizer = build("adamw", {"weight_decay": 0.1}, over=given)
+    for parameter in given:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert {key.rpartition("/")[2] for key in optimizer_state(optimizer, dict(zip(given, "ab", strict=True)))} == {
+        "step", "exp_avg", "exp_avg_sq"}
+
+
 def test_what_a_stage_cannot_run_is_not_offered():
     with pytest.raises(ConfigError, match="one of ") as caught:
         build("zzz")
@@ -161,12 +222,35 @@ def cosine(begin: float, end: float, share: float) -> float:
     return begin + (end - begin) * (1 - math.cos(math.pi * share)) / 2
 
 
+def test_linear_falls_to_final_over_what_the_warm_up_leaves():
+    assert factors(name="linear", final=0.2, warmup_epochs=1)[STEPS:] == pytest.approx(
+        [1 - 0.8 * i / (TOTAL - STEPS) for i in range(TOTAL - STEPS)])
+
+
+def test_a_schedule_of_ones_own_gets_the_share_that_is_done_after_the_warm_up():
+    ours = factors(target="optimizers_under_test:stays_then_falls", args={"at": 0.75}, warmup_epochs=1)
+    assert ours[:STEPS] == factors(warmup_epochs=1)[:STEPS]
+    assert ours[STEPS:] == pytest.approx([1.0] * 24 + [2 * (1 - i / 32) for i in range(24, 32)])
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"target": "optimizers_under_test:grows_beyond_measure"},
+     "schedule.target: 'optimizers_under_test:grows_beyond_measure' returned inf for 0.975; return a number, "),
+    ({"target": "optimizers_under_test:stays_then_falls", "args": {"up": 1}},
+     "schedule.args: got an unexpected keyword argument 'up'; it takes at"),
+    ({"target": "optimizers_under_test:rises"}, "schedule.target: cannot import 'optimizers_under_test:rises'"),
+])
+def test_what_is_wrong_with_a_schedule_of_ones_own_is_said(given, message):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(message)}"):
+        check_schedule("schedule", ScheduleConfig(**given), STEPS, EPOCHS)
+
+
 def test_constant_is_one_throughout():
     assert factors() == [1.0] * TOTAL
 
 
 @pytest.mark.parametrize("warmup_epochs", [0.5, 2, 2.3])
-@pytest.mark.parametrize("name", ["constant", "cosine", "multistep", "one-cycle"])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "multistep", "one-cycle"])
 def test_the_warm_up_rises_linearly_from_its_first_step(name, warmup_epochs):
     steps = warmup_epochs * STEPS
     rising = factors(name=name, warmup_epochs=warmup_epochs)[:math.ceil(steps)]
@@ -241,7 +325,7 @@ def test_one_cycle_with_torchs_parameters_is_torchs():
 
 share = st.floats(0.0, 1.0)
 schedules = st.builds(
-    ScheduleConfig, name=st.sampled_from(["constant", "cosine", "multistep", "one-cycle"]),
+    ScheduleConfig, name=st.sampled_from(["constant", "linear", "cosine", "multistep", "one-cycle"]),
     warmup_epochs=st.floats(0.0, 12.0), final=share, gamma=st.floats(0.01, 1.0), peak=share, start=share,
     milestones=st.lists(st.floats(0.01, 12.0), max_size=3))
 
@@ -265,8 +349,8 @@ def test_a_warm_up_rises_with_every_step(config, steps_per_epoch, epochs):
 
 @settings(deadline=None, max_examples=100)
 @given(config=schedules, steps_per_epoch=st.integers(1, 9), epochs=st.integers(1, 9))
-def test_cosine_and_multistep_never_rise_after_the_warm_up(config, steps_per_epoch, epochs):
-    assume(config.name in ("cosine", "multistep"))
+def test_what_falls_never_rises_after_the_warm_up(config, steps_per_epoch, epochs):
+    assume(config.name in ("linear", "cosine", "multistep"))
     falling = [lr_factor(config, step, steps_per_epoch, epochs) for step in range(steps_per_epoch * epochs)
                if step >= config.warmup_epochs * steps_per_epoch]
     assert all(a >= b for a, b in zip(falling, falling[1:], strict=False))

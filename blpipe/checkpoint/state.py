@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from blpipe.checkpoint.folders import config_of, damaged, manifest
+from blpipe.checkpoint.optimizers import load_optimizer, optimizer_state
 from blpipe.engines.common import Engine
 from blpipe.engines.reports import EpochSums
 from blpipe.errors import UserError, one_line
@@ -52,8 +53,10 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     seated = {(r, k): stage for r, stages in engine.replicas.items() for k, stage in stages.items()}
     for (replica, index), stage in seated.items():
         load_weights(checkpoint, [stage], strict=alike)
-        _load_optimizer(stage, read(checkpoint, _starting_with(
-            tuple(f"optimizer/{name}/" for name in _optimized(stage).values()))))
+        if stage.update.optimizer is not None:
+            names = _optimized(stage)
+            load_optimizer(stage.update.optimizer, names, read(checkpoint, _starting_with(
+                tuple(f"optimizer/{name}/" for name in names.values()))))
         if same:
             seat = _seat(index, replica)
             state = read(checkpoint, _starting_with((f"random/{seat}/",)))
@@ -223,10 +226,7 @@ def _state_of_stage(stage: Stage) -> dict[str, Tensor]:
     for prefix, part in own_parts(stage.blocks, stage.head, stage.loss).items():
         state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     if stage.update.optimizer is not None:
-        names = _optimized(stage)
-        state |= {f"optimizer/{names[parameter]}/{key}": value
-                  for parameter, values in stage.update.optimizer.state.items()
-                  for key, value in values.items() if isinstance(value, Tensor)}
+        state |= optimizer_state(stage.update.optimizer, _optimized(stage))
     return state
 
 
@@ -243,31 +243,6 @@ def _load_held(checkpoint: Path, stage: Stage, replica: int) -> None:
         parameter = stage.blocks.get_parameter(own[plain])
         held = torch.empty_like(parameter, requires_grad=False).copy_(gradient)  # laid out as it was when saved
         stage.held.setdefault((step, micro, hop), {})[own[plain]] = held
-
-
-def _load_optimizer(stage: Stage, state: dict[str, Tensor]) -> None:
-    if stage.update.optimizer is None:
-        return
-    loaded, name_of = stage.update.optimizer.state_dict(), _optimized(stage)
-    names = [name_of[parameter] for group in stage.update.optimizer.param_groups for parameter in group["params"]]
-    loaded["state"] = {
-        number: {key.removeprefix(f"optimizer/{name}/"): tensor for key, tensor in state.items()
-                 if key.startswith(f"optimizer/{name}/")}
-        for number, name in enumerate(names)}
-    loaded["state"] = {number: values for number, values in loaded["state"].items() if values}
-    stage.update.optimizer.load_state_dict(loaded)
-    for parameter, values in stage.update.optimizer.state.items():  # torch has given it the weights' types
-        for key, value in values.items():
-            saved = state.get(f"optimizer/{name_of[parameter]}/{key}")
-            if saved is not None:
-                values[key] = _as_saved(saved, parameter, value.device)
-
-
-def _as_saved(value: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
-    """On a device, laid out as the weights are, where it has their shape."""
-    if value.shape != parameter.shape:
-        return value.to(device)
-    return torch.empty_like(parameter, dtype=value.dtype, device=device).copy_(value)
 
 
 def _optimized(stage: Stage) -> dict[Tensor, str]:
