@@ -47,13 +47,13 @@ from blpipe.transport.horizon import Horizon
 DEEP = {"length": "all", "reach": "all"}
 METHODS = {
     "greedy": {"method": "greedy"},
-    "bp": {"method": "bp", "train__microbatches": 4, "data__augment": {"cutmix": 1.0}},
+    "bp": {"method": "bp", "train__microbatches": 4, "train__ema": 0.9, "data__augment": {"cutmix": 1.0}},
     "in_time": {"method__link": {"delay": 0}, "train__microbatches": 4, "data__augment": {"mixup": 0.4, "cutmix": 1.0}},
-    "late": {"method__link": {"delay": 1}, "data__augment": {"flip": True, "transforms": [
+    "late": {"method__link": {"delay": 1}, "train__ema": 0.99, "data__augment": {"flip": True, "transforms": [
         {"name": "RandomResizedCrop", "args": {"size": 8}}]}},
-    "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2},
+    "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2, "train__ema": 0.5},
     "a_microbatch_late": {"method__link": {"delay": 3, "delay_unit": "microbatch", "keep": "recompute"},
-                          "train__microbatches": 4},
+                          "train__microbatches": 4, "train__ema": 0.999},
     "joint": {"method__link": {"delay": 1, "length": "all", "joint": True}, "train__microbatches": 2,
               "optimizer": {"name": "sgd", "lr": 0.05, "decay": "matrices",
                             "args": {"momentum": 0.9, "weight_decay": 0.1, "fused": True}}},
