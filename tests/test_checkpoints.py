@@ -225,10 +225,10 @@ def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed)
     notes = load(found, plan, engine)
     after, fresh = state_of_engine(engine), state_of_engine(untouched)
     for key in after:
-        ours = key.removeprefix("optimizer/").startswith(("model/", "conv", *"012345"))
-        if key.startswith(f"head/{kept}/") or ours or key.startswith(f"optimizer/head/{kept}/"):
+        name = key.removeprefix("optimizer/").removeprefix("ema/").removeprefix("ema_steps/")
+        if f"{name}/".startswith((f"head/{kept}/", f"loss/{kept}/", "model/", "conv", *"012345")):
             assert torch.equal(after[key], before[key]), key
-        elif key.startswith("head/"):
+        elif name.startswith(("head/", "loss/")):
             assert torch.equal(after[key], fresh[key]), key
     assert {key for key in before if key.startswith("model/")} <= after.keys()
     taken = max(float(seconds[-1]) for key, seconds in before.items() if key.startswith("seconds/"))

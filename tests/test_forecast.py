@@ -246,7 +246,7 @@ def test_a_forecast_of_cuts_that_a_plan_takes_begins_with_their_own_method():
     {"method": {"link": {"reach": 2, "length": "all", "wire": "bf16"}, "local_weight": 0.0},
      "train__wire": "bf16", "partition__stages": 3},
     {"method__link": {"length": "all", "joint": True}, "partition__stages": 3},
-    {"train__replicas": 2, "method__link": {"delay": 0}}])
+    {"train__replicas": 2, "method__link": {"delay": 0}}, {"train__ema": 0.9, "train__microbatches": 8}])
 def test_predicted_peak_memory_is_within_15_percent_of_what_torch_allocates(changes):
     network, data = network_of(model={"name": "resnet_cifar", "args": {"depth": 14}}, **{
         "partition__stages": 2, "data__args": {"shape": [3, 32, 32], "classes": 10, "samples": 64}, **changes})
@@ -319,7 +319,7 @@ def test_estimates_for_the_search_are_near_the_exact_memory():
 
 @pytest.mark.parametrize("changes", [
     {}, {"method__link": {"length": 0}}, {"method__name": "greedy", "train__wire": "bf16"},
-    {"method__head": "blocks"}, {"method__head": "blocks", "train__recompute": True},
+    {"method__head": "blocks", "train__ema": 0.9}, {"method__head": "blocks", "train__recompute": True},
     {"method__link": {"delay": 2, "wire": "bf16"}, "train__microbatches": 2, "train__wire": "bf16"},
     {"method": LAST_LOSS}, {"method": {**LAST_LOSS, "head": "none"}}])
 def test_the_search_misses_no_partition_that_fits(changes):
