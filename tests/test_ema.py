@@ -114,7 +114,7 @@ def test_it_computes_what_the_module_does_with_these_weights_and_leaves_it_alone
             parameter.data += 0.1 * torch.randn_like(parameter)
         average.advance()
     plain = copy.deepcopy(module)
-    plain.load_state_dict(plain.state_dict() | average.tensors)
+    plain.load_state_dict(copy.deepcopy(module.state_dict()) | average.tensors)
     before = dict(module.named_parameters())
     module.eval()
     found, expected = average(x), plain.eval()(x)

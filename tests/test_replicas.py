@@ -130,7 +130,8 @@ IN_PROCESSES = {
                      model={"target": "models_under_test:averaging_net"}),
         small_config("skips", partition__stages=2, train__replicas=2, train__on_nonfinite="skip", train__ema=0.9,
                      model={"target": "models_under_test:exploding_net", "args": {"at": 4}}),
-        small_config("unlike", partition__stages=2, train__replicas=2, data__args=ODD, train__ema=0.9, **UNLIKE),
+        small_config("unlike", partition__stages=2, train__replicas=2, data__args=ODD, train__ema=0.9,
+                     train__eval_batch_size=4, **UNLIKE),
         small_config("bp", partition__stages=2, train__replicas=2, train__microbatches=4, method="bp"),
     ],
 }
