@@ -22,26 +22,24 @@ class Average:
         self.steps = 0
         """The optimizer steps that the average has seen."""
         state = module.state_dict(keep_vars=True)
-        # Each layer once: to put an average in the place of a weight, and later that back, works once. Dictionaries, as
-        # a module may put another buffer in the place of one.
-        places = {f"{path}.{name}" if path else name: (layer, own, name) for path, layer in module.named_modules()
-                  for own in (layer._parameters, layer._buffers) for name in own}
-        self._places: list[tuple[dict[str, Any], str]] = []
-        self._own: list[Tensor] = []
+        kept = {tensor for tensor in state.values() if _is_averaged(tensor)}
+        copies: dict[Tensor, Tensor] = {}
+        self._places: list[tuple[dict[str, Any], str]] = []  # of these, as a module may replace a buffer
         self._maybe_infinite: list[int] = []  # of these
-        copies, kept = dict[Tensor, Tensor](), set(state.values())
-        for layer, own, name in places.values():
+        self._in_place: dict[str, Tensor] = {}  # by one name for each layer: to put tensors there and back works once
+        for path, (layer, own, name) in _places(module).items():
             tensor = own[name]
-            if tensor is None or tensor not in kept or tensor in copies or not _is_averaged(tensor):
+            if tensor not in kept:
                 continue
-            if own is layer._buffers and not isinstance(layer, nn.modules.batchnorm._NormBase):
-                self._maybe_infinite.append(len(self._own))
-            copies[tensor] = torch.empty_like(tensor, requires_grad=False)
-            self._own.append(copies[tensor])
-            self._places.append((own, name))
+            if tensor not in copies:
+                copies[tensor] = torch.empty_like(tensor, requires_grad=False)
+                if own is layer._buffers and not isinstance(layer, nn.modules.batchnorm._NormBase):
+                    self._maybe_infinite.append(len(self._places))
+                self._places.append((own, name))
+            self._in_place[path] = copies[tensor]
+        self._own = [*copies.values()]
         self.tensors = {name: copies[tensor] for name, tensor in state.items() if tensor in copies}
         """The averages, by all of the names that they have in the module's state_dict."""
-        self._in_place = {path: copies[own[name]] for path, (_, own, name) in places.items() if own[name] in copies}
         self.restart()
 
     @torch.no_grad()
@@ -76,6 +74,12 @@ class Average:
 
     def _live(self) -> list[Tensor]:
         return [own[name] for own, name in self._places]
+
+
+def _places(module: nn.Module) -> dict[str, tuple[nn.Module, dict[str, Any], str]]:
+    """Where each layer has its parameters and buffers: the layer, its dictionary, and the name there."""
+    return {f"{path}.{name}".removeprefix("."): (layer, own, name) for path, layer in module.named_modules()
+            for own in (layer._parameters, layer._buffers) for name in own}
 
 
 def _is_averaged(tensor: Tensor) -> bool:
