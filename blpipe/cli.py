@@ -32,6 +32,7 @@ output has gone, 143 by SIGTERM; torchrun itself returns 1 for all but the first
 
 _RUN_OR_CHECKPOINT = "a run folder, such as runs/quickstart, or one of its checkpoints/step_…"
 _BEST = "the checkpoint that training evaluated as best (by accuracy, of values by loss), of those that were kept"
+_RAW = "the weights that training goes on with; else, where train.ema has averages of them, these"
 _GRACE_SECONDS = 2.0  # between SIGTERM and the end of a process under torchrun
 
 
@@ -228,12 +229,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value",
                           help="keys to set over the run's: of data, of runtime, and how it is computed")
     evaluate.add_argument("--best", action="store_true", help=_BEST)
+    evaluate.add_argument("--raw", action="store_true", help=_RAW)
     evaluate.set_defaults(command="evaluate")
 
     export = commands.add_parser("export", help="write the plain model's weights",
                                  description="Write the plain model's state_dict under the model's own names.")
     export.add_argument("run", metavar="RUN", help=_RUN_OR_CHECKPOINT)
     export.add_argument("--best", action="store_true", help=_BEST)
+    export.add_argument("--raw", action="store_true", help=_RAW)
     export.add_argument("--out", required=True, metavar="FILE", help="where to, such as model.pt")
     export.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     export.set_defaults(command="export")

@@ -70,13 +70,13 @@ def whole_numbers(option: str, text: str | None) -> list[int]:
 def evaluate(arguments: Namespace) -> None:
     """`eval`: a checkpoint's losses and accuracies on the test samples."""
     _refuse_torchrun()
-    print(runs.evaluate_run(Path(arguments.run), arguments.overrides, arguments.best))
+    print(runs.evaluate_run(Path(arguments.run), arguments.overrides, arguments.best, arguments.raw))
 
 
 def export(arguments: Namespace) -> None:
     """`export`: the plain model's weights."""
     _refuse_torchrun()
-    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best, arguments.overwrite)
+    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best, arguments.overwrite, arguments.raw)
     print(f"wrote {arguments.out}")
 
 

@@ -307,6 +307,7 @@ class TrainConfig(Section):
     compile: whether blocks and heads are compiled.
     wire: the precision of activations that are sent.
     on_nonfinite: what becomes of a step in which a stage's loss is NaN or infinite.
+    ema: the decay of an exponential moving average of the weights, which is evaluated in their place.
     """
 
     epochs: Positive = 10
@@ -322,6 +323,7 @@ class TrainConfig(Section):
     compile: bool = False
     wire: WirePrecision = "full"
     on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> "TrainConfig":

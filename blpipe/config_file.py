@@ -31,11 +31,11 @@ _ALSO_CALLED = {
     "train.epochs": ("num_epochs", "max_epochs"),
     "train.microbatches": ("accumulate", "accumulate_grad_batches", "gradient_accumulation_steps"),
     "train.precision": ("amp", "mixed_precision", "fp16"),
+    "train.ema": ("ema", "ema_decay", "model_ema", "model_ema_decay"),
     "data.workers": ("num_workers",),
     "method.loss={name: cross_entropy, args: {label_smoothing: …}}": ("label_smoothing",)}
 _OUR_KEYS = {name: key for key, names in _ALSO_CALLED.items() for name in names}
-_NOT_THERE = {"ema": "there is no moving average of weights; leave it out",
-              "early_stopping": "there is none; leave it out: checkpoint.best keeps the best checkpoint",
+_NOT_THERE = {"early_stopping": "there is none; leave it out: checkpoint.best keeps the best checkpoint",
               "max_steps": "there is none; give train.epochs"}
 _VALUES_ALSO_CALLED = {"bfloat16": "bf16", "fp32": "float32"}
 

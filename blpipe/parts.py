@@ -50,13 +50,27 @@ def check_reached_by_name(blocks: list[str], tail: nn.Sequential) -> None:
             raise ConfigError(f"model: {name} in the stage {blocks_text(blocks)} has a gradient hook, which the "
                               "gradients of a late link do not pass, as they are those of a copy; take it out, or set "
                               "method.link.delay=0")
-    for name, module in tail.named_modules():
+    for name, key in _kept_elsewhere(tail):
+        raise ConfigError(f"model: {name} in the stage {blocks_text(blocks)} keeps a parameter in {key!r} too, past "
+                          "which a late link cannot put the weights of its forward; keep it under its registered name "
+                          "alone, or in an nn.ParameterList")
+
+
+def check_averaged(blocks: list[str], *parts: nn.Module) -> None:
+    """That averages can be put in the place of all weights that are trained. Raises ConfigError."""
+    for name, key in (each for part in parts for each in _kept_elsewhere(part)):
+        raise ConfigError(f"train.ema: {name} in the stage {blocks_text(blocks)} keeps a parameter in {key!r} too, "
+                          "past which an average cannot be put in its place; keep it under its registered name alone, "
+                          "or in an nn.ParameterList, or leave train.ema out")
+
+
+def _kept_elsewhere(part: nn.Module) -> Iterator[tuple[str, str]]:
+    """Modules with an attribute that holds a trained parameter beside its registered name, and that attribute."""
+    for name, module in part.named_modules():
         for key, value in vars(module).items():
             own = key not in EVERY_MODULE and not type(module).__module__.startswith("torch.")
             if own and any(isinstance(leaf, nn.Parameter) and leaf.requires_grad for leaf in tree_leaves(value)):
-                raise ConfigError(f"model: {name} in the stage {blocks_text(blocks)} keeps a parameter in {key!r} too, "
-                                  "past which a late link cannot put the weights of its forward; keep it under its "
-                                  "registered name alone, or in an nn.ParameterList")
+                yield name, key
 
 
 def check_own(stage: int, parts: Mapping[str, nn.Module], others: Iterable[nn.Module]) -> None:

@@ -20,7 +20,7 @@ from blpipe.models import build_model
 from blpipe.models.build import model_notes, named_blocks, parameter_names
 from blpipe.optim import build_optimizer, check_patterns, check_schedule
 from blpipe.partition import check_stage_count, partition
-from blpipe.parts import check_hooks, check_kept, check_own, check_reached_by_name
+from blpipe.parts import check_averaged, check_hooks, check_kept, check_own, check_reached_by_name
 from blpipe.shapes import channels_last, layer_calls, signals, trace_module, trace_shapes
 from blpipe.specs import DataSpec, Share, TensorSpec
 from blpipe.steps import Step, batch_sizes, evaluation_sizes, step_sizes, training_sizes
@@ -266,6 +266,8 @@ def make_plan(config: Config, data: DataSpec, network: Network | None = None, re
             check_hooks(plan.block_names(k), stage, head, loss)
         if plan.links[k].hops_in and config.method.link.delay:
             check_reached_by_name(plan.block_names(k), stage[len(stage) - plan.links[k].tail:])
+        if config.train.ema is not None:
+            check_averaged(plan.block_names(k), stage, head, loss)
         check_own(k, {config.method.head_key(k): head, config.method.loss_key(k): loss}, heads_and_losses)
         heads_and_losses += head, loss
         names += parameter_names(stage, head, loss).values()

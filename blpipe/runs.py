@@ -74,11 +74,12 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
         raise stopped
 
 
-def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) -> str:
+def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False, raw: bool = False) -> str:
     """Evaluate a run's newest checkpoint, its best one, or the one at `path`; returns the table of its stages.
 
     Args:
         overrides: of the config's data, and of how it is computed.
+        raw: whether to take the weights that training goes on with, where there are averages of them.
 
     Raises:
         UserError: no run, no checkpoint, or no data; or a key that evaluation does not take.
@@ -91,7 +92,7 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
     plan = make_plan(config, data.spec, make_network(config, data.spec, pretrained=False))
     data.check_fits_model(plan.classes)
     engine = open_local(plan, data)
-    load_weights(found, engine.stages.values())
+    load_weights(found, engine.stages.values(), averaged=not raw)
     engine.evaluate()
     reports = engine.reports()
     assert reports is not None
@@ -100,23 +101,24 @@ def evaluate_run(path: Path, overrides: Sequence[str] = (), best: bool = False) 
 
 
 def _for_evaluation(config: Config, train_samples: int) -> Config:
-    """The config with batches for training that any data have."""
+    """The config with batches for training that any data have, and no averages of its own."""
     train = config.train
     return config.model_copy(update={"train": train.model_copy(update={
         "batch_size": min(train.batch_size, train_samples), "replicas": 1, "microbatches": 1, "drop_last": True,
-        "eval_batch_size": train.eval_batch_size or train.batch_size})})
+        "ema": None, "eval_batch_size": train.eval_batch_size or train.batch_size})})
 
 
-def export_run(path: Path, out: Path, best: bool = False, overwrite: bool = False) -> None:
+def export_run(path: Path, out: Path, best: bool = False, overwrite: bool = False, raw: bool = False) -> None:
     """Write the plain model's state_dict of a run's newest checkpoint, its best, or the one at `path`, by torch.save.
 
     Args:
         overwrite: whether to replace a file that is there.
+        raw: see `evaluate_run`.
 
     Raises:
         UserError: no run or no checkpoint, or `out` is there or cannot be written.
     """
-    state = model_state(_found(path, best))
+    state = model_state(_found(path, best), averaged=not raw)
     if out.is_file() and not overwrite:
         raise UserError(f"--out: {out} exists; say --overwrite, or give another name")
 

@@ -193,11 +193,12 @@ class Stage:
     @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
         """Run blocks and head in evaluation mode and count; returns x_k for the next stage."""
+        averaged = self.update.averaged
         with self.stream:
-            out = self.precision.run(self.blocks, x)
+            out = self.precision.run(averaged(self.blocks), x)
             if self.head is not None:
-                logits = self.precision.run(self.head, out)
-                self.tally.add(self.loss(logits, targets, out), logits, targets)
+                logits = self.precision.run(averaged(self.head), out)
+                self.tally.add(averaged(self.loss)(logits, targets, out), logits, targets)
         return out
 
     def train(self, mode: bool, tally: Tally | None = None) -> None:

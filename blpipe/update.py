@@ -1,18 +1,20 @@
 """The end of a batch in one stage: from the gradients of its parameters to new weights, alike in all replicas."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blpipe.ema import Average
 from blpipe.gradients import GradientSums, norm_of, weighted
 from blpipe.tally import Tally
 
 
 class Update:
-    """Holds a stage's optimizer, and the state before a step that may be skipped.
+    """Holds a stage's optimizer, the averages of its weights, and the state before a step that may be skipped.
 
     Args:
         parts: all that has parameters and buffers.
@@ -21,14 +23,17 @@ class Update:
         skip_nonfinite: whether a step whose loss or gradients are not finite leaves everything as it was before; this
             waits for the device in every step.
         leads: whether it is the one that other replicas of the stage take their buffers from.
+        ema: the decay of the moving averages of weights, with which the stage is evaluated; None for none.
     """
 
     def __init__(self, parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None, *,
-                 clip_norm: float | None = None, skip_nonfinite: bool = False, leads: bool = True):
+                 clip_norm: float | None = None, skip_nonfinite: bool = False, leads: bool = True,
+                 ema: float | None = None):
         self.parts, self.optimizer, self._clip_norm = parts, optimizer, clip_norm
         self._skip_nonfinite, self._leads = skip_nonfinite, leads
         self._base_lrs = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self.sums = GradientSums()
+        self.averages = {part: Average(part, ema) for part in parts} if ema is not None else {}
         self._losses_of_all: Sequence[Tensor] = ()  # summed over replicas
         self._before: tuple[list[Tensor], Tally] | None = None  # the buffers and the tally before a step
 
@@ -44,6 +49,16 @@ class Update:
     def follow(self, sums: Sequence[Tensor]) -> None:
         """Begin with the values of the one that leads."""
         self._take(self._values(), sums)
+        self.restart_averages()
+
+    def restart_averages(self) -> None:
+        """Have them begin with the weights as they are now."""
+        for average in self.averages.values():
+            average.restart()
+
+    def averaged(self, part: nn.Module) -> Callable[..., Any]:
+        """A part as it is evaluated: with the averages of its weights, where there are any."""
+        return self.averages.get(part, part)
 
     def to_reduce(self, tally: Tally) -> list[Tensor]:
         """What the replicas of the stage add up before a step: losses, which parameters have gradients, these, and
@@ -78,8 +93,11 @@ class Update:
         """End step `index` of the run: update the weights, with `lr_factor` on the configured learning rate."""
         if self._before is not None and not self._is_finite(tally):
             self._undo(index, tally, *self._before)
-        elif self.optimizer is not None:
-            self._optimize(self.optimizer, lr_factor)
+        else:
+            if self.optimizer is not None:
+                self._optimize(self.optimizer, lr_factor)
+            for average in self.averages.values():
+                average.advance()
         for parameter in self._trained():
             parameter.grad = None
         self.sums.clear()

@@ -14,14 +14,14 @@ from blpipe.plan import make_plan
 
 CPU = torch.device("cpu")
 WAYS = {
-    "late": {"method__link": {"delay": 1, "length": 2}, "train__microbatches": 2},
+    "late": {"method__link": {"delay": 1, "length": 2}, "train__microbatches": 2, "train__ema": 0.9},
     "far": {"method__link": {"length": "all", "reach": 2, "keep": "recompute"}, "method__local_weight": 0.5},
     "exact, adamw": {"method__link": {"delay": 0}, "optimizer": {"name": "adamw", "lr": 0.01}},
     "greedy, skipping": {"method__name": "greedy", "train__on_nonfinite": "skip"},
     "supcon, channels last": {"method__loss": "supcon", "train__channels_last": True},
     "adagrad, bf16 on the wire": {"optimizer": {"name": "adagrad", "lr": 0.01}, "train__wire": "bf16",
                                   "method__link": {"wire": "bf16", "schedule": {"name": "cosine"}}},
-    "a buffer replaced": {"model": {"target": "models_under_test:averaging_net"}},
+    "a buffer replaced": {"model": {"target": "models_under_test:averaging_net"}, "train__ema": 0.9},
 }
 
 

@@ -47,15 +47,15 @@ from blpipe.transport.horizon import Horizon
 DEEP = {"length": "all", "reach": "all"}
 METHODS = {
     "greedy": {"method": "greedy"},
-    "bp": {"method": "bp", "train__microbatches": 4, "data__augment": {"cutmix": 1.0}},
+    "bp": {"method": "bp", "train__microbatches": 4, "train__ema": 0.9, "data__augment": {"cutmix": 1.0}},
     "in_time": {"method__link": {"delay": 0}, "train__microbatches": 4, "data__augment": {"mixup": 0.4, "cutmix": 1.0}},
-    "late": {"method__link": {"delay": 1}, "data__augment": {"flip": True, "transforms": [
+    "late": {"method__link": {"delay": 1}, "train__ema": 0.99, "data__augment": {"flip": True, "transforms": [
         {"name": "RandomResizedCrop", "args": {"size": 8}}]}},
-    "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2,
+    "three_late": {"method__link": {"delay": 3, "length": "all"}, "train__microbatches": 2, "train__ema": 0.5,
                    "optimizer": {"target": "optimizers_under_test:Counting", "lr": 0.05},
                    "schedule": {"target": "optimizers_under_test:stays_then_falls", "args": {"at": 0.2}}},
     "a_microbatch_late": {"method__link": {"delay": 3, "delay_unit": "microbatch", "keep": "recompute"},
-                          "train__microbatches": 4},
+                          "train__microbatches": 4, "train__ema": 0.999},
     "joint": {"method__link": {"delay": 1, "length": "all", "joint": True}, "train__microbatches": 2,
               "optimizer": {"name": "sgd", "lr": 0.05, "decay": "matrices",
                             "args": {"momentum": 0.9, "weight_decay": 0.1, "fused": True}}},
@@ -227,10 +227,10 @@ def test_other_stages_take_what_follows_the_blocks(cuts, kept, new, undisturbed)
     notes = load(found, plan, engine)
     after, fresh = state_of_engine(engine), state_of_engine(untouched)
     for key in after:
-        ours = key.removeprefix("optimizer/").startswith(("model/", "conv", *"012345"))
-        if key.startswith(f"head/{kept}/") or ours or key.startswith(f"optimizer/head/{kept}/"):
+        name = key.removeprefix("optimizer/").removeprefix("ema/").removeprefix("ema_steps/")
+        if f"{name}/".startswith((f"head/{kept}/", f"loss/{kept}/", "head/5/", "loss/5/", "model/", "conv", *"012345")):
             assert torch.equal(after[key], before[key]), key
-        elif key.startswith("head/"):
+        elif name.startswith(("head/", "loss/")):
             assert torch.equal(after[key], fresh[key]), key
     assert {key for key in before if key.startswith("model/")} <= after.keys()
     taken = max(float(seconds[-1]) for key, seconds in before.items() if key.startswith("seconds/"))

@@ -183,14 +183,14 @@ def test_an_override_that_is_no_yaml_is_refused_with_its_path(load):
     *((f"train.{key}", "optimizer.clip_norm") for key in ("grad_clip", "clip_grad", "max_grad_norm")),
     ("train.gradient_clip_val", "optimizer.clip_norm"), ("train.accumulate", "train.microbatches"),
     ("train.accumulate_grad_batches", "train.microbatches"), ("gradient_accumulation_steps", "train.microbatches"),
-    ("train.amp", "train.precision"), ("train.mixed_precision", "train.precision"), ("train.fp16", "train.precision")])
+    ("train.amp", "train.precision"), ("train.mixed_precision", "train.precision"), ("train.fp16", "train.precision"),
+    ("optimizer.ema", "train.ema"), ("train.model_ema_decay", "train.ema")])
 def test_what_other_systems_call_a_key_is_told_where_it_is(load, key, meant):
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: unknown key; did you mean {re.escape(meant)}\?$"):
         load(SMALLEST_YAML, f"{key}=0.1")
 
 
 @pytest.mark.parametrize(("key", "told"), [
-    ("train.ema", "there is no moving average of weights; leave it out"),
     ("train.early_stopping", "there is none; leave it out: checkpoint.best keeps the best checkpoint"),
     ("train.max_steps", "there is none; give train.epochs")])
 def test_what_other_systems_have_and_we_do_not_is_told(load, key, told):

@@ -32,7 +32,7 @@ class Checkpointed(nn.Module):
 
 
 def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, recompute=False, compile=False,
-               skip_nonfinite=False, kind="", clip_norm=None, **links):
+               skip_nonfinite=False, kind="", clip_norm=None, ema=None, **links):
     torch.manual_seed(0)
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout))
                              for _ in range(3)])
@@ -47,7 +47,7 @@ def make_stage(keep="graph", delay=1, tail=2, optimizer="sgd", dropout=0.0, reco
     made = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
             "adamw": lambda: torch.optim.AdamW(parameters, lr=0.1),
             "fused": lambda: torch.optim.AdamW(parameters, lr=0.1, fused=True)}[optimizer]()
-    update = Update([blocks, head], made, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite)
+    update = Update([blocks, head], made, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, ema=ema)
     return Stage(blocks, head, cross_entropy(), update, Links((1,), (1,), tail, late=delay > 0, keep=keep, **links),
                  RandomStream(1, CPU), recompute=recompute, compile=compile)
 

@@ -1,7 +1,8 @@
 """What is in a checkpoint: the whole state of a drained pipeline, by torch's distributed checkpointing (DCP).
 
 A checkpoint is keyed by names, not by stages or processes: `model/<the plain model's name>`,
-`head/<block before it>/<parameter>`, `loss/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`,
+`head/<block before it>/<parameter>`, `loss/<block before it>/<parameter>`, `optimizer/<parameter>/<state>`, with
+`train.ema` `ema/<key of a weight>` and `ema_steps/<model/block, or head or loss>` (averages, and the steps in them),
 `random/<stage>/<device>`, `held/<step>.<microbatch>.<hop>/<parameter>` (gradients of links that are due later),
 `tally/<stage>` and `seconds/<stage>` (sums of the epoch under way). These four are each replica's own: `.<replica>`
 follows the stage, or the hop, in all replicas but the first. The rest is alike in all of them.
@@ -26,10 +27,11 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from blpipe.checkpoint.folders import config_of, damaged, manifest
 from blpipe.checkpoint.optimizers import load_optimizer, optimizer_state
+from blpipe.ema import Average
 from blpipe.engines.common import Engine
 from blpipe.engines.reports import EpochSums
 from blpipe.errors import UserError, one_line
-from blpipe.models.build import own_parts, parameter_names, plain_names
+from blpipe.models.build import named_blocks, own_parts, parameter_names, plain_names
 from blpipe.plan import Plan
 from blpipe.stage import Held, Stage
 from blpipe.tally import Tally
@@ -38,8 +40,8 @@ from blpipe.tally import Tally
 def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     """Put a checkpoint's state into the stages of `engine`: all of it, where it was saved with the same stages.
 
-    Other stages take what follows the names of blocks: weights, buffers and their optimizer's state. Heads and
-    losses go to boundaries that are still there.
+    Other stages take what follows the names of blocks: weights, buffers, their averages and their optimizer's state.
+    Heads and losses go to boundaries that are still there.
 
     Returns:
         What a user may want to know, a line each.
@@ -53,6 +55,7 @@ def load(checkpoint: Path, plan: Plan, engine: Engine) -> list[str]:
     seated = {(r, k): stage for r, stages in engine.replicas.items() for k, stage in stages.items()}
     for (replica, index), stage in seated.items():
         load_weights(checkpoint, [stage], strict=alike)
+        _load_averages(checkpoint, stage)
         if stage.update.optimizer is not None:
             names = _optimized(stage)
             load_optimizer(stage.update.optimizer, names, read(checkpoint, _starting_with(
@@ -90,40 +93,54 @@ def _notes_on_other_stages(before: list[list[str]], plan: Plan) -> list[str]:
             f"heads: {'; '.join(heads) or 'none'}"]
 
 
-def load_weights(checkpoint: Path, stages: Iterable[Stage], strict: bool = True) -> None:
+def load_weights(checkpoint: Path, stages: Iterable[Stage], strict: bool = True, averaged: bool = False) -> None:
     """Put a checkpoint's weights and buffers into the blocks, heads and losses of `stages`.
 
     Args:
         strict: whether it must have all of the heads and losses; if not, others stay as they are.
+        averaged: whether the averages are taken, where it has any.
 
     Raises:
         UserError: a damaged checkpoint, or one of another model.
     """
     for stage in stages:
-        _load_module(checkpoint, "model/", stage.blocks, plain_names(stage.blocks))
+        _load_module(checkpoint, "model/", stage.blocks, plain_names(stage.blocks), averaged)
         for prefix, part in own_parts(stage.blocks, stage.head, stage.loss).items():
             if strict or read(checkpoint, _starting_with((prefix,))):
-                _load_module(checkpoint, prefix, part, {name: name for name in part.state_dict()})
+                _load_module(checkpoint, prefix, part, {name: name for name in part.state_dict()}, averaged)
 
 
-def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module, names: dict[str, str]) -> None:
+def _load_module(checkpoint: Path, prefix: str, module: torch.nn.Module, names: dict[str, str],
+                 averaged: bool) -> None:
     """`names`: from those in the module's state_dict to those in the checkpoint."""
     keys = {prefix + name for name in names.values()}
     state = read(checkpoint, keys.__contains__)
     if state.keys() != keys:
         raise UserError(f"{checkpoint}: holds no {min(keys - state.keys())}; it belongs to another model or partition")
+    state = _averaged(checkpoint, state) if averaged else state
     try:
         module.load_state_dict({name: state[prefix + stored] for name, stored in names.items()})
     except RuntimeError as error:
         raise UserError(f"{checkpoint}: does not fit the model: {one_line(error)}") from error
 
 
-def model_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The plain model's state_dict, with its modules' versions as `torch.nn.Module.load_state_dict` reads them."""
-    state = OrderedDict((key.removeprefix("model/"), tensor)
-                        for key, tensor in read(checkpoint, _starting_with(("model/",))).items())
+def model_state(checkpoint: Path, averaged: bool = True) -> dict[str, Tensor]:
+    """The plain model's state_dict, with its modules' versions as `torch.nn.Module.load_state_dict` reads them.
+
+    Args:
+        averaged: whether the averages are taken, where the checkpoint has any.
+    """
+    saved = read(checkpoint, _starting_with(("model/",)))
+    saved = _averaged(checkpoint, saved) if averaged else saved
+    state = OrderedDict((key.removeprefix("model/"), tensor) for key, tensor in saved.items())
     state._metadata = manifest(checkpoint).metadata  # type: ignore[attr-defined]
     return state
+
+
+def _averaged(checkpoint: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, with the averages that a checkpoint has in the place of weights."""
+    wanted = {f"ema/{key}" for key in state}
+    return state | {key.removeprefix("ema/"): tensor for key, tensor in read(checkpoint, wanted.__contains__).items()}
 
 
 def read(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -227,7 +244,33 @@ def _state_of_stage(stage: Stage) -> dict[str, Tensor]:
         state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     if stage.update.optimizer is not None:
         state |= optimizer_state(stage.update.optimizer, _optimized(stage))
+    for average, keys, step_keys in _averages(stage):
+        state |= {keys[name]: tensor for name, tensor in average.tensors.items()}
+        state |= {key: torch.tensor(average.steps) for key in step_keys}
     return state
+
+
+def _averages(stage: Stage) -> Iterator[tuple[Average, dict[str, str], list[str]]]:
+    """Each average of a stage, the keys of its tensors by their names, and the keys of the steps that it has seen.
+
+    Each block has these, as it may come into another stage.
+    """
+    averages = stage.update.averages
+    if not averages:
+        return
+    yield (averages[stage.blocks], {name: f"ema/model/{stored}" for name, stored in plain_names(stage.blocks).items()},
+           [f"ema_steps/model/{block}" for block, _ in named_blocks(stage.blocks)])
+    for prefix, part in own_parts(stage.blocks, stage.head, stage.loss).items():
+        names = averages[part].tensors
+        yield averages[part], {name: f"ema/{prefix}{name}" for name in names}, [f"ema_steps/{prefix.rstrip('/')}"]
+
+
+def _load_averages(checkpoint: Path, stage: Stage) -> None:
+    for average, keys, step_keys in _averages(stage):
+        saved = read(checkpoint, {*keys.values(), *step_keys}.__contains__)
+        steps = [int(saved[key]) for key in step_keys if key in saved]
+        if steps:  # else of a new head or loss
+            average.restore({name: saved[keys[name]] for name in average.tensors if keys[name] in saved}, min(steps))
 
 
 def _load_held(checkpoint: Path, stage: Stage, replica: int) -> None:

@@ -86,6 +86,7 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
     stage.stream.state = stream
     if stage.update.optimizer is not None:
         stage.update.optimizer.load_state_dict(optimizer)
+    stage.update.restart_averages()
     stage.train(True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

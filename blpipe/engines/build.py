@@ -58,7 +58,8 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     optimizer = build_optimizer(config.optimizer, early, late, of_head_and_loss,
                                 names=parameter_names(blocks, head, loss))
     update = Update(parts, optimizer, clip_norm=config.optimizer.clip_norm,
-                    skip_nonfinite=config.train.on_nonfinite == "skip", leads=plan.replica == 0)
+                    skip_nonfinite=config.train.on_nonfinite == "skip", leads=plan.replica == 0,
+                    ema=config.train.ema)
     return Stage(blocks, head, loss, update, links,
                  RandomStream(derive_seed(config.seed, "stage", index, *plan.share.labels), device),
                  precision=Precision(config.train.precision, device), wire=config.train.wire,

@@ -133,7 +133,8 @@ def _estimate(costs: Profile, start: NDArray[np.int64], end: NDArray[np.int64]) 
     computing = _computing_bytes(costs, start, end)
     if config.train.replicas > 1:
         computing = np.maximum(computing, trained)  # the sums of gradients, when nothing else is computed
-    copies = 1 + state_copies(config.optimizer, costs.device)  # the gradients, and the optimizer's own
+    # The gradients, the averages, and the optimizer's own.
+    copies = 1 + (config.train.ema is not None) + state_copies(config.optimizer, costs.device)
     needs = own + copies * trained + computing
     if config.method.name == "bp":
         return needs
