@@ -13,7 +13,7 @@ from blpipe import runs
 from blpipe.config_file import Overrides, config_of_tree, load_config
 from blpipe.device import settings_put_back
 from blpipe.ending import OnEpoch
-from blpipe.errors import ConfigError, UserError
+from blpipe.errors import ConfigError
 from blpipe.plugins import target_text
 from blpipe.resume import resumed_config
 from blpipe.transport.world import left_at_failure
@@ -110,12 +110,12 @@ def _refuse_while_imported(function: str) -> None:
     """A script whose functions a config has is imported, under its own name, to find them.
 
     Raises:
-        UserError: this call stands at the top level of a module that is being imported.
+        ConfigError: this call stands at the top level of a module that is being imported.
     """
     frame = inspect.currentframe()
     while frame is not None:
         spec = frame.f_globals.get("__spec__")
         if frame.f_code.co_name == "<module>" and getattr(spec, "_initializing", False):
-            raise UserError(f"{frame.f_globals['__name__']}: calls blpipe.{function} while it is imported, as a script "
-                            "is whose functions a config has; put the call under `if __name__ == \"__main__\":`")
+            raise ConfigError(f"{frame.f_globals['__name__']}: calls blpipe.{function} while it is imported, as a script "
+                              "is whose functions a config has; put the call under `if __name__ == \"__main__\":`")
         frame = frame.f_back
