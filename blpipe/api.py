@@ -116,6 +116,7 @@ def _refuse_while_imported(function: str) -> None:
     while frame is not None:
         spec = frame.f_globals.get("__spec__")
         if frame.f_code.co_name == "<module>" and getattr(spec, "_initializing", False):
-            raise ConfigError(f"{frame.f_globals['__name__']}: calls blpipe.{function} while it is imported, as a script "
-                              "is whose functions a config has; put the call under `if __name__ == \"__main__\":`")
+            raise ConfigError(f"{frame.f_globals['__name__']}: calls blpipe.{function} while it is imported, as a "
+                              "script is whose functions a config has; put the call under "
+                              "`if __name__ == \"__main__\":`")
         frame = frame.f_back

@@ -186,6 +186,9 @@ def _parse_yaml(text: str, source: str) -> Any:
 def parsed(overrides: Overrides) -> dict[str, Any]:
     """The values to set, by their keys, in the order in which they are set. Raises ConfigError."""
     if isinstance(overrides, Mapping):
+        for key in overrides:
+            if not isinstance(key, str) or not all(key.split(".")):
+                raise ConfigError(f"{printable(repr(key))}: a key to set is key.sub, such as train.epochs")
         return dict(overrides)
     values: dict[str, Any] = {}
     for override in overrides:

@@ -126,6 +126,8 @@ def test_a_script_that_trains_as_it_is_imported_is_told_what_it_needs(folder, mo
     ({}, "^CONFIG: which config"), ({"config": {"name": "x"}, "resume": "runs/x"}, "^--resume: goes on with what is"),
     ({"config": "none.yaml"}, "^none.yaml: no such file"), ({"resume": "runs/x"}, "^runs/x: is no run folder"),
     ({"config": {"model": "mlp", "partition": {"stages": 2}}}, "^name: is required, and not given$"),
+    ({"config": small_config("x"), "overrides": {"train..epochs": 3}}, "^'train..epochs': a key to set is key.sub, "),
+    ({"config": small_config("x", train__patience=1, train__eval_every_epochs=0)}, "^train.patience: 1 counts evaluat"),
     ({"config": {"name": "x", "model": "mlp", "partition": {"stages": 2}, "data": {"args": {"at": object()}}}},
      "^config: holds what a run folder's config.yaml cannot")])
 def test_what_is_wrong_is_an_error_of_one_line(folder, given, told):
