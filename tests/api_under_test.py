@@ -43,7 +43,8 @@ def search(tree):
 
     began = time.monotonic()
     with pytest.raises(blpipe.StageError if leads else blpipe.PeerLostError):  # while a checkpoint is written
-        blpipe.train(tree, {"name": "failed", "model": {"target": failing_net, "args": {"at": 9}}})
+        blpipe.train(tree, {"name": "failed", "checkpoint.every_epochs": 1,
+                            "model": {"target": failing_net, "args": {"at": 9}}})
     assert time.monotonic() - began < 20
 
     with pytest.raises(blpipe.UserError, match=r"^train\.batch_size: 1000 is more than the 88 training samples"):

@@ -33,8 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 def still(name, **changes):
     """A run of nine epochs in two stages that learns nothing that evaluation shows."""
-    return small_config(name, partition={"stages": 2}, optimizer=STANDS_STILL, train__epochs=9,
-                        checkpoint={"every_epochs": 1}, **changes)
+    return small_config(name, partition={"stages": 2}, optimizer=STANDS_STILL, train__epochs=9, **changes)
 
 
 def patient(name, patience=2, **changes):
