@@ -41,14 +41,14 @@ class Ending:
 
 
 def by_patience(rows: Rows, patience: int | None) -> Ending | None:
-    """Whether so many evaluations in a row were no better than the best before, and the last row is of one.
+    """Whether so many evaluations in a row were no better than the best before, the last of them after the last epoch.
 
     Args:
         rows: of all epochs done; an epoch's last one is the last stage's.
     """
     measured = [(row["epoch"], *_score(row)) for row in {row["epoch"]: row for row in rows}.values()]
     scores = [(epoch, score, shown) for epoch, score, shown in measured if score is not None]
-    if patience is None or not scores:
+    if patience is None or not scores or scores[-1][0] != measured[-1][0]:
         return None
     best = max(range(len(scores)), key=lambda i: scores[i][1])  # the first of them
     since = len(scores) - 1 - best
@@ -65,12 +65,25 @@ def _score(row: dict[str, Any]) -> tuple[float | None, str]:
     return (None, "") if row["val_loss"] is None else (-row["val_loss"], f"loss {row['val_loss']:.4f}")
 
 
+def by_on_epoch() -> Ending:
+    """The user's function has said so."""
+    return Ending(ON_EPOCH, f"{ON_EPOCH} returned False")
+
+
+def notes_on_end(epochs: int, of: int, ending: Ending | None) -> list[str]:
+    """A note where nothing is left to train after so many epochs `of` all."""
+    if ending is not None:
+        return [f"nothing is left to train: the run has ended after epoch {epochs}/{of}: {ending.why}; {ending.remedy}"]
+    return [] if epochs < of else [f"nothing is left to train: all {epochs} epochs are done; give more by "
+                                   "train.epochs=…"]
+
+
 def after_epoch(rows: Rows, patience: int | None, on_epoch: OnEpoch | None) -> Ending | None:
     """Whether a run ends after the epoch of the last rows. Of the leading process; calls `on_epoch`."""
     if on_epoch is not None:
         try:
             if on_epoch([row for row in rows if row["epoch"] == rows[-1]["epoch"]]) is False:
-                return Ending(ON_EPOCH, f"{ON_EPOCH} returned False")
+                return by_on_epoch()
         except (Exception, SystemExit) as error:
             return Ending(ON_EPOCH, f"{ON_EPOCH} raised {type(error).__name__}: {one_line(error)}", error)
     return by_patience(rows, patience)

@@ -10,8 +10,9 @@ from blpipe.checkpoint.folders import best_of, check, checkpoints, config_of, is
 from blpipe.config import Config
 from blpipe.config_file import Overrides, load_config, parsed
 from blpipe.config_types import folder_name
-from blpipe.ending import Ending
+from blpipe.ending import ON_EPOCH, Ending, by_on_epoch, by_patience
 from blpipe.errors import ConfigError, UserError
+from blpipe.metrics import read_result, read_rows
 from blpipe.optim import lr_factor
 from blpipe.plan import Plan
 
@@ -179,6 +180,21 @@ def refuse_other_lengths(start_point: StartPoint, plan: Plan) -> None:
         raise ConfigError(f"partition: the run is done, with {len(found.stages)} stages"
                           f"{', cut elsewhere' * (len(found.stages) == len(plan.stages))}; "
                           f"{ended.remedy if ended else 'give it more epochs'}, or evaluate it")
+
+
+def ended_before(run: Path, plan: Plan, checkpoint: Path, asked: bool) -> Ending | None:
+    """Why the run of this folder has ended at this checkpoint, before its last epoch; None where it has not.
+
+    Args:
+        asked: whether the user wants it to go on; without, it stays ended where `on_epoch` has ended it.
+    """
+    steps, train = manifest(checkpoint).steps_done, plan.config.train
+    epochs, more = divmod(steps, len(plan.step_sizes))
+    if more or epochs >= train.epochs:
+        return None
+    ended = by_patience([row for row in read_rows(run) if row["epoch"] <= epochs], train.patience)
+    result = {} if ended or asked else read_result(run) or {}
+    return by_on_epoch() if (result.get("ended_by"), result.get("steps")) == (ON_EPOCH, steps) else ended
 
 
 def notes_on_schedule(start_point: StartPoint, plan: Plan) -> list[str]:

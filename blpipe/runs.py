@@ -18,7 +18,7 @@ from blpipe.config import Config, PartitionConfig
 from blpipe.config_file import Overrides
 from blpipe.data import Data, open_data
 from blpipe.device import set_up
-from blpipe.ending import ON_EPOCH, Ending, OnEpoch, after_epoch, by_patience
+from blpipe.ending import Ending, OnEpoch, after_epoch, notes_on_end
 from blpipe.engines.common import Engine, check_weights
 from blpipe.engines.reports import StageReport
 from blpipe.errors import StoppedError, UserError
@@ -30,8 +30,6 @@ from blpipe.metrics import (
     check_tensorboard,
     epoch_line,
     notes_on_rows,
-    read_result,
-    read_rows,
     run_line,
     stage_rows,
     stage_table,
@@ -66,10 +64,10 @@ def train_run(config: Config, *, overwrite: bool = False, resume_from: Path | No
         outlived: whether this process goes on after a failure; the checkpoint under way is waited for then.
 
     Raises:
-        UserError: anything wrong with config, data, launch or run folder; nothing was written then.
+        UserError: anything wrong with config, data, launch or run folder; nothing was written then. Or `on_epoch` has
+            raised in the leading process, which raises that itself.
         StageError: a stage failed while it ran.
         StoppedError: SIGTERM or Ctrl-C; the run is saved.
-        UserError: in the other processes, where `on_epoch` has raised in the leading one, which raises that itself.
     """
     set_up(config)
     options = StartOptions(overwrite, resume_from, auto_resume)
@@ -223,7 +221,7 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
     plan = make_plan(config, data.spec, network)
     if start_point.checkpoint is not None:
         asked = options.resume_from is not None and not restarted
-        start_point = replace(start_point, ended=_ended_before(run, plan, start_point.checkpoint, asked))
+        start_point = replace(start_point, ended=resume.ended_before(run, plan, start_point.checkpoint, asked))
     resume.refuse_other_lengths(start_point, plan)
     if start_point.checkpoint is not None:
         epochs_done = manifest(start_point.checkpoint).steps_done // len(plan.step_sizes)
@@ -231,23 +229,6 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
             *start_point.notes, *resume.notes_on_schedule(start_point, plan), *notes_on_rows(run, epochs_done)])
     data.check_fits_model(plan.classes)
     return plan, data, start_point
-
-
-def _ended_before(run: Path, plan: Plan, checkpoint: Path, asked: bool) -> Ending | None:
-    """Why the run of this folder has ended at its checkpoint, if it has, before its last epoch.
-
-    Args:
-        asked: whether the user wants it to go on; without, it stays ended where `on_epoch` has ended it.
-    """
-    steps, train = manifest(checkpoint).steps_done, plan.config.train
-    epochs, more = divmod(steps, len(plan.step_sizes))
-    if more or epochs >= train.epochs:
-        return None
-    ended = by_patience([row for row in read_rows(run) if row["epoch"] <= epochs], train.patience)
-    result = {} if ended or asked else read_result(run) or {}
-    if (result.get("ended_by"), result.get("steps")) == (ON_EPOCH, steps):
-        return Ending(ON_EPOCH, f"{ON_EPOCH} returned False")
-    return ended
 
 
 def _train_in_pipeline(config: Config, meeting: Meeting, options: StartOptions, on_epoch: OnEpoch | None,
@@ -308,7 +289,7 @@ def _train(engine: Engine, run: _Run, outlived: bool) -> _Outcome:
     if found is not None:
         start = manifest(found).steps_done
         notes += load(found, plan, engine)
-        notes += _nothing_left(plan, start // per_epoch, ending)
+        notes += notes_on_end(start // per_epoch, plan.config.train.epochs, ending)
     log = None
     if launch.rank() == 0:
         make_ready(run.folder, plan.config, run.start_point)
@@ -328,16 +309,6 @@ def _train(engine: Engine, run: _Run, outlived: bool) -> _Outcome:
             return _Outcome(_finish(log, run.folder, reached.steps_done // per_epoch, by) if log else None)
     by_signal = signals.asked_by or signal.SIGTERM  # or another process was
     return _Outcome(error=StoppedError(reached.steps_done, run.folder, by_signal))
-
-
-def _nothing_left(plan: Plan, epochs: int, ending: Ending | None) -> list[str]:
-    """A note where nothing is left to train after so many epochs."""
-    if ending is not None:
-        return [f"nothing is left to train: the run has ended after epoch {epochs}/{plan.config.train.epochs}: "
-                f"{ending.why}; {ending.remedy}"]
-    if epochs < plan.config.train.epochs:
-        return []
-    return [f"nothing is left to train: all {epochs} epochs are done; give more by train.epochs=…"]
 
 
 def _train_epochs(engine: Engine, run: _Run, reached: Reached, log: RunLog | None, saver: Saver,
