@@ -135,8 +135,8 @@ def target_text(key: str, function: Callable[..., Any]) -> str:
                           "other process finds it; define it there by `def`, and give it values by args")
     if module == "__main__":
         main = sys.modules[module]
-        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        module = spec.name if spec else Path(file).stem if file else module
+        spec, file = getattr(main, "__spec__", None), Path(getattr(main, "__file__", None) or "")
+        module = spec.name if spec else file.stem if file.is_file() else module
     return f"{module}:{name}"
 
 

@@ -102,8 +102,11 @@ def test_what_no_other_process_would_find_is_refused_as_a_target(folder, target)
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("file", "text"), [("/there/my_script.py", "my_script:net"), (None, "__main__:net")])
-def test_a_function_of_a_script_is_found_under_its_name_and_of_a_notebook_where_it_is(monkeypatch, file, text):
+@pytest.mark.parametrize(("file", "text"), [
+    ("my_script.py", "my_script:net"), ("<stdin>", "__main__:net"), (None, "__main__:net")])
+def test_a_function_of_a_script_is_found_under_its_name_and_of_a_notebook_where_it_is(folder, monkeypatch, file, text):
+    Path("my_script.py").touch()
+
     def net():
         return conv_net()
     net.__qualname__ = "net"
