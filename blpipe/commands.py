@@ -5,30 +5,26 @@ from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
-from blpipe import launch, resume, runs
+from blpipe import api, launch, saved
 from blpipe.comparison import compare as compare_runs
 from blpipe.config_file import load_config
 from blpipe.config_types import bytes_of
 from blpipe.errors import ConfigError
 from blpipe.forecast import report
 from blpipe.forecast.picture import draw
+from blpipe.metrics import evaluation_table
 
 
 def train(arguments: Namespace) -> None:
     """`train`: a config, or on with a run."""
+    config, overrides = arguments.config, arguments.overrides
     if arguments.resume:
-        if arguments.overwrite or arguments.auto_resume:
-            raise ConfigError("--resume: goes on with what is there; leave --overwrite and --auto-resume out")
-        path, overrides = Path(arguments.resume), [*filter(None, [arguments.config]), *arguments.overrides]
+        config, overrides = None, [*filter(None, [config]), *overrides]
         if any("=" not in override for override in overrides):
             raise ConfigError("--resume: goes on with the run's own config; give no CONFIG, only keys to change, such "
                               "as 'partition={stages: 2}'")
-        runs.train_run(resume.resumed_config(path, overrides), resume_from=path)
-        return
-    if not arguments.config:
-        raise ConfigError("CONFIG: which config? give one, such as configs/quickstart.yaml, or --resume RUN")
-    runs.train_run(load_config(arguments.config, arguments.overrides), overwrite=arguments.overwrite,
-                   auto_resume=arguments.auto_resume)
+    api.start(config, overrides, overwrite=arguments.overwrite, resume=arguments.resume,
+              auto_resume=arguments.auto_resume)
 
 
 def plan(arguments: Namespace) -> None:
@@ -70,13 +66,13 @@ def whole_numbers(option: str, text: str | None) -> list[int]:
 def evaluate(arguments: Namespace) -> None:
     """`eval`: a checkpoint's losses and accuracies on the test samples."""
     _refuse_torchrun()
-    print(runs.evaluate_run(Path(arguments.run), arguments.overrides, arguments.best, arguments.raw))
+    print(evaluation_table(api.evaluate(arguments.run, arguments.overrides, arguments.best, arguments.raw)))
 
 
 def export(arguments: Namespace) -> None:
     """`export`: the plain model's weights."""
     _refuse_torchrun()
-    runs.export_run(Path(arguments.run), Path(arguments.out), arguments.best, arguments.overwrite, arguments.raw)
+    saved.export_run(Path(arguments.run), Path(arguments.out), arguments.best, arguments.overwrite, arguments.raw)
     print(f"wrote {arguments.out}")
 
 

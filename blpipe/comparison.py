@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blpipe.errors import UserError, printable
-from blpipe.metrics import read_rows
+from blpipe.metrics import read_result, read_rows
 from blpipe.resume import config_of_run
 from blpipe.text import human_bytes, human_seconds, percent, table
 
@@ -20,6 +20,7 @@ class RunFigures:
     val_loss, val_accuracy: of the model, when it was last evaluated; the latter 0…1, and None for values.
     samples_per_second, train_seconds: of all epochs done, without evaluations.
     peak_memory_bytes: of the process that needed most, in the last epoch.
+    ended_by: what ended it; None where it is not finished, or was by an earlier version of blpipe.
     """
 
     run: str
@@ -30,6 +31,7 @@ class RunFigures:
     samples_per_second: float | None
     train_seconds: float | None
     peak_memory_bytes: int | None
+    ended_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def _figures(run: Path, keys: Mapping[str, Any]) -> RunFigures:
     done = max(of_model, default=0)
     return RunFigures(str(run), done, keys["train.epochs"], loss, accuracy,
                       samples / seconds if seconds else None, seconds,
-                      max((row["peak_memory_bytes"] for row in rows if row["epoch"] == done), default=None))
+                      max((row["peak_memory_bytes"] for row in rows if row["epoch"] == done), default=None),
+                      (read_result(run) or {}).get("ended_by"))
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,6 +96,7 @@ def _differences(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def _row(run: RunFigures, first: RunFigures) -> tuple[str, ...]:
     speed, memory, seconds = run.samples_per_second, run.peak_memory_bytes, run.train_seconds
     ratio = f"{speed / first.samples_per_second:.2f}" if speed and first.samples_per_second else "–"
-    return (run.run, f"{run.epochs_done}/{run.epochs}", "–" if run.val_loss is None else f"{run.val_loss:.4f}",
+    early = " ended" if run.ended_by is not None and run.epochs_done < run.epochs else ""
+    return (run.run, f"{run.epochs_done}/{run.epochs}{early}", "–" if run.val_loss is None else f"{run.val_loss:.4f}",
             percent(run.val_accuracy), f"{speed:,.0f}" if speed else "–", ratio,
             human_seconds(seconds) if seconds else "–", human_bytes(memory) if memory is not None else "–")

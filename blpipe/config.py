@@ -308,6 +308,7 @@ class TrainConfig(Section):
     wire: the precision of activations that are sent.
     on_nonfinite: what becomes of a step in which a stage's loss is NaN or infinite.
     ema: the decay of an exponential moving average of the weights, which is evaluated in their place.
+    patience: after how many evaluations in a row without a better one the run ends; None: only after all epochs.
     """
 
     epochs: Positive = 10
@@ -317,6 +318,7 @@ class TrainConfig(Section):
     drop_last: bool = False
     eval_batch_size: Positive | None = None
     eval_every_epochs: NotNegative = 1
+    patience: Positive | None = None
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     channels_last: bool = False
     recompute: bool = False

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -17,6 +17,9 @@ from blpipe.errors import ConfigError, one_line, printable
 
 S = TypeVar("S", bound=Section)
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Keys to set in a config: as on the command line, "key.sub=value", or values by their "key.sub"."""
+
 _MOST_BYTES = 64 * 1024  # of a file; PyYAML reads such a one in seconds
 _MOST_VALUES, _DEEPEST = 20_000, 50  # of a file or an override, every alias written out
 _MOST_PROBLEMS = 50  # that are told of one config
@@ -29,14 +32,14 @@ _ALSO_CALLED = {
     "optimizer.args.momentum": ("momentum",),
     "optimizer.clip_norm": ("gradient_clipping", "grad_clip", "clip_grad", "max_grad_norm", "gradient_clip_val"),
     "train.epochs": ("num_epochs", "max_epochs"),
+    "train.patience": ("early_stopping", "early_stopping_patience"),
     "train.microbatches": ("accumulate", "accumulate_grad_batches", "gradient_accumulation_steps"),
     "train.precision": ("amp", "mixed_precision", "fp16"),
     "train.ema": ("ema", "ema_decay", "model_ema", "model_ema_decay"),
     "data.workers": ("num_workers",),
     "method.loss={name: cross_entropy, args: {label_smoothing: …}}": ("label_smoothing",)}
 _OUR_KEYS = {name: key for key, names in _ALSO_CALLED.items() for name in names}
-_NOT_THERE = {"early_stopping": "there is none; leave it out: checkpoint.best keeps the best checkpoint",
-              "max_steps": "there is none; give train.epochs"}
+_NOT_THERE = {"max_steps": "there is none; give train.epochs"}
 _VALUES_ALSO_CALLED = {"bfloat16": "bf16", "fp32": "float32"}
 
 _EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -84,8 +87,8 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file at `path`, apply `overrides` ("key.sub=value"), and check it all.
+def load_config(path: str | Path, overrides: Overrides = ()) -> Config:
+    """Read the YAML file at `path`, apply `overrides`, and check it all.
 
     The run's `name` is the file's stem where the config has none.
 
@@ -94,8 +97,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = read_yaml(Path(path))
     tree.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(path).stem).strip("-.") or "run")
-    for override in overrides:
-        _apply(tree, override)
+    return config_of_tree(tree, overrides, str(path))
+
+
+def config_of_tree(tree: Mapping[str, Any], overrides: Overrides = (), source: str = "config") -> Config:
+    """Apply `overrides` to a nested dictionary of keys, and check it all. It stays as it is.
+
+    Args:
+        source: what messages call it.
+
+    Raises:
+        ConfigError: with every problem found, each on its own line with its key path.
+    """
+    tree = dict(tree)
+    for path, value in parsed(overrides).items():
+        set_key(tree, path, value)
     config = parse_config(tree)
     try:
         text = dump_config(config)
@@ -103,8 +119,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"{len(text.encode()):,} bytes with every key and a line a value, of {_MOST_BYTES:,}")
         yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: holds what a run folder's config.yaml cannot: {one_line(error)}; give less, or in "
-                          "another form") from None
+        raise ConfigError(f"{source}: holds what a run folder's config.yaml cannot: {one_line(error)}; give less, "
+                          "or in another form") from None
     return config
 
 
@@ -167,12 +183,21 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {message}") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"{printable(override)}: an override is key.sub=value, such as train.epochs=3")
-    set_key(tree, path, _parse_yaml(text, printable(override)))
+def parsed(overrides: Overrides) -> dict[str, Any]:
+    """The values to set, by their keys, in the order in which they are set. Raises ConfigError."""
+    if isinstance(overrides, Mapping):
+        for key in overrides:
+            if not isinstance(key, str) or not all(key.split(".")):
+                raise ConfigError(f"{printable(repr(key))}: a key to set is key.sub, such as train.epochs")
+        return dict(overrides)
+    values: dict[str, Any] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not all(path.split(".")):
+            raise ConfigError(f"{printable(override)}: an override is key.sub=value, such as train.epochs=3")
+        values.pop(path, None)  # what is given again comes after all before
+        values[path] = _parse_yaml(text, printable(override))
+    return values
 
 
 def set_key(tree: dict[str, Any], path: str, value: Any) -> None:

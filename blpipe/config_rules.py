@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from blpipe.config import Config, ModelConfig
+from blpipe.config import Config, ModelConfig, TrainConfig
 from blpipe.links import hops
 
 
@@ -13,6 +13,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from lists or _of_heads(config)
     yield from _of_links(config)
     yield from _of_recomputing(config)
+    yield from _of_patience(config.train)
     if config.method.name == "bp":
         yield from _of_bp(config)
 
@@ -76,6 +77,12 @@ def _of_recomputing(config: Config) -> Iterator[str]:
     for key, on in (("train.compile", config.train.compile), ("runtime.cuda_graphs", graphs)):
         if config.train.recompute and on:
             yield f"train.recompute: true, which goes without {key}; set one of them to false"
+
+
+def _of_patience(train: TrainConfig) -> Iterator[str]:
+    if train.patience is not None and train.eval_every_epochs == 0:
+        yield (f"train.patience: {train.patience} counts evaluations, and with train.eval_every_epochs 0 there is one, "
+               "at the end; set that to 1 or more, or leave train.patience out")
 
 
 def _of_bp(config: Config) -> Iterator[str]:

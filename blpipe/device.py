@@ -2,8 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -37,6 +37,21 @@ def set_up(config: Config) -> None:
         use_deterministic_algorithms()
     if config.train.compile:
         use_compiler()
+
+
+@contextmanager
+def settings_put_back() -> Iterator[None]:
+    """Put back at the end what `set_up` sets and results depend on: a process may train other configs later."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    tf32, deterministic = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
 
 
 def keep_freed_memory() -> None:

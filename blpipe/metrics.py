@@ -14,7 +14,6 @@ import torch
 import blpipe
 from blpipe.config import Config
 from blpipe.engines.common import factors
-from blpipe.engines.reports import StageReport
 from blpipe.errors import CheckpointError, ConfigError, UserError, one_line
 from blpipe.files import sync, write_text
 from blpipe.plan import Plan
@@ -58,15 +57,24 @@ class RunLog:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=epochs_done * len(plan.step_sizes) + 1)
 
     def add(self, epoch: Epoch) -> list[str]:
-        """Append a row for every stage; returns what a user may want to know of that."""
+        """Append a row for every stage, in place of those of the same epoch.
+
+        Returns what a user may want to know of that.
+        """
         assert epoch.reports is not None
         last_step = (epoch.index + 1) * len(self._plan.step_sizes) - 1
         lr = self._plan.config.optimizer.lr * factors(self._plan, last_step).lr
         rows = [{"epoch": epoch.index + 1, "stage": number, "blocks": blocks_text(self._plan.block_names(number - 1)),
                  "lr": lr, "samples_per_second": self._plan.samples_per_epoch / report.train_seconds, **asdict(report)}
                 for number, report in enumerate(epoch.reports, start=1)]
-        self._rows += rows
+        others = [row for row in self._rows if row["epoch"] != epoch.index + 1]
+        self._unwritten |= len(others) < len(self._rows)  # an epoch that is evaluated later has new ones
+        self._rows = [*others, *rows]
         return [*self._append(rows), *self._draw(rows, last_step + 1)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All so far, as `read_rows` reads them back."""
+        return [json.loads(_line(row)) for row in self._rows]
 
     def catch_up(self) -> None:
         """Write the rows that could not be written before, if now they can: no checkpoint should be ahead of them."""
@@ -105,9 +113,9 @@ class RunLog:
     def _write_all(self) -> None:
         write_text(self._rows_path, "".join(map(_line, self._rows)))
 
-    def finish(self) -> dict[str, Any]:
-        """Write and return the result; what lost rows would say of it is None."""
-        plan, epochs = self._plan, self._plan.config.train.epochs
+    def finish(self, epochs: int, ended_by: str) -> dict[str, Any]:
+        """Write and return the result, of so many epochs; what lost rows would say of it is None."""
+        plan = self._plan
         last = {row["stage"]: row for row in self._rows if row["epoch"] == epochs}
         accuracies, losses = ([last.get(number, {}).get(key) for number in range(1, len(plan.stages) + 1)]
                               for key in ("val_accuracy", "val_loss"))
@@ -122,6 +130,8 @@ class RunLog:
             "stage_val_loss": losses,
             "samples_per_second": plan.samples_per_epoch * len(first) / seconds if first else None,
             "train_seconds": seconds if len(first) == epochs else None,
+            "epochs": epochs,
+            "ended_by": ended_by,
             "steps": epochs * len(plan.step_sizes),
             "stages": [row | {
                 "busy_seconds": _total(rows, "busy_seconds"),
@@ -181,6 +191,15 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_result(run: Path) -> dict[str, Any] | None:
+    """What `result.json` holds; None where there is none, as the run is not finished. Raises UserError."""
+    path = run / "result.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged: {one_line(error)}; restore it, or delete it") from error
+
+
 def notes_on_rows(run: Path, epochs_done: int) -> list[str]:
     """What a user may want to know of the rows of the first so many epochs. Raises UserError, as `read_rows` does."""
     missing = sorted(set(range(1, epochs_done + 1)) - {row["epoch"] for row in read_rows(run)})
@@ -223,12 +242,12 @@ def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def evaluation_table(stages: list[dict[str, Any]], reports: list[StageReport]) -> str:
+def evaluation_table(stages: list[dict[str, Any]]) -> str:
     """A table with a row a stage: the loss and the accuracy of its head."""
     rows = [("stage", "blocks", "parameters", "loss", "accuracy")]
-    for number, (stage, report) in enumerate(zip(stages, reports, strict=True), start=1):
-        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", _loss(report.val_loss),
-                     percent(report.val_accuracy)))
+    for number, stage in enumerate(stages, start=1):
+        rows.append((str(number), blocks_text(stage["blocks"]), f"{stage['params']:,}", _loss(stage["loss"]),
+                     percent(stage["accuracy"])))
     return table(rows, left=[1])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blpipe.config_types import Named
-from blpipe.errors import ConfigError, one_line
+from blpipe.errors import ConfigError, one_line, printable
 from blpipe.seeds import fixed_randomness
 
 GROUPS = {"model": "blpipe.models", "data": "blpipe.data", "data.augment.transforms": "blpipe.transforms",
@@ -109,6 +109,8 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
     try:
         with fixed_randomness(_IMPORT_SEED):
             found = getattr(importlib.import_module(module_name), attribute)
+    except ConfigError:
+        raise
     except (ModuleNotFoundError, AttributeError) as error:
         raise ConfigError(f"{key}: cannot import {target!r}: {type(error).__name__}: {one_line(error)}{_place(error)}; "
                           "check the spelling, and run from the folder that holds the module") from error
@@ -118,6 +120,25 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"{key}: {target!r} is a {type(found).__name__}, not a function")
     return found
+
+
+def target_text(key: str, function: Callable[..., Any]) -> str:
+    """The target that `import_target` finds this function by, in this process or in a later one.
+
+    Of a script that runs as `__main__` it is in the module of the script's own name; in a notebook it stays there.
+
+    Raises:
+        ConfigError: no module has it under a name.
+    """
+    module, name = (getattr(function, attribute, "") for attribute in ("__module__", "__qualname__"))
+    if not name.isidentifier() or getattr(sys.modules.get(module), name, None) is not function:
+        raise ConfigError(f"{key}: {printable(repr(function))} is no function of a module's top level, so that no "
+                          "other process finds it; define it there by `def`, and give it values by args")
+    if module == "__main__":
+        main = sys.modules[module]
+        spec, file = getattr(main, "__spec__", None), Path(getattr(main, "__file__", None) or "")
+        module = spec.name if spec else file.stem if file.is_file() else module
+    return f"{module}:{name}"
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -1,24 +1,26 @@
 """Where a run begins: at the start, or with a checkpoint; and whether its config is still that of the checkpoint."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from blpipe.checkpoint.folders import best_of, check, checkpoints, config_of, is_checkpoint, manifest, newest_intact
 from blpipe.config import Config
-from blpipe.config_file import load_config
+from blpipe.config_file import Overrides, load_config, parsed
 from blpipe.config_types import folder_name
+from blpipe.ending import ON_EPOCH, Ending, by_on_epoch, by_patience
 from blpipe.errors import ConfigError, UserError
+from blpipe.metrics import read_result, read_rows
 from blpipe.optim import lr_factor
 from blpipe.plan import Plan
 
 _FREE = ("name", "runtime", "checkpoint")  # what a run computes does not depend on these
 _CHANGEABLE = ("partition", "optimizer.lr", "optimizer.lr_factors", "schedule", "data.root", "data.download",
                "data.workers", "data.place", "data.bad_samples", "train.epochs", "train.replicas",
-               "train.eval_batch_size", "train.eval_every_epochs", "train.on_nonfinite", "train.recompute",
-               "method.link.keep")
+               "train.eval_batch_size", "train.eval_every_epochs", "train.patience", "train.on_nonfinite",
+               "train.recompute", "method.link.keep")
 _PER_STAGE = ("method.head", "method.loss", "method.link.weight")  # as lists these may change with the number of stages
 _OF_EVALUATION = ("data", "train.eval_batch_size", "train.precision", "train.channels_last")
 
@@ -32,12 +34,14 @@ class StartPoint:
         notes: what a user may want to know of that.
         last: of the run folder's checkpoints, where the newest intact one was chosen.
         weights: the file or the checkpoint with the model's values, where it begins anew with such.
+        ended: why the run has ended there, before its last epoch, and is not to train on.
     """
 
     checkpoint: Path | None = None
     notes: list[str] = field(default_factory=list)
     last: Path | None = None
     weights: Path | None = None
+    ended: Ending | None = None
 
 
 def find(path: Path, best: bool = False) -> StartPoint:
@@ -61,9 +65,9 @@ def find(path: Path, best: bool = False) -> StartPoint:
         found = best_of(path)
         check(found)
         return StartPoint(found, [f"{found.name} is the best of those that were kept"])
-    last = checkpoints(path)[-1:]
+    last = next(reversed(checkpoints(path)), None)
     newest, problems = newest_intact(path)
-    return StartPoint(newest, [f"{problem}; {newest.name} is used" for problem in problems], *last)
+    return StartPoint(newest, [f"{problem}; {newest.name} is used" for problem in problems], last)
 
 
 def run_of(path: Path) -> Path:
@@ -73,7 +77,7 @@ def run_of(path: Path) -> Path:
     return run if run.name not in ("", "..") else run.resolve()
 
 
-def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
+def config_of_run(run: Path, overrides: Overrides = ()) -> Config:
     """The config of a run folder, with changes. Raises UserError where it is none."""
     if not os.path.exists(run / "config.yaml"):  # False for a path that is none, too
         raise UserError(f"{run}: is no run folder (it has no config.yaml); runs are in runs/<name> unless "
@@ -81,7 +85,7 @@ def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
     return load_config(run / "config.yaml", overrides)
 
 
-def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
+def resumed_config(path: Path, overrides: Overrides) -> Config:
     """The config of the run to go on with, with changes, set so that it goes on in this very folder.
 
     Raises:
@@ -105,7 +109,7 @@ def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
         "name": run.name, "runtime": config.runtime.model_copy(update={"runs": str(run.parent)})})
 
 
-def evaluated_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
+def evaluated_config(checkpoint: Path, overrides: Overrides) -> Config:
     """The config of a checkpoint, with changes of its data and of how it is computed.
 
     It holds no training samples out, unless the changes say so: what is evaluated are the test samples.
@@ -113,7 +117,9 @@ def evaluated_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: other changes.
     """
-    saved, config = config_of(checkpoint), config_of(checkpoint, ["data.validation_samples=null", *overrides])
+    held_out, values = "data.validation_samples", parsed(overrides)
+    saved = config_of(checkpoint)
+    config = config_of(checkpoint, values if held_out in values else {held_out: None, **values})
     refused = _but(_OF_EVALUATION, _changes(saved, config))
     if refused:
         raise ConfigError(*(f"{change.key}: is the checkpoint's own; eval takes data, runtime, train.eval_batch_size, "
@@ -169,10 +175,26 @@ def refuse_other_lengths(start_point: StartPoint, plan: Plan) -> None:
     if found.steps_done > steps:
         raise ConfigError(f"train.epochs: {plan.config.train.epochs} are {steps} steps, but {found.steps_done} are "
                           f"done in {start_point.checkpoint}; give more, or resume from an earlier checkpoint")
-    if found.steps_done >= steps and found.stages != [plan.block_names(k) for k in range(len(plan.stages))]:
+    ended = start_point.ended
+    if (ended or found.steps_done >= steps) and found.stages != [plan.block_names(k) for k in range(len(plan.stages))]:
         raise ConfigError(f"partition: the run is done, with {len(found.stages)} stages"
-                          f"{', cut elsewhere' * (len(found.stages) == len(plan.stages))}; give it more epochs, or "
-                          "evaluate it")
+                          f"{', cut elsewhere' * (len(found.stages) == len(plan.stages))}; "
+                          f"{ended.remedy if ended else 'give it more epochs'}, or evaluate it")
+
+
+def ended_before(run: Path, plan: Plan, checkpoint: Path, asked: bool) -> Ending | None:
+    """Why the run of this folder has ended at this checkpoint, before its last epoch; None where it has not.
+
+    Args:
+        asked: whether the user wants it to go on; without, it stays ended where `on_epoch` has ended it.
+    """
+    steps, train = manifest(checkpoint).steps_done, plan.config.train
+    epochs, more = divmod(steps, len(plan.step_sizes))
+    if more or epochs >= train.epochs:
+        return None
+    ended = by_patience([row for row in read_rows(run) if row["epoch"] <= epochs], train.patience)
+    result = {} if ended or asked else read_result(run) or {}
+    return by_on_epoch() if (result.get("ended_by"), result.get("steps")) == (ON_EPOCH, steps) else ended
 
 
 def notes_on_schedule(start_point: StartPoint, plan: Plan) -> list[str]:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+from threading import current_thread, main_thread
 from time import monotonic
 from types import FrameType, TracebackType
+from typing import Any
 
 from blpipe import launch
 from blpipe.errors import PeerLostError, StageError
@@ -16,7 +18,7 @@ class Signals:
     """While it is entered, SIGTERM and SIGINT are noted. After a SIGINT the next one raises KeyboardInterrupt.
 
     So does SIGTERM: as such torchrun passes a second Ctrl-C on. `asked_by` is the signal that has asked the run to
-    stop, None if none has.
+    stop, None if none has. Outside of the main thread, which alone hears signals, nothing is noted.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,10 @@ class Signals:
         self._process = os.getpid()
 
     def __enter__(self) -> "Signals":
-        self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._hear)}
+        self._before: dict[signal.Signals, Any] = {}
+        if current_thread() is not main_thread():
+            return self
+        self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._hear)
         return self

@@ -1,7 +1,7 @@
 """Numbers, tables and lines for people."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -19,6 +19,12 @@ def say(line: str) -> None:
         raise
     except OSError:
         pass  # it is written with a later line, if then there is room
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Print each of them on a line of its own, as a note."""
+    for line in notes:
+        say(f"note: {line}")
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:

@@ -103,6 +103,8 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
 def _use(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)  # of another run in this process
 
 
 def is_due(epochs_done: int, every: int, epochs: int) -> bool:

@@ -1,6 +1,7 @@
 """Train a list of configs one after the other, in one set of real processes; used by the tests.
 
-A config's `resume_from`, if there is one, is the checkpoint to go on from.
+A config's `resume_from`, if there is one, is the checkpoint to go on from; its `call` a "module:function" that is
+called with it instead.
 
     python tests/ranks.py K JOBS.json
 
@@ -24,6 +25,7 @@ def rank(index: int, trees: list[dict]) -> None:
     import torch
 
     from blpipe.config_file import parse_config
+    from blpipe.plugins import import_target
     from blpipe.runs import train_run
     from blpipe.transport.world import meet
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(index)
@@ -36,7 +38,10 @@ def rank(index: int, trees: list[dict]) -> None:
     torch.set_num_threads(1)
     store = meet(timeout_seconds=60)  # keeps rank 0's server up from the first run to the last
     for tree in trees:
-        checkpoint = tree.pop("resume_from", None)
+        checkpoint, call = tree.pop("resume_from", None), tree.pop("call", None)
+        if call:
+            import_target("call", call)(tree)
+            continue
         train_run(parse_config(tree), resume_from=checkpoint and Path(checkpoint))
     del store
 

@@ -440,7 +440,8 @@ def check_train(place: Path, text: Callable[[], str], patch: pytest.MonkeyPatch)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     patch.chdir(place)
-    patch.setattr(runs, "_train", lambda engine, run: make_ready(run.folder, run.plan.config, run.start_point))
+    patch.setattr(runs, "_train", lambda engine, run, _: (
+        make_ready(run.folder, run.plan.config, run.start_point), runs._Outcome())[1])
     try:
         (place / "bad.yaml").write_text(text())
     except (TypeError, ValueError, yaml.YAMLError, RecursionError):  # no such file can be

@@ -178,7 +178,8 @@ def test_an_override_that_is_no_yaml_is_refused_with_its_path(load):
 @pytest.mark.parametrize(("key", "meant"), [
     ("train.lr", "optimizer.lr"), ("optimizer.learning_rate", "optimizer.lr"), ("lr", "optimizer.lr"),
     ("optimizer.weight_decay", "optimizer.args.weight_decay"), ("train.epoch", "train.epochs"),
-    ("train.max_epochs", "train.epochs"), ("model.pretrained", "model.weights"), ("init_from", "model.weights"),
+    ("train.max_epochs", "train.epochs"), ("train.early_stopping", "train.patience"),
+    ("model.pretrained", "model.weights"), ("init_from", "model.weights"),
     ("train.label_smoothing", "method.loss={name: cross_entropy, args: {label_smoothing: …}}"),
     *((f"train.{key}", "optimizer.clip_norm") for key in ("grad_clip", "clip_grad", "max_grad_norm")),
     ("train.gradient_clip_val", "optimizer.clip_norm"), ("train.accumulate", "train.microbatches"),
@@ -191,7 +192,6 @@ def test_what_other_systems_call_a_key_is_told_where_it_is(load, key, meant):
 
 
 @pytest.mark.parametrize(("key", "told"), [
-    ("train.early_stopping", "there is none; leave it out: checkpoint.best keeps the best checkpoint"),
     ("train.max_steps", "there is none; give train.epochs")])
 def test_what_other_systems_have_and_we_do_not_is_told(load, key, told):
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: unknown key; {re.escape(told)}$"):

@@ -18,7 +18,8 @@ from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
 from blpipe.forecast.memory import Rehearsal
 from blpipe.plan import make_network, make_plan
-from blpipe.runs import export_run, train_run
+from blpipe.runs import train_run
+from blpipe.saved import export_run
 from blpipe.transport.memory import MemoryQueue
 from blpipe.transport.messages import layout_of, message_bytes, views
 

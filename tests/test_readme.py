@@ -77,7 +77,7 @@ def test_the_other_commands_run_in_the_order_of_the_readme(copy, command):
 
 
 def test_the_worked_example_is_the_shipped_file_in_under_forty_lines():
-    (name, code), = FILES.items()
+    name, code = next(iter(FILES.items()))
     assert code.count("\n") + 1 < 40
     assert without_docstrings(code) == without_docstrings((REPOSITORY / name).read_text())
 

@@ -18,7 +18,8 @@ from blpipe.models.blocks import blocks_of
 from blpipe.models.zoo import torchvision_model
 from blpipe.plan import make_plan
 from blpipe.resume import resumed_config
-from blpipe.runs import evaluate_run, export_run, train_run
+from blpipe.runs import train_run
+from blpipe.saved import evaluate_run, export_run
 from blpipe.shapes import likeness
 from blpipe.specs import DataSpec
 
@@ -199,7 +200,7 @@ def test_a_run_is_evaluated_and_goes_on_without_the_weights_that_it_began_with(p
     run = train_locally(tree, tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    assert "fc" in evaluate_run(run)
+    assert evaluate_run(run)[0]["blocks"][-1] == "fc"
     train_run(resumed_config(run, ["train.epochs=2"]), resume_from=run)
     assert read_rows(run)[-1]["epoch"] == 2
 

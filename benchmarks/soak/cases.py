@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from blpipe.runs import export_run
+from blpipe.saved import export_run
 
 STAGES = 4
 BASE: dict[str, Any] = {

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from blpipe.config import Config
-from blpipe.config_file import load_config
+from blpipe.config_file import Overrides, load_config
 from blpipe.errors import DamagedError, UserError, one_line
 from blpipe.files import sync
 
@@ -118,7 +118,7 @@ def manifest(checkpoint: Path) -> Manifest:
                         ) from error
 
 
-def config_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
+def config_of(checkpoint: Path, overrides: Overrides = ()) -> Config:
     """The config that a checkpoint was saved with, with changes."""
     return load_config(checkpoint / CONFIG, overrides)
 

@@ -33,14 +33,16 @@ class Saver:
 
     Args:
         newest: steps of the checkpoint that is there already; −1 for none.
+        outlived: whether this process goes on after a failure of the run.
     """
 
-    def __init__(self, run: Path, plan: Plan, engine: Engine, newest: int):
+    def __init__(self, run: Path, plan: Plan, engine: Engine, newest: int, outlived: bool = False):
         self._run, self._plan, self._engine, self._group = run, plan, engine, engine.group
         self._rank = 0 if self._group is None else dist.get_rank()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[str | None] | None = None
         self._newest = newest
+        self._awaited = outlived or self._group is None
 
     def save(self, steps_done: int, model: StageReport | None = None) -> None:
         """Begin to save; waits for the checkpoint before, and for the device.
@@ -65,8 +67,10 @@ class Saver:
             raise CheckpointError(problem)
 
     def close(self) -> None:
-        """Let go of the thread. In one process, wait for it: nothing else may come to the folder while it writes."""
-        self._thread.shutdown(wait=self._group is None)
+        """Let go of the thread. In a process that goes on, wait for it: nothing else may come to the folder while it
+        writes.
+        """
+        self._thread.shutdown(wait=self._awaited)
 
     def _wait(self) -> str | None:
         """Returns what went wrong, in every process something."""

@@ -62,6 +62,9 @@ class Engine(Protocol):
         the others.
         """
 
+    def broadcast(self, value: Any) -> Any:
+        """The leading process's value, in every process."""
+
     def close(self) -> None:
         """Part from the other processes."""
 

@@ -11,6 +11,7 @@ save nothing here.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,6 +155,10 @@ class LocalEngine:
     def spans(self) -> list[Span]:
         """The traced operations of all stages of the first replica."""
         return self._log.spans if self._log is not None else []
+
+    def broadcast(self, value: Any) -> Any:
+        """It is this process's."""
+        return value
 
     def close(self) -> None:
         """Nothing to part from."""

@@ -180,6 +180,10 @@ class PipelineEngine:
         gathered = self.world.gather(self._log.spans if self._log is not None and not self.world.replica else [])
         return None if gathered is None else [span for spans in gathered for span in spans]
 
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, in every process."""
+        return self.world.broadcast(value)
+
     def close(self) -> None:
         """Part from the other processes."""
         self.world.barrier()

@@ -3,9 +3,13 @@
 A rank is a stage of a replica: with K stages, rank n is stage n % K, from 0, of replica n // K.
 """
 
+import gc
 import json
 import os
-from collections.abc import Collection, Sequence
+import sys
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -99,6 +103,29 @@ def _attempt(timeout_seconds: float) -> tuple[dist.Store, int, int]:
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     attempt = os.environ.get("BLPIPE_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"blpipe/attempt{attempt}", store), rank, size
+
+
+@contextmanager
+def left_at_failure() -> Iterator[None]:
+    """Leave the other processes where a run fails here: they find out at once, and all can begin another run.
+
+    Over NCCL nothing is left: what it still has under way may never end.
+    """
+    hook = sys.excepthook
+    try:
+        yield
+    except BaseException as error:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+            # gloo parts from a peer once nothing holds the group, as the frames of the error do.
+            raised: BaseException | None = error
+            while raised is not None:
+                traceback.clear_frames(raised.__traceback__)
+                raised = raised.__cause__ or raised.__context__
+            gc.collect()
+        raise
+    finally:
+        sys.excepthook = hook  # torch puts the rank before each line of a traceback, once more with every run
 
 
 def stay_on_this_machine() -> None:
@@ -230,6 +257,13 @@ class World:
         with lost_peer(f"{self._named(self.rank)} reporting"):
             dist.gather_object(value, values, dst=0, group=self.control)
         return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        with lost_peer(f"{self._named(self.rank)} hearing from rank 0"):
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
