@@ -148,7 +148,7 @@ class ScheduleConfig(Named):
 
     default = "constant"
 
-    name: Literal["constant", "linear", "cosine", "multistep", "one-cycle"] | None = None
+    name: Literal["constant", "linear", "cosine", "multistep", "one-cycle"] | None = "constant"
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     final: Fraction = 0.0
     milestones: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(default=(), strict=False)
@@ -188,7 +188,7 @@ class LinkConfig(Section):
     delay: NotNegative = 1
     delay_unit: Literal["batch", "microbatch"] = "batch"
     weight: Each[float] = 1.0
-    schedule: ScheduleConfig = ScheduleConfig(name="constant")
+    schedule: ScheduleConfig = ScheduleConfig()
     reach: Annotated[Any, AfterValidator(_count_or_all)] = 1
     take: Literal["every", "farthest"] = "every"
     joint: bool = False
@@ -292,6 +292,7 @@ class OptimizerConfig(Named):
 
     default = "sgd"
 
+    name: str | None = default
     lr: Annotated[float, Field(gt=0.0)] = 0.1
     lr_factors: dict[str, Annotated[float, Field(ge=0.0)]] = {}
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
@@ -388,8 +389,8 @@ class Config(Section):
     data: DataConfig = DataConfig()
     partition: PartitionConfig
     method: MethodConfig = MethodConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(name="sgd")
-    schedule: ScheduleConfig = ScheduleConfig(name="constant")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()

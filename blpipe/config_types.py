@@ -46,8 +46,8 @@ class Named(ByName):
     @model_validator(mode="before")
     @classmethod
     def _fill_name(cls, value: Any) -> Any:
-        if cls.default and isinstance(value, dict) and not {"name", "target"} & value.keys():
-            return {"name": cls.default} | value
+        if cls.default and isinstance(value, dict):
+            return {"name": None if "target" in value else cls.default} | value
         return value
 
     @model_validator(mode="after")
