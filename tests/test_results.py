@@ -43,7 +43,7 @@ def shown(section):
 
 
 @pytest.mark.parametrize(("pattern", "table"), [
-    ("ablation/results/*/*.json", ablation_table), ("scaling/results/*.json", scaling_table),
+    ("ablation/results/*/*.json", ablation_table), ("scaling/results/**/*.json", scaling_table),
     ("soak/results/*.json", soak_tables), ("throughput/results/*/*.json", throughput_tables)])
 def test_tables_follow_from_their_data(pattern, table):
     paths = list(BENCHMARKS.glob(pattern))

@@ -29,6 +29,8 @@ def test_where_it_overtakes_is_where_it_stays_ahead():
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--stages", "two"], "--stages: 'two' must be whole numbers from 1 on, such as 1,2,4,8"),
     (["--stages", "2,64"], "--stages: 64 stages need as many blocks, and the model has 5"),
+    (["--measure", "5"], "microbatches: 4 are fewer than the 5 stages, and torch's 1F1B wants as many; use more, or fe"),
+    (["--measure", "3"], "cases.ResNet-8: a batch of 16 does not divide among 4 microbatches and 3 processes; use a m"),
 ])
 def test_what_a_user_can_put_right_is_said_in_one_line(arguments, said, tmp_path, capsys):
     assert scaling.main([str(QUICK), "--device", "cpu", "--out", str(tmp_path), *arguments]) == 2
@@ -90,6 +92,9 @@ def test_columns_that_nobody_measured_or_predicted_are_left_out():
 
 def test_only_the_stages_asked_for_are_measured(monkeypatch):
     settings, cpu = load_settings(QUICK, {}), torch.device("cpu")
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert scaling._measured_counts(None, [2, 3, 4, 8], settings, 16, cpu) == [2, 4]
-    assert scaling._measured_counts("8", [2, 3, 4, 8], settings, 64, cpu) == [8]
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert settings.microbatches == 4  # torch's 1F1B wants as many as there are stages
+    assert scaling._measured_counts(None, [2, 3, 4, 8], settings, 32, cpu) == [2, 4]
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert scaling._measured_counts(None, [2, 3, 4, 8], settings, 32, cpu) == [2]
+    assert scaling._measured_counts("4", [2, 3, 4, 8], settings, 32, cpu) == [4]

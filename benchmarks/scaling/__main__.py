@@ -65,15 +65,18 @@ def _main(arguments: argparse.Namespace) -> int:
     if len(settings.cases) != 1:
         raise ConfigError(f"cases: {len(settings.cases)}; give one")
     name, = settings.cases
-    predicted = _predict(settings, name, device, counts)
     batch = parse_config(case_tree(settings, name, device.type)).train.batch_size
+    measured_counts = _measured_counts(arguments.measure, counts, settings, batch, device)
+    for count in measured_counts:  # before anything runs
+        case_tree(load_settings(arguments.config, {"stages": count}), name, device.type)
+    predicted = _predict(settings, name, device, counts)
     found = {"case": name, "batch": batch, "microbatches": settings.microbatches, "environment": environment(device),
              "measured": {"1": {"one device": _one_device(settings, name, device)}}, "predicted": predicted}
     folder = arguments.out or arguments.config.parent / "results"
     path = folder / f"{folder_name(device)}.json"
     _write(path, found)
-    for count in _measured_counts(arguments.measure, counts, settings, batch, device):
-        case = measure_case(settings.model_copy(update={"stages": count}), name, device)
+    for count in measured_counts:
+        case = measure_case(load_settings(arguments.config, {"stages": count}), name, device)
         if case is None:
             print(f"scaling: K = {count}: a process failed; what it said stands above", file=sys.stderr)
             return 1
@@ -88,11 +91,12 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def _measured_counts(asked: str | None, counts: list[int], settings: ThroughputConfig, batch: int,
                      device: torch.device) -> list[int]:
-    """Those asked for; else those for which there is a core or a GPU for each stage, and the batch divides."""
+    """Those asked for; else those for which there is a core or a GPU for each stage, and the batch suffices."""
     if asked is not None:
         return [count for count in whole_numbers("--measure", asked) if count > 1]
     most = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
-    return [count for count in counts if count <= most and batch % (count * settings.microbatches) == 0]
+    return [count for count in counts if count <= min(most, settings.microbatches)
+            and batch % (count * settings.microbatches) == 0]
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

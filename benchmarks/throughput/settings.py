@@ -84,6 +84,9 @@ def load_settings(path: Path, changes: dict[str, Any]) -> ThroughputConfig:
                                 f"one of {', '.join(known)}")
     if settings.stages < 2:
         problems.append("stages: 1 leaves nothing to compare; use 2 or more")
+    if settings.microbatches < settings.stages:
+        problems.append(f"microbatches: {settings.microbatches} are fewer than the {settings.stages} stages, and "
+                        "torch's 1F1B wants as many; use more, or fewer stages")
     if problems:
         raise ConfigError(*problems)
     return settings
