@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from blpipe.config_types import WirePrecision
-from blpipe.device import Precision, narrowed, widened
 from blpipe.gradients import edge_of, gradients_of, norm_of, ratio, weighted
 from blpipe.graphs import Recorder, Runner
 from blpipe.links import Links
+from blpipe.precision import Precision, narrowed, widened
 from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
 from blpipe.tail import Tail, TailRun

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from blpipe.device import Precision
 from blpipe.gradients import (
     Within,
     copies_of,
@@ -28,6 +27,7 @@ from blpipe.gradients import (
 )
 from blpipe.graphs import Runner
 from blpipe.links import Links
+from blpipe.precision import Precision
 from blpipe.recompute import Recomputed
 from blpipe.seeds import RandomStream
 

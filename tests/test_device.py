@@ -12,12 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from blpipe.config import DataConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.device import Precision, set_up, spare_cudnn_norms, transfer, use_channels_last, use_precision
+from blpipe.device import set_up, spare_cudnn_norms, transfer, use_channels_last, use_precision
 from blpipe.engines.local import LocalEngine
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
 from blpipe.forecast.memory import Rehearsal
 from blpipe.plan import make_network, make_plan
+from blpipe.precision import Precision
 from blpipe.runs import train_run
 from blpipe.saved import export_run
 from blpipe.transport.memory import MemoryQueue

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from blpipe.config import Config
-from blpipe.device import Precision, spare_cudnn_norms, use_channels_last
+from blpipe.device import spare_cudnn_norms, use_channels_last
 from blpipe.graphs import Recorder
 from blpipe.models.build import parameter_names
 from blpipe.optim import build_optimizer
 from blpipe.plan import Plan
+from blpipe.precision import Precision
 from blpipe.seeds import RandomStream, derive_seed
 from blpipe.stage import Stage
 from blpipe.update import Update

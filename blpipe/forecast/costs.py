@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blpipe.config import LossConfig, OptimizerConfig, TrainConfig
 from blpipe.data import Data
-from blpipe.device import Precision, use_channels_last
+from blpipe.device import use_channels_last
 from blpipe.errors import ConfigError, one_line
 from blpipe.forecast.ledger import Ledger, without_values
 from blpipe.heads import build_head
@@ -27,6 +27,7 @@ from blpipe.models.build import named_blocks
 from blpipe.models.copies import copied
 from blpipe.optim import build_optimizer
 from blpipe.plan import Network, check_loss
+from blpipe.precision import Precision
 from blpipe.shapes import likeness
 from blpipe.specs import Share, TensorSpec
 from blpipe.steps import training_sizes
