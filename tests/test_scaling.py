@@ -29,7 +29,7 @@ def test_where_it_overtakes_is_where_it_stays_ahead():
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--stages", "two"], "--stages: 'two' must be whole numbers from 1 on, such as 1,2,4,8"),
     (["--stages", "2,64"], "--stages: 64 stages need as many blocks, and the model has 5"),
-    (["--measure", "5"], "microbatches: 4 are fewer than the 5 stages, and torch's 1F1B wants as many; use more, or fe"),
+    (["--measure", "5"], "microbatches: 4 are fewer than the 5 stages, and torch's 1F1B wants as many; use more, or "),
     (["--measure", "3"], "cases.ResNet-8: a batch of 16 does not divide among 4 microbatches and 3 processes; use a m"),
 ])
 def test_what_a_user_can_put_right_is_said_in_one_line(arguments, said, tmp_path, capsys):
