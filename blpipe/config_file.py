@@ -191,7 +191,7 @@ def parsed(overrides: Overrides) -> dict[str, Any]:
                 raise ConfigError(f"{printable(repr(key))}: a key to set is key.sub, such as train.epochs")
         return dict(overrides)
     values: dict[str, Any] = {}
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         path, equals, text = override.partition("=")
         if not equals or not all(path.split(".")):
             raise ConfigError(f"{printable(override)}: an override is key.sub=value, such as train.epochs=3")

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from blpipe.errors import UserError, one_line
 from blpipe.text import percent
 
@@ -82,7 +84,8 @@ def after_epoch(rows: Rows, patience: int | None, on_epoch: OnEpoch | None) -> E
     """Whether a run ends after the epoch of the last rows. Of the leading process; calls `on_epoch`."""
     if on_epoch is not None:
         try:
-            if on_epoch([row for row in rows if row["epoch"] == rows[-1]["epoch"]]) is False:
+            answer = on_epoch([row for row in rows if row["epoch"] == rows[-1]["epoch"]])
+            if isinstance(answer, bool | np.bool_) and not answer:
                 return by_on_epoch()
         except (Exception, SystemExit) as error:
             return Ending(ON_EPOCH, f"{ON_EPOCH} raised {type(error).__name__}: {one_line(error)}", error)

@@ -1,10 +1,12 @@
 """Optimizers by their torch name or a target, and the learning rate as a pure function of the step."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -46,6 +48,11 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter],
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"optimizer.target: {config.target!r} returned a {type(optimizer).__name__}; return a "
                           "torch.optim.Optimizer")
+    try:
+        inspect.signature(optimizer.step).bind()
+    except TypeError as error:
+        raise ConfigError(f"optimizer.target: {config.target!r} does not fit stages: its step wants more ({error}), "
+                          "and is called with nothing; use another") from error
     if config.decay != "all" and not optimizer.defaults.get("weight_decay"):
         raise ConfigError(f"optimizer.decay: {config.decay}, but {config.name or config.target} has no weight_decay "
                           "here; give it optimizer.args.weight_decay, or leave it out")
@@ -113,7 +120,7 @@ def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: i
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1.0, steps_per_epoch * epochs - warmup)
     if config.target is not None:
-        return float(_shape(config.target)(done, **config.args))
+        return _factor_of(config.target, import_target("schedule.target", config.target)(done, **config.args), done)
     if config.name == "constant":
         return 1.0
     if config.name == "linear":
@@ -127,11 +134,6 @@ def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, epochs: i
     return _cosine(1.0, config.final, (done - config.peak) / max(1e-12, 1.0 - config.peak))
 
 
-@lru_cache
-def _shape(target: str) -> Callable[..., float]:
-    return import_target("schedule.target", target)
-
-
 def check_schedule(key: str, config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> None:
     """Try a schedule's target, for its first step and its last one.
 
@@ -142,10 +144,19 @@ def check_schedule(key: str, config: ScheduleConfig, steps_per_epoch: int, epoch
         return
     function, steps = import_target(f"{key}.target", config.target), steps_per_epoch * epochs
     for done in (0.0, (steps - 1) / steps):
-        factor = call(key, function, done, **config.args)
-        if not isinstance(factor, int | float) or not 0.0 <= factor < math.inf:
-            raise ConfigError(f"{key}.target: {config.target!r} returned {factor!r} for {done:g}; return a number, 0 "
-                              "or more, for a share of the steps from 0 on and less than 1")
+        returned = call(key, function, done, **config.args)
+        try:
+            _factor_of(config.target, returned, done)
+        except ValueError as error:
+            raise ConfigError(f"{key}.target: {error}") from error
+
+
+def _factor_of(target: str, returned: Any, done: float) -> float:
+    """What a schedule's target returned, as a factor. Raises ValueError where it is none."""
+    if not isinstance(returned, Real) or not 0.0 <= float(returned) < math.inf:
+        raise ValueError(f"{target!r} returned {returned!r} for {done:g}; return a number, 0 or more, for a share of "
+                         "the steps from 0 on and less than 1")
+    return float(returned)
 
 
 def _cosine(begin: float, end: float, share: float) -> float:

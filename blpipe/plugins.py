@@ -107,8 +107,10 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        with fixed_randomness(_IMPORT_SEED):
-            found = getattr(importlib.import_module(module_name), attribute)
+        if module_name not in sys.modules:
+            with fixed_randomness(_IMPORT_SEED):
+                importlib.import_module(module_name)
+        found = getattr(sys.modules[module_name], attribute)
     except ConfigError:
         raise
     except (ModuleNotFoundError, AttributeError) as error:

@@ -203,9 +203,11 @@ def notes_on_schedule(start_point: StartPoint, plan: Plan) -> list[str]:
         return []
     saved, config, per_epoch = config_of(start_point.checkpoint), plan.config, len(plan.step_sizes)
     done = manifest(start_point.checkpoint).steps_done
+    if saved.schedule != config.schedule:
+        return []
     before, now = (lr_factor(saved.schedule, max(done - 1, 0), per_epoch, epochs)
                    for epochs in (saved.train.epochs, config.train.epochs))
-    if before == now or done == per_epoch * config.train.epochs or saved.schedule != config.schedule:
+    if before == now or done == per_epoch * config.train.epochs:
         return []
     begins = config.optimizer.lr * lr_factor(config.schedule, done, per_epoch, config.train.epochs)
     name = config.schedule.name or config.schedule.target

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blpipe import resume
 from blpipe.checkpoint.state import load_weights, model_state
-from blpipe.config import Config
+from blpipe.config import Config, OptimizerConfig, ScheduleConfig
 from blpipe.config_file import Overrides
 from blpipe.data import open_data
 from blpipe.device import set_up
@@ -51,11 +51,14 @@ def evaluate_run(path: Path, overrides: Overrides = (), best: bool = False, raw:
 
 
 def _for_evaluation(config: Config, train_samples: int) -> Config:
-    """The config with batches for training that any data have, and no averages of its own."""
-    train = config.train
-    return config.model_copy(update={"train": train.model_copy(update={
-        "batch_size": min(train.batch_size, train_samples), "replicas": 1, "microbatches": 1, "drop_last": True,
-        "ema": None, "eval_batch_size": train.eval_batch_size or train.batch_size})})
+    """The config with batches for training that any data have, and without what only training needs."""
+    method, train = config.method, config.train
+    return config.model_copy(update={
+        "method": method.model_copy(update={"link": method.link.model_copy(update={"schedule": ScheduleConfig()})}),
+        "optimizer": OptimizerConfig(), "schedule": ScheduleConfig(),
+        "train": train.model_copy(update={
+            "batch_size": min(train.batch_size, train_samples), "replicas": 1, "microbatches": 1, "drop_last": True,
+            "ema": None, "eval_batch_size": train.eval_batch_size or train.batch_size})})
 
 
 def state_of_run(path: Path, best: bool = False, raw: bool = False) -> dict[str, Tensor]:

@@ -82,10 +82,21 @@ def test_a_second_run_in_a_process_is_as_if_it_were_the_first(folder):
     tree = small_config("one", partition={"stages": 2}, train__epochs=1)
     blpipe.train(tree)
     blpipe.train(tree, {"name": "other", "runtime.deterministic": True, "train.precision": "tf32", "seed": 1})
-    blpipe.train(tree, {"name": "two"})
+    blpipe.train(tree, "name=two")
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
     assert_same_run(Path("runs/one"), Path("runs/two"))
+
+
+def test_what_training_alone_needs_may_be_gone_afterwards(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    Path("gone.py").write_text("def flat(done):\n    return 1.0\n")
+    blpipe.train(small_config("run", train__epochs=1, schedule={"target": "gone:flat"}))
+    Path("gone.py").unlink()
+    monkeypatch.delitem(sys.modules, "gone")
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    assert blpipe.evaluate("runs/run")
+    assert blpipe.train(resume="runs/run", overrides={"train.epochs": 2, "schedule": "cosine"})["epochs"] == 2
 
 
 def nested():
@@ -207,7 +218,7 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(folder, monkeypatch):
 
 
 def test_on_epoch_sees_the_rows_and_ends_the_run_by_false_alone(folder, capsys):
-    seen, answers = [], iter([None, 0, False])
+    seen, answers = [], iter([None, 0, np.bool_(False)])
 
     def look(rows):
         seen.extend(rows)

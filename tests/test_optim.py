@@ -159,6 +159,7 @@ def test_an_optimizer_of_ones_own_is_built_as_torchs_are():
     (of_target("no_optimizer"), "optimizer.target: 'optimizers_under_test:no_optimizer' returned a list; return a tor"),
     (of_target("Counting", args={"beta": 1}), "optimizer.args: got an unexpected keyword argument 'beta'; it takes we"),
     (of_target("Counting", decay="matrices"), "optimizer.decay: matrices, but optimizers_under_test:Counting has no w"),
+    (of_target("Closed"), "optimizer.target: 'optimizers_under_test:Closed' does not fit stages: its step wants more"),
     (of_target("Missing"), "optimizer.target: cannot import 'optimizers_under_test:Missing': AttributeError"),
 ])
 def test_what_is_wrong_with_an_optimizer_of_ones_own_is_said(config, message):
@@ -189,6 +190,26 @@ def test_the_numbers_that_an_optimizer_keeps_are_saved(regrouped):
     step(before, given)
     step(after, again)
     assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
+
+
+def test_state_that_no_checkpoint_can_hold_is_said():
+    given = parameters()
+    optimizer = build_optimizer(of_target("Listing"), given)
+    given[0].grad = torch.ones_like(given[0])
+    optimizer.step()
+    with pytest.raises(ConfigError, match=r"^optimizer: keeps a list in the 'all' of a parameter's state, which a che"):
+        optimizer_state(optimizer, dict(zip(given, "ab", strict=True)))
+
+
+def test_a_name_that_begins_another_one_takes_none_of_its_state():
+    given = parameters()
+    names = dict(zip(given, ("a", "a/b"), strict=True))
+    optimizer, again = build("adamw", over=given), build("adamw", over=given)
+    given[1].grad = torch.ones_like(given[1])
+    optimizer.step()
+    load_optimizer(again, names, optimizer_state(optimizer, names))
+    assert given[0] not in again.state
+    assert again.state[given[1]].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_torchs_own_optimizers_are_saved_as_tensors_alone():
@@ -243,6 +264,18 @@ def test_a_schedule_of_ones_own_gets_the_share_that_is_done_after_the_warm_up():
 def test_what_is_wrong_with_a_schedule_of_ones_own_is_said(given, message):
     with pytest.raises(ConfigError, match=rf"^{re.escape(message)}"):
         check_schedule("schedule", ScheduleConfig(**given), STEPS, EPOCHS)
+
+
+def test_a_schedule_that_breaks_later_ends_the_run():
+    with pytest.raises(ValueError, match=r"^'optimizers_under_test:breaks_in_the_middle' returned nan for 0\.5; "):
+        factors(target="optimizers_under_test:breaks_in_the_middle")
+
+
+def test_a_function_that_is_defined_anew_is_taken(monkeypatch):
+    config = ScheduleConfig(target="optimizers_under_test:stays_then_falls")
+    assert lr_factor(config, 0, STEPS, EPOCHS) == 1.0
+    monkeypatch.setattr("optimizers_under_test.stays_then_falls", lambda done: 0.25)
+    assert lr_factor(config, 0, STEPS, EPOCHS) == 0.25
 
 
 def test_constant_is_one_throughout():

@@ -29,6 +29,7 @@ def test_where_it_overtakes_is_where_it_stays_ahead():
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--stages", "two"], "--stages: 'two' must be whole numbers from 1 on, such as 1,2,4,8"),
     (["--stages", "2,64"], "--stages: 64 stages need as many blocks, and the model has 5"),
+    (["--stages", "1"], "--stages: 1 leaves nothing to compare; give numbers from 2 on"),
     (["--measure", "5"], "microbatches: 4 are fewer than the 5 stages, and torch's 1F1B wants as many; use more, or "),
     (["--measure", "3"], "cases.ResNet-8: a batch of 16 does not divide among 4 microbatches and 3 processes; use a m"),
 ])

@@ -69,6 +69,9 @@ def _main(arguments: argparse.Namespace) -> int:
     measured_counts = _measured_counts(arguments.measure, counts, settings, batch, device)
     for count in measured_counts:  # before anything runs
         case_tree(load_settings(arguments.config, {"stages": count}), name, device.type)
+    counts = sorted({*counts, *measured_counts})
+    if not counts:
+        raise ConfigError(f"--stages: {arguments.stages} leaves nothing to compare; give numbers from 2 on")
     predicted = _predict(settings, name, device, counts)
     found = {"case": name, "batch": batch, "microbatches": settings.microbatches, "environment": environment(device),
              "measured": {"1": {"one device": _one_device(settings, name, device)}}, "predicted": predicted}

@@ -39,7 +39,9 @@ def conclusions(predicted: Rows) -> list[str]:
     """From what K on BackLink d = 1 is faster, as predicted, than each other schedule, and than the paper's figure."""
     ours, one = "BackLink d=1", predicted["1"]["one device"]
     counts = [count for count in sorted(map(int, predicted)) if count > 1]
-    lines = []
+    lines: list[str] = []
+    if ours not in predicted[str(counts[0])]:
+        return lines
     for method in (method for method in ("GPipe", "1F1B", "zero-bubble") if method in predicted[str(counts[0])]):
         where = _from_where_on([count for count in counts
                             if predicted[str(count)][ours] > predicted[str(count)][method]], counts)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from blpipe.errors import ConfigError
+
 _CONFIGURED = ("lr", "weight_decay")  # which differ by group, and from the defaults, as the config says
 _TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _GROUP, _NUMBER = "group/", "/number"
@@ -20,7 +22,11 @@ Names = Mapping[Tensor, str]  # in the checkpoint, of the optimizer's parameters
 
 
 def optimizer_state(optimizer: Optimizer, names: Names) -> dict[str, Tensor]:
-    """All that it has learnt, by key of the checkpoint."""
+    """All that it has learnt, by key of the checkpoint.
+
+    Raises:
+        ConfigError: there is more of it than tensors and numbers.
+    """
     state: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         of_group = {_GROUP + key: value for key, value in group.items()
@@ -41,6 +47,9 @@ def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield key, value
         elif type(value) in _TYPES:
             yield key + _NUMBER, torch.tensor(value, dtype=_TYPES[type(value)])
+        elif value is not None and not key.startswith(_GROUP):
+            raise ConfigError(f"optimizer: keeps a {type(value).__name__} in the {key!r} of a parameter's state, which "
+                              "a checkpoint cannot hold; have it keep tensors and numbers there")
 
 
 def load_optimizer(optimizer: Optimizer, names: Names, state: Mapping[str, Tensor]) -> None:
@@ -52,7 +61,7 @@ def load_optimizer(optimizer: Optimizer, names: Names, state: Mapping[str, Tenso
             prefix = f"optimizer/{names[parameter]}/"
             own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
             values = {key.removesuffix(_NUMBER): tensor.item() if key.endswith(_NUMBER) else tensor
-                      for key, tensor in own.items()}
+                      for key, tensor in own.items() if _is_a_key(key)}
             numbered |= {key.removeprefix(_GROUP): values.pop(key) for key in [*values] if key.startswith(_GROUP)}
             if values:
                 loaded["state"][number] = values
@@ -62,6 +71,11 @@ def load_optimizer(optimizer: Optimizer, names: Names, state: Mapping[str, Tenso
             saved = state.get(f"optimizer/{names[parameter]}/{key}")
             if saved is not None:
                 values[key] = _as_saved(saved, parameter, value.device)
+
+
+def _is_a_key(text: str) -> bool:
+    """Whether it is one of a parameter's state or group; else it is of another parameter, whose name goes on here."""
+    return "/" not in text.removeprefix(_GROUP).removesuffix(_NUMBER)
 
 
 def _as_saved(value: Tensor, parameter: Tensor, device: torch.device) -> Tensor:

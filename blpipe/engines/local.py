@@ -223,10 +223,10 @@ class LocalEngine:
         """Plain end-to-end backpropagation of the last stage's loss."""
         for step in zip(*steps, strict=True):
             index, stage = step[0].index, self.stages[0]
-            now = factors(self.plan, index)
             if not should_run(index):
                 return
             try:
+                now = factors(self.plan, index)
                 for part, feed, stages in zip(step, feeds, self.replicas.values(), strict=True):
                     for size in part.sizes:
                         stage = stages[0]

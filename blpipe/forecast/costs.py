@@ -338,7 +338,8 @@ class _Trial:
         while len(rounds) < 3 or (len(rounds) < _MOST_ROUNDS and perf_counter() - started < _MEASURE_SECONDS):
             clock = Clock(device)
             self._round(module, x, targets, clock.time)
-            clock.time(lambda: optimizer.step() if optimizer is not None else None)
+            with _trying("optimizer"):
+                clock.time(lambda: optimizer.step() if optimizer is not None else None)
             rounds.append(clock.seconds)
         forward, backward, for_input, for_weights, step = (median(column) for column in zip(*rounds[1:], strict=True))
         return replace(cost, forward=forward, backward=backward, input_backward=for_input,

@@ -21,6 +21,7 @@ from blpipe.graphs import Recorder
 from blpipe.links import Links, fitting, stage_links
 from blpipe.optim import build_optimizer
 from blpipe.plan import Network, Plan, make_plan
+from blpipe.plugins import call
 from blpipe.program import ACTIVATIONS_AHEAD, errors_ahead
 from blpipe.steps import Step
 from blpipe.transport.messages import IN_FLIGHT
@@ -245,6 +246,6 @@ def state_copies(config: OptimizerConfig, device: torch.device) -> int:
     parameter.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer(config, [parameter])
     assert optimizer is not None
-    optimizer.step()
+    call("optimizer", optimizer.step)
     return sum(value.shape == parameter.shape for value in optimizer.state[parameter].values()
                if isinstance(value, Tensor))
