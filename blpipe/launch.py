@@ -45,6 +45,11 @@ def run_name() -> str:
         return f"{name} {_launcher(name)}"
 
 
+def has_this_id(name: str) -> bool:
+    """Whether the name is of a launch that has the same id, if not of this one."""
+    return name.startswith(os.environ.get("TORCHELASTIC_RUN_ID", "") + " ")
+
+
 def _launcher(run_id: str) -> str:
     """The nearest ancestor whom nobody has given this id, and when it began, in clock ticks since the machine did.
 

@@ -67,10 +67,17 @@ def make_ready(run: Path, config: Config, start_point: StartPoint) -> None:
         write_text(run / _LAUNCH, launch.run_name())
 
 
-def is_being_restarted(run: Path) -> bool:
-    """Whether torchrun has started these processes again, and what the run folder holds is of the time before."""
+def is_being_restarted(run: Path, config: Config, options: StartOptions) -> bool:
+    """Whether torchrun has started these processes again, and what the run folder holds is of the time before.
+
+    Where it was to be replaced, what a launch of the same id has left of the same config is taken for that too: the
+    first process may be on another node now, and a restart removes no checkpoint.
+    """
     noted = run / _LAUNCH
-    return launch.is_restarted() and noted.exists() and noted.read_text() == launch.run_name()
+    if not launch.is_restarted() or not noted.exists():
+        return False
+    name = noted.read_text()
+    return name == launch.run_name() or (options.overwrite and launch.has_this_id(name) and is_of(run, config))
 
 
 @contextmanager
@@ -91,7 +98,7 @@ def _take(lock: TextIO, run: Path) -> None:
 
 
 def _refuse_another_run(run: Path, config: Config, options: StartOptions, start_point: StartPoint) -> None:
-    same = (options.auto_resume or is_being_restarted(run)) and is_of(run, config)
+    same = (options.auto_resume or is_being_restarted(run, config, options)) and is_of(run, config)
     own = same and not any(run.glob("checkpoints/[!.]*"))
     if start_point.last is not None and [path.name for path in checkpoints(run)[-1:]] != [start_point.last.name]:
         raise ConfigError(f"name: another process has trained in {run} meanwhile; start again, to go on from there")

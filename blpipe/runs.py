@@ -119,7 +119,7 @@ def _prepare(config: Config, options: StartOptions) -> tuple[Plan, Data, StartPo
     check_tensorboard(config)
     start_point = StartPoint()
     run = run_folder_of(config)
-    restarted = is_being_restarted(run)
+    restarted = is_being_restarted(run, config, options)
     if restarted:  # from the last checkpoint, whatever it began with
         config, start_point = resume.resume_if_there(config, run)
     elif options.resume_from is not None:

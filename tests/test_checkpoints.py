@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import torch
@@ -569,15 +570,19 @@ def test_a_restart_goes_on_with_its_own_run_alone(folder, launched, monkeypatch,
     assert run("train", "small.yaml") == 0  # it had died before there was one
 
 
-def test_a_restart_replaces_no_run_of_its_config_whoever_began_it(folder, launched):
+@pytest.mark.parametrize(("name", "override", "kept"), [
+    ("job", "seed=0", True), ("job", "seed=1", False), ("another", "seed=0", False),
+    (str(UUID(int=1)), "seed=0", False)])
+def test_a_restart_on_another_node_replaces_no_run_of_its_launch(folder, launched, monkeypatch, name, override, kept):
+    """But one of another config, or of a launch of another name, which it has not begun yet."""
+    launched(0, name="job")
+    assert run("train", "small.yaml", "--overwrite") == 0
     mark = checkpoints(Path("runs/small"))[0] / "mark"
     mark.touch()
-    launched(1, name="another")
-    assert run("train", "small.yaml", "--overwrite") == 0
-    assert mark.exists()
-    launched(1, name="a third")
-    assert run("train", "small.yaml", "--overwrite", "seed=1") == 0
-    assert not mark.exists()
+    launched(1, name)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert run("train", "small.yaml", "--overwrite", override) == 0
+    assert mark.exists() is kept
 
 
 def test_a_restart_goes_on_from_the_last_checkpoint_wherever_it_began(folder, launched):

@@ -12,11 +12,10 @@ import yaml
 from conftest import interrupt_second_save, small_config
 from test_cli import run
 
-from blpipe import launch, runs
+from blpipe import runs
 from blpipe.checkpoint.folders import checkpoint_after, checkpoints, manifest
 from blpipe.errors import DamagedError, UserError
 from blpipe.metrics import read_rows
-from blpipe.run_folder import is_being_restarted
 
 
 @pytest.fixture
@@ -26,16 +25,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_config("small", train__epochs=1)))
     assert run("train", "small.yaml") == 0
     return tmp_path
-
-
-@pytest.mark.parametrize("name", [None, "the one before", "this one"])
-def test_a_restart_goes_on_with_what_its_own_launch_has_left_and_nothing_else(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(launch, "run_name", lambda: "this one")
-    if name is not None:
-        (tmp_path / ".launch").write_text(name)
-    for restarted in (False, True):
-        monkeypatch.setattr(launch, "is_restarted", lambda restarted=restarted: restarted)
-        assert is_being_restarted(tmp_path) is (restarted and name == "this one")
 
 
 def test_export_takes_the_place_of_no_pipe_and_follows_links(folder, capsys):
