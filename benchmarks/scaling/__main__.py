@@ -14,7 +14,6 @@ import torch
 
 from benchmarks.command import device_for, guarded, one_thread
 from benchmarks.environment import environment, folder_name
-from benchmarks.methods import BACKPROP
 from benchmarks.scaling.picture import draw
 from benchmarks.scaling.report import PREDICTED, as_markdown
 from benchmarks.throughput.cuts import CaseCosts
@@ -65,21 +64,25 @@ def _main(arguments: argparse.Namespace) -> int:
     if len(settings.cases) != 1:
         raise ConfigError(f"cases: {len(settings.cases)}; give one")
     name, = settings.cases
-    batch = parse_config(case_tree(settings, name, device.type)).train.batch_size
-    measured_counts = _measured_counts(arguments.measure, counts, settings, batch, device)
-    for count in measured_counts:  # before anything runs
-        case_tree(load_settings(arguments.config, {"stages": count}), name, device.type)
-    counts = sorted({*counts, *measured_counts})
+    tree = case_tree(settings, name, device.type)
+    config = parse_config(tree)
+    batch = config.train.batch_size
+    measured_at = {count: load_settings(arguments.config, {"stages": count})
+                   for count in _measured_counts(arguments.measure, counts, settings, batch, device)}
+    for at_count in measured_at.values():  # refused before anything runs
+        case_tree(at_count, name, device.type)
+    counts = sorted({*counts, *measured_at})
     if not counts:
         raise ConfigError(f"--stages: {arguments.stages} leaves nothing to compare; give numbers from 2 on")
-    predicted = _predict(settings, name, device, counts)
+    set_up(config)
+    predicted = _predict(settings, tree, device, counts)
     found = {"case": name, "batch": batch, "microbatches": settings.microbatches, "environment": environment(device),
-             "measured": {"1": {"one device": _one_device(settings, name, device)}}, "predicted": predicted}
+             "measured": {"1": {"one device": _one_device(settings.rounds, tree)}}, "predicted": predicted}
     folder = arguments.out or arguments.config.parent / "results"
     path = folder / f"{folder_name(device)}.json"
     _write(path, found)
-    for count in measured_counts:
-        case = measure_case(load_settings(arguments.config, {"stages": count}), name, device)
+    for count, at_count in measured_at.items():
+        case = measure_case(at_count, name, device)
         if case is None:
             print(f"scaling: K = {count}: a process failed; what it said stands above", file=sys.stderr)
             return 1
@@ -108,50 +111,42 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     path.with_suffix(".md").write_text(as_markdown(found))
 
 
-def _predict(settings: ThroughputConfig, name: str, device: torch.device, counts: list[int]) -> dict[str, Any]:
+def _predict(settings: ThroughputConfig, tree: dict[str, Any], device: torch.device, counts: list[int]
+             ) -> dict[str, Any]:
     """samples/s by K and method; those a batch late and one device with whole batches, all else with microbatches."""
     costs = CaseCosts(device)
-    found: dict[str, Any] = {str(count): {} for count in (1, *counts)}
-    for method in PREDICTED:
-        row = OWN_CUTS.get(method, method)
-        if row in settings.measured:
-            forecaster = _forecaster(settings, name, row, costs)
-            _check_blocks(counts, len(forecaster.costs.blocks))
-            for count in counts:
-                forecast, = forecaster.compare(count, among=[_name_in_plan(method, forecaster)])
-                found[str(count)][method] = forecast.samples_per_second
-    found["1"]["one device"] = _forecaster(settings, name, "one process", costs).one_device().samples_per_second
+
+    def forecaster(row: str) -> Forecaster:
+        config = config_of(tree, ROWS[row], tree["partition"], settings.microbatches)
+        with one_thread():
+            return Forecaster(costs.of(config), config, CONNECTIONS[device.type])
+
+    forecasters = {method: forecaster(row) for method in PREDICTED
+                   if (row := OWN_CUTS.get(method, method)) in settings.measured}
+    one = forecaster("one process")
+    blocks = len(one.costs.blocks)
+    if max(counts) > blocks:
+        raise ConfigError(f"--stages: {max(counts)} stages need as many blocks, and the model has {blocks}; "
+                          f"give numbers up to {blocks}, or a deeper model")
+    found: dict[str, Any] = {"1": {"one device": one.one_device().samples_per_second},
+                             **{str(count): {} for count in counts}}
+    for method, of_method in forecasters.items():
+        # A schedule by its own name; ours are the config's own.
+        name = method if method in SCHEDULES else methods(of_method.config)[0].name
+        for count in counts:
+            forecast, = of_method.compare(count, among=[name])
+            found[str(count)][method] = forecast.samples_per_second
     return found
 
 
-def _check_blocks(counts: list[int], blocks: int) -> None:
-    if max(counts, default=1) > blocks:
-        raise ConfigError(f"--stages: {max(counts)} stages need as many blocks, and the model has {blocks}; "
-                          f"give numbers up to {blocks}, or a deeper model")
-
-
-def _forecaster(settings: ThroughputConfig, name: str, row: str, costs: CaseCosts) -> Forecaster:
-    tree, method, device = case_tree(settings, name, costs.device.type), ROWS[row], costs.device
-    config = config_of(tree, method.method, tree["partition"],
-                       microbatches=1 if method.whole else settings.microbatches)
-    set_up(config)
-    with one_thread():
-        return Forecaster(costs.of(config), config, CONNECTIONS[device.type])
-
-
-def _name_in_plan(method: str, forecaster: Forecaster) -> str:
-    """What `plan` calls it: a schedule by its own name, and ours are the config's own."""
-    return method if method in SCHEDULES else methods(forecaster.config)[0].name
-
-def _one_device(settings: ThroughputConfig, name: str, device: torch.device) -> float:
+def _one_device(rounds: int, tree: dict[str, Any]) -> float:
     """samples/s of end-to-end backpropagation of whole batches, reading them included; one thread on a CPU."""
-    config = config_of(case_tree(settings, name, device.type), BACKPROP, {"stages": 1})
-    set_up(config)
+    config = config_of(tree, ROWS["one process"], {"stages": 1}, microbatches=1)
     data = open_data(config.data, config.seed)
     engine = open_local(make_plan(config, data.spec), data)
     seconds = []
     with one_thread():
-        for epoch in range(settings.rounds + 1):
+        for epoch in range(rounds + 1):
             started = perf_counter()
             train_epoch(engine, epoch)
             seconds.append(perf_counter() - started)

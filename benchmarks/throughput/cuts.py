@@ -1,6 +1,7 @@
 """The balanced cuts of a case, each by the costs of the methods that have them."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from benchmarks.throughput.settings import config_of
 from blpipe.config import Config
 from blpipe.data import open_data
 from blpipe.errors import ConfigError
-from blpipe.forecast.costs import Profile, profile
-from blpipe.forecast.stages import settle, under
+from blpipe.forecast.costs import FREE, Profile, profile
+from blpipe.forecast.stages import settle
 from blpipe.plan import make_network
 
 
@@ -29,12 +30,20 @@ class CaseCosts:
         if key not in self._known:
             alike = [costs for (other, _), costs in self._known.items() if other == size and head.left_out]
             self._known[key] = alike[0] if alike else self._look(config)
-        return under(self._known[key], config)
+        return _under(self._known[key], config)
 
     def _look(self, config: Config) -> Profile:
         data = open_data(config.data, config.seed)
         return profile(make_network(config, data.spec), self.device,
                        data if config.partition.costs == "measured" else None)
+
+
+def _under(costs: Profile, config: Config) -> Profile:
+    """The same costs for another config of the network, whose heads are the same or left out."""
+    *inner, last = costs.heads
+    if config.method.stage_head(0).left_out:
+        inner = [FREE for _ in inner]
+    return replace(costs, network=replace(costs.network, config=config), heads=[*inner, last])
 
 
 def find_cuts(tree: dict[str, Any], methods: Sequence[str], microbatches: int, device: torch.device
@@ -49,8 +58,7 @@ def find_cuts(tree: dict[str, Any], methods: Sequence[str], microbatches: int, d
     for kind, balance in BALANCES.items():
         if kind in kinds:
             stages = tree["partition"]["stages"] * balance.virtual // balance.replicas
-            config = config_of(tree, balance.method, {**tree["partition"], "stages": stages},
-                               microbatches=1 if balance.whole else microbatches, replicas=balance.replicas)
+            config = config_of(tree, balance, {**tree["partition"], "stages": stages}, microbatches)
             found[kind] = _cuts(config, costs.of(config), balance.virtual)
     return found
 

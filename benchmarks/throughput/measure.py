@@ -12,9 +12,9 @@ import blpipe
 from benchmarks.command import one_thread, run_processes
 from benchmarks.environment import environment
 from benchmarks.throughput.cuts import find_cuts
-from benchmarks.throughput.settings import ThroughputConfig, case_tree
+from benchmarks.throughput.rows import ROWS
+from benchmarks.throughput.settings import ThroughputConfig, case_tree, config_of
 from benchmarks.throughput.torch_schedules import SCHEDULES
-from blpipe.config import PartitionConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.device import set_up
@@ -56,5 +56,5 @@ def _launch(job: dict[str, Any], stages: int) -> Any:
 
 def _blocks(tree: dict[str, Any], cuts: list[str]) -> list[str]:
     """The first and the last block of every stage."""
-    config = parse_config({**tree, "method": "bp", "partition": PartitionConfig(cuts=cuts).model_dump()})
+    config = config_of(tree, ROWS["one process"], {"cuts": cuts}, microbatches=1)
     return make_plan(config, open_data(config.data, config.seed).spec).stage_names

@@ -88,9 +88,7 @@ class Constant:
 def make_configs(tree: dict[str, Any], cuts: dict[str, list[str]], microbatches: int, methods: Sequence[str]
                  ) -> dict[str, Config]:
     """The config of every method, by name; `bp` for all that train end to end."""
-    rows = {name: ROWS[name] for name in methods}
-    return {name: config_of(tree, row.method, {"cuts": cuts[row.cuts]}, replicas=row.replicas,
-                            microbatches=1 if row.whole else microbatches) for name, row in rows.items()}
+    return {name: config_of(tree, ROWS[name], {"cuts": cuts[ROWS[name].cuts]}, microbatches) for name in methods}
 
 
 def make_methods(plans: dict[str, Plan], data: Batches, worlds: dict[int, World]) -> list[Method]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from benchmarks.throughput.rows import COMPARED, METHODS, REPLICAS
+from benchmarks.throughput.rows import COMPARED, METHODS, REPLICAS, Balance, Row
 from blpipe.config import Config
 from blpipe.config_file import parse_as, parse_config, read_yaml
 from blpipe.config_types import Positive, Section
@@ -115,7 +115,8 @@ def case_tree(settings: ThroughputConfig, name: str, device: str) -> dict[str, A
     return tree
 
 
-def config_of(tree: dict[str, Any], method: dict[str, Any], partition: dict[str, Any], **train: Any) -> Config:
-    """The config of a case with these sections, and these keys of `train`."""
-    return parse_config({**tree, "method": {**tree.get("method", {}), **method}, "partition": partition,
-                         "train": {**tree["train"], **train}})
+def config_of(tree: dict[str, Any], what: Row | Balance, partition: dict[str, Any], microbatches: int) -> Config:
+    """The config of a case for one method, or for the costs of one: its batches are whole, or cut into microbatches."""
+    return parse_config({
+        **tree, "method": {**tree.get("method", {}), **what.method}, "partition": partition,
+        "train": {**tree["train"], "microbatches": 1 if what.whole else microbatches, "replicas": what.replicas}})

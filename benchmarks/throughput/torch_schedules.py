@@ -22,29 +22,27 @@ class Schedule(NamedTuple):
     """One of torch's schedules.
 
     Args:
-        virtual: whether each process has two of 2K stages, instead of one of K.
-        vee: whether they lie as a V, the first and the last stage in one process, instead of K apart.
+        vee: whether two stages of a process lie as a V, the first and the last one in one process, instead of K apart.
         like: the schedule with the same stages in each process.
     """
 
     kind: Any
-    virtual: bool = False
     vee: bool = False
     like: str | None = None
 
-    def stages_of(self, rank: int, processes: int) -> list[int]:
-        """The stages of a process, from 0."""
-        if not self.virtual:
+    def stages_of(self, rank: int, processes: int, stages: int) -> list[int]:
+        """The one or two stages of a process, from 0."""
+        if stages == processes:
             return [rank]
-        return [rank, 2 * processes - 1 - rank if self.vee else processes + rank]
+        return [rank, stages - 1 - rank if self.vee else processes + rank]
 
 
 SCHEDULES = {
     "GPipe": Schedule(ScheduleGPipe, like="1F1B"),
     "1F1B": Schedule(Schedule1F1B),
     "1F1B, own cuts": Schedule(Schedule1F1B),
-    "interleaved 1F1B": Schedule(ScheduleInterleaved1F1B, virtual=True),
-    "zero-bubble": Schedule(ScheduleZBVZeroBubble, virtual=True, vee=True),
+    "interleaved 1F1B": Schedule(ScheduleInterleaved1F1B),
+    "zero-bubble": Schedule(ScheduleZBVZeroBubble, vee=True),
 }
 
 
@@ -86,7 +84,7 @@ class TorchPipeline:
     """
 
     def __init__(self, plan: Plan, schedule: Schedule, rank: int, processes: int, device: torch.device):
-        self.plan, self.indices = plan, schedule.stages_of(rank, processes)
+        self.plan, self.indices = plan, schedule.stages_of(rank, processes, len(plan.stages))
         self.parts = [Part(plan.stages[index]).to(device).train() for index in self.indices]
         self.microbatches = plan.config.train.microbatches
         self.optimizer = build_optimizer(plan.config.optimizer, [p for part in self.parts for p in part.parameters()])
@@ -94,7 +92,7 @@ class TorchPipeline:
                                      output_args=_example(self._output(index)))
                         for part, index in zip(self.parts, self.indices, strict=True)]
         # The mean over the batch, without torch's own pass over all gradients to divide them.
-        self._schedule = schedule.kind(self._stages if schedule.virtual else self._stages[0], self.microbatches,
+        self._schedule = schedule.kind(self._stages if self._stages[1:] else self._stages[0], self.microbatches,
                                        loss_fn=self._loss, scale_grads=False)
 
     def run(self, batches: list[tuple[Tensor, Tensor]], on_step: Any) -> None:

@@ -1,7 +1,7 @@
 """What a stage costs, from its blocks, its head and its backward link; and the cuts that balance all of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from blpipe.balance import Table, best_starts, cheapest_within, fewest_stages, least_maximum, refine
 from blpipe.config import Config, LinkConfig, MethodConfig, PartitionConfig
 from blpipe.errors import ConfigError
-from blpipe.forecast.costs import FREE, Profile
+from blpipe.forecast.costs import Profile
 from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_hops, most_links, one_for_all, tail_start
 from blpipe.links import Links, fitting, stage_links
 from blpipe.partition import kept_together
@@ -126,14 +126,6 @@ def _link_seconds(costs: Profile, start: Any, end: Any, link: LinkConfig, links:
     stops = backward[end] - backward[after] + weights[after] - weights[tail]
     return both * (backward[end] - backward[start]) + only_trains * stops \
         + (passed - both) * (inputs[end] - inputs[start]) + (only_trains + passed) * again
-
-
-def under(costs: Profile, config: Config) -> Profile:
-    """The same costs for another config of the network, whose heads are the same or left out."""
-    *inner, last = costs.heads
-    if config.method.stage_head(0).left_out:
-        inner = [FREE for _ in inner]
-    return replace(costs, network=replace(costs.network, config=config), heads=[*inner, last])
 
 
 def seconds_table(costs: Profile, method: MethodConfig) -> Table:
