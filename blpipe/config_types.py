@@ -43,6 +43,13 @@ class Named(ByName):
     target: str | None = None
     args: dict[str, Any] = {}
 
+    @property
+    def called(self) -> str:
+        """The name, or the target."""
+        called = self.name or self.target
+        assert called is not None
+        return called
+
     @model_validator(mode="before")
     @classmethod
     def _fill_name(cls, value: Any) -> Any:

@@ -32,10 +32,10 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter],
     Raises:
         ConfigError: unknown name, one that a stage cannot run, or arguments that do not fit.
     """
-    kind = _kind(config)
-    if (config.name or "").lower() != "sgd" and "lr" not in config.model_fields_set:
+    kind, key = _kind(config), "optimizer.target" if config.target else "optimizer.name"
+    if config.called.lower() != "sgd" and "lr" not in config.model_fields_set:
         raise ConfigError(f"optimizer.lr: is not given, and its default, {config.lr}, is for sgd; give "
-                          f"{config.name or config.target} one, such as optimizer.lr=0.001")
+                          f"{config.called} one, such as optimizer.lr=0.001")
     if "lr" in config.args:
         raise ConfigError(f"optimizer.args.lr: got {config.args['lr']!r}; the learning rate is optimizer.lr")
     apart = groups if config.args.get("fused") else [chain(*groups)]
@@ -46,16 +46,16 @@ def build_optimizer(config: OptimizerConfig, *groups: Iterable[nn.Parameter],
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
     optimizer = call("optimizer", partial(kind, lr=config.lr), trainable, **args)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer.target: {config.target!r} returned a {type(optimizer).__name__}; return a "
+        raise ConfigError(f"{key}: {config.called!r} returned a {type(optimizer).__name__}; return a "
                           "torch.optim.Optimizer")
     try:
         inspect.signature(optimizer.step).bind()
     except TypeError as error:
-        raise ConfigError(f"optimizer.target: {config.target!r} does not fit stages: its step wants more ({error}), "
-                          "and is called with nothing; use another") from error
+        raise ConfigError(f"{key}: {config.called!r} does not fit stages: its step wants more ({error}), and is "
+                          "called with nothing; use another") from error
     if config.decay != "all" and not optimizer.defaults.get("weight_decay"):
-        raise ConfigError(f"optimizer.decay: {config.decay}, but {config.name or config.target} has no weight_decay "
-                          "here; give it optimizer.args.weight_decay, or leave it out")
+        raise ConfigError(f"optimizer.decay: {config.decay}, but {config.called} has no weight_decay here; "
+                          "give it optimizer.args.weight_decay, or leave it out")
     return optimizer
 
 

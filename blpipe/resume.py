@@ -210,9 +210,8 @@ def notes_on_schedule(start_point: StartPoint, plan: Plan) -> list[str]:
     if before == now or done == per_epoch * config.train.epochs:
         return []
     begins = config.optimizer.lr * lr_factor(config.schedule, done, per_epoch, config.train.epochs)
-    name = config.schedule.name or config.schedule.target
-    return [f"schedule: {name} is stretched over {config.train.epochs} epochs, instead of {saved.train.epochs}; the "
-            f"learning rate goes on at {begins:.3g}, and was "
+    return [f"schedule: {config.schedule.called} is stretched over {config.train.epochs} epochs, instead of "
+            f"{saved.train.epochs}; the learning rate goes on at {begins:.3g}, and was "
             f"{saved.optimizer.lr * before:.3g} before"]
 
 

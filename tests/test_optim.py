@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from optimizers_under_test import Counting
+from optimizers_under_test import Counting, no_optimizer
 from torch import nn
 
 from blpipe.checkpoint.optimizers import load_optimizer, optimizer_state
@@ -165,6 +165,12 @@ def test_an_optimizer_of_ones_own_is_built_as_torchs_are():
 def test_what_is_wrong_with_an_optimizer_of_ones_own_is_said(config, message):
     with pytest.raises(ConfigError, match=rf"^{re.escape(message)}"):
         build_optimizer(config, parameters())
+
+
+def test_a_registered_optimizer_that_is_none_is_told_of_by_its_name(monkeypatch):
+    monkeypatch.setattr("blpipe.optim.by_name", lambda key, name, built_in: no_optimizer)
+    with pytest.raises(ConfigError, match=r"^optimizer\.name: 'listed' returned a list; return a torch\.optim\.Optimi"):
+        build("listed")
 
 
 @pytest.mark.parametrize("regrouped", [False, True])
