@@ -17,6 +17,7 @@ from torch import nn
 import blpipe
 from blpipe.checkpoint.folders import checkpoints, manifest
 from blpipe.comparison import compare
+from blpipe.device import use_precision
 from blpipe.ending import by_patience
 from blpipe.metrics import read_rows
 from blpipe.plugins import target_text
@@ -79,6 +80,7 @@ def test_a_dict_with_functions_trains_as_its_file_does_and_can_be_used_later(fol
 
 
 def test_a_second_run_in_a_process_is_as_if_it_were_the_first(folder):
+    use_precision("float32")  # whatever another test has left
     tree = small_config("one", partition={"stages": 2}, train__epochs=1)
     blpipe.train(tree)
     blpipe.train(tree, {"name": "other", "runtime.deterministic": True, "train.precision": "tf32", "seed": 1})

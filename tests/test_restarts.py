@@ -99,6 +99,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(command, changes, folder, star
     run.process.terminate()
     assert run.end(30) == (1 if command is PIPELINE else 128 + signal.SIGTERM), run.said
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+    print(run.said)  # shown where it is not what is looked for
     step, = map(int, re.findall(r"^blpipe: stopped by SIGTERM after step (\d+), and saved; `train --resume runs/run` "
                                 r"goes on$", run.said, re.MULTILINE))
     assert [path.name for path in checkpoints(folder / "runs/run")] == [f"step_{step:09d}"]
