@@ -93,7 +93,7 @@ def test_measured_costs_take_seconds_and_balance(config, capsys):
 
 @pytest.mark.parametrize("costs", ["measured", "analytic"])
 def test_a_model_that_was_cut_into_blocks_by_its_graph(config, capsys, costs, monkeypatch):
-    monkeypatch.setattr("blpipe.forecast.costs.perf_counter", process_time)  # what others compute meanwhile cuts nothing
+    monkeypatch.setattr("blpipe.forecast.costs.perf_counter", process_time)  # others compute meanwhile
     found = json.loads(plan(capsys, "--json", "model={name: torchvision/squeezenet1_1}",
                             f"partition.costs={costs}", "data.args.shape=[3, 32, 32]", "partition.strategy=balanced"))
     names = [name for stage in found["stages"] for name in stage["blocks"]]
