@@ -20,6 +20,7 @@ from blpipe.specs import IGNORED
 from blpipe.text import dtype_name
 
 _GRACE_SECONDS = 30.0  # between SIGTERM and the end of a worker whose process has not let it go
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
 """One batch to fetch: what the seed of all that is random in fetching it derives from, and indices, int64 [B]."""
@@ -177,7 +178,12 @@ class DatasetSplit:
         indices = ((derive_seed(*labels), index_B.tolist()) for labels, index_B in requests)
         loader = DataLoader(_Batches(self), batch_size=None, sampler=indices, num_workers=self.workers,
                             generator=torch.Generator(), worker_init_fn=_outlive_signals)
-        for batch in loader:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # would end a worker that has just begun
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             x, y, skipped = batch
@@ -189,6 +195,7 @@ def _outlive_signals(worker: int) -> None:
     """SIGTERM and Ctrl-C come to all processes of a run, which still needs its batches to end between two steps."""
     launch.outlive_sigterm(_GRACE_SECONDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 class _Batches(Dataset[Any]):
