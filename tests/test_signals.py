@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import small_config
 from test_cli import run
@@ -12,6 +13,8 @@ from test_cli import run
 from blpipe import signals
 from blpipe.checkpoint.folders import checkpoints
 from blpipe.checkpoint.saver import Saver
+from blpipe.config import DataConfig
+from blpipe.data import open_data
 from blpipe.errors import PeerLostError, StageError
 from blpipe.signals import Signals
 
@@ -93,3 +96,18 @@ def test_a_signal_that_is_ignored_stays_so():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_a_signal_reaches_as_it_begins_reads_all_batches(monkeypatch, number):
+    """Before it can say what such a signal is to do."""
+    def begin():
+        begun()
+        signal.raise_signal(number)
+
+    begun = torch.utils.data._utils.signal_handling._set_worker_signal_handlers
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._set_worker_signal_handlers", begin)
+    data = open_data(DataConfig(name="digits", workers=1, augment={"transforms": ["RandomHorizontalFlip"]}), 0)
+    batches = list(data.train_batches(0, 0, 500, drop_last=False))
+    assert sum(len(x) for x, _ in batches) == data.spec.train_samples
