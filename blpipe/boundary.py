@@ -1,8 +1,18 @@
 """What passes where one stage ends and the next begins, as heads and losses are built for it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from blpipe.models.packing import Packing
 from blpipe.specs import Shape
+
+
+class Pixels(NamedTuple):
+    """What the model gives for every pixel of a sample: [H, W, channels] if `channels_last`, else [channels, H, W]."""
+
+    channels: int
+    size: tuple[int, int]
+    channels_last: bool
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,9 @@ class Boundary:
         index: of the block right before the boundary, from 0.
         labelled: whether targets are labels of classes; if not, they are values.
         signal: whether `shape` is [C, T], channels first, as Conv1d gives them, and not tokens [T, D].
+        pixels: what the model gives for each, where its output is a map; classes come last then.
+        packing: of the tensors that pass, where they are several; `shape` is that of the main one, which is all that
+            heads and losses are given.
     """
 
     shape: Shape
@@ -31,6 +44,8 @@ class Boundary:
     index: int = 0
     labelled: bool = True
     signal: bool = False
+    pixels: Pixels | None = None
+    packing: Packing | None = None
 
     @property
     def last(self) -> bool:
@@ -46,6 +61,11 @@ class Boundary:
     def per_token(self) -> bool:
         """Whether every token, of a signal every moment, has a target."""
         return len(self.shape) == 2 and self.target_shape == tokens_of(self.shape, self.signal)[:1]
+
+    @property
+    def per_pixel(self) -> bool:
+        """Whether it is a map, and so is what the model gives: every pixel has a target."""
+        return self.is_map and self.pixels is not None
 
     @property
     def features(self) -> int:

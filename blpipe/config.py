@@ -27,10 +27,12 @@ class ModelConfig(Named):
 
     weights: that it begins with, parameters and buffers: a file with its state_dict, a run folder or a checkpoint.
     weights_except: patterns of names, such as `fc.*`, that are not taken from there, nor looked for.
+    live_tensors: how many tensors may pass between two blocks of a model that is cut into such.
     """
 
     weights: PathText | None = None
     weights_except: tuple[str, ...] = Field(default=(), strict=False)
+    live_tensors: int = Field(default=1, ge=1)
 
 
 class NormalizeConfig(Section):

@@ -3,12 +3,14 @@
 from collections import OrderedDict
 from math import ceil, floor
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpipe.boundary import Boundary, channels_first
+from blpipe.boundary import Boundary, Pixels, channels_first
 from blpipe.config_types import Named
 from blpipe.errors import ConfigError
 from blpipe.models.build import out_of_place
+from blpipe.models.packing import MainPart
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, fixed_randomness
 from blpipe.specs import Shape
@@ -30,6 +32,20 @@ class ToTokens(nn.Module):
         return x_BCT.mT
 
 
+class ToPixels(nn.Module):
+    """A map [B, C, h, w], resized bilinearly, as what the model gives for every pixel."""
+
+    def __init__(self, pixels: Pixels):
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """To [B, H, W, C] or [B, C, H, W]."""
+        if x_BCHW.shape[2:] != self.pixels.size:
+            x_BCHW = F.interpolate(x_BCHW, self.pixels.size, mode="bilinear")
+        return x_BCHW.permute(0, 2, 3, 1) if self.pixels.channels_last else x_BCHW
+
+
 class PoolToFeatures(nn.Module):
     """[B, C, H, W] or [B, T, D] averaged over positions to [B, C] or [B, D]; [B, D] as it is."""
 
@@ -41,7 +57,7 @@ class PoolToFeatures(nn.Module):
 
 
 def linear(boundary: Boundary) -> nn.Module:
-    """Global average pool and one fully connected layer; where every token has a target, no pool."""
+    """Global average pool and one fully connected layer; where every token or pixel has a target, no pool."""
     layers = before_pool(boundary)
     _add_classifier(layers, boundary, boundary.features)
     return nn.Sequential(layers)
@@ -54,7 +70,8 @@ def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
     half the resolution, but no more channels than the network's widest map and no map below 2×2. For
     widths 16-32-64: 16→32 stride 2, 32→64 stride 2, 64→64 stride 1, the head that InfoPro compares
     (arXiv 2101.10832). Tokens and flat features have no map to convolve: FC `hidden`, ReLU, FC, without the
-    pool where every token has a target.
+    pool where every token has a target. Where every pixel has one: the convolution keeps channels and
+    resolution, nothing is pooled, 1×1 convolutions stand for FC, and what they give is resized bilinearly.
 
     Raises:
         ValueError: `hidden` is below 1.
@@ -66,14 +83,13 @@ def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
     if boundary.is_map:
         channels, height, width = channels_first(boundary.shape, boundary.channels_last)
         widest = max([channels, *(shape[0] for shape in boundary.later if len(shape) == 3)])
-        features = min(2 * channels, widest)
+        features = channels if boundary.per_pixel else min(2 * channels, widest)
         stride = 2 if features > channels and min(height, width) > 2 else 1
         _add_convolution(layers, "", channels, features, 3, (stride, stride))
-    if not boundary.per_token:
-        layers["pool"] = PoolToFeatures()
-    layers["fc1"] = nn.Linear(features, hidden)
+    _add_pool(layers, boundary)
+    layers["fc1"] = _fully_connected(boundary, features, hidden)
     layers["relu1"] = nn.ReLU()
-    layers["fc2"] = nn.Linear(hidden, boundary.classes)
+    _add_outputs(layers, "fc2", boundary, hidden)
     return nn.Sequential(layers)
 
 
@@ -84,7 +100,8 @@ def mlp_sr(boundary: Boundary, convs: int = 3, layers: int = 3) -> nn.Module:
     the channels C, each with BatchNorm and ReLU; average pool to 2×2 and flatten; so many FC `layers` of width
     4·C, each with BatchNorm and ReLU; FC. Tokens are averaged, and they and flat features go through the FC
     layers alone, of their own width. Where every token has a target, nothing is averaged, and LayerNorm stands
-    for BatchNorm.
+    for BatchNorm. Where every pixel has one, 1×1 convolutions of width C stand for the FC layers, and what they
+    give is resized bilinearly.
 
     Raises:
         ValueError: `convs` or `layers` is below 0.
@@ -97,12 +114,15 @@ def mlp_sr(boundary: Boundary, convs: int = 3, layers: int = 3) -> nn.Module:
     if boundary.is_map:
         channels, height, width = channels_first(boundary.shape, boundary.channels_last)
         made["reduce"] = nn.AdaptiveAvgPool2d((ceil(height / 4), ceil(width / 4)))
-        for number in range(1, convs + 1):
+        for number in range(1, convs + 1 + (layers if boundary.per_pixel else 0)):
             _add_convolution(made, str(number), channels, channels, 1)
+        if boundary.per_pixel:
+            _add_outputs(made, "fc", boundary, channels)
+            return nn.Sequential(made)
         made["pool"], made["flatten"] = nn.AdaptiveAvgPool2d(2), nn.Flatten()
         features = 4 * channels
-    elif not boundary.per_token:
-        made["pool"] = PoolToFeatures()
+    else:
+        _add_pool(made, boundary)
     for number in range(1, layers + 1):
         made[f"fc{number}"] = nn.Linear(features, features)
         made[f"norm{number}"] = nn.LayerNorm(features) if boundary.per_token else nn.BatchNorm1d(features)
@@ -119,7 +139,8 @@ def blocks(boundary: Boundary, count: int = 3) -> nn.Module:
     included; of each map the head has a 3×3 convolution to its channels and about its resolution, BatchNorm,
     ReLU. Their number falls linearly with the position in the network, from `count` behind its first block to
     1 before its last: that paper's pyramid. Tokens: LayerNorm, FC, GELU for each; flat features: FC, ReLU.
-    Where no block of this kind follows, it is the linear head.
+    Where no block of this kind follows, it is the linear head. Where every pixel has a target, the head goes up
+    again to the resolution of larger maps, bilinearly.
 
     Raises:
         ValueError: `count` is below 1.
@@ -133,6 +154,9 @@ def blocks(boundary: Boundary, count: int = 3) -> nn.Module:
         _, height, width = channels_first(boundary.shape, boundary.channels_last)
         for number, (channels, later_height, later_width) in enumerate(sampled, start=1):
             down, across = _ratio(height, later_height), _ratio(width, later_width)
+            if boundary.per_pixel and later_height > height:
+                layers[f"up{number}"] = nn.Upsample((later_height, later_width), mode="bilinear")
+                height, width = later_height, later_width
             _add_convolution(layers, str(number), features, channels, 3, (down, across))
             features, height, width = channels, ceil(height / down), ceil(width / across)
     else:
@@ -155,6 +179,8 @@ def _ratio(size: int, later: int) -> int:
 def _sampled(boundary: Boundary, count: int) -> list[Shape]:
     """The later shapes that the head `blocks` repeats, in order."""
     logits = (*boundary.target_shape, boundary.classes)
+    if boundary.pixels:
+        logits = (boundary.pixels.channels, *boundary.pixels.size)
     hidden = boundary.later[:-1] if boundary.later[-1:] == (logits,) else boundary.later
     alike = [shape for shape in hidden if len(shape) == len(boundary.shape)]
     last_index = boundary.index + len(boundary.later) - 1  # of the last boundary that has a head
@@ -179,9 +205,25 @@ def _add_convolution(layers: "OrderedDict[str, nn.Module]", number: str, channel
 
 
 def _add_classifier(layers: "OrderedDict[str, nn.Module]", boundary: Boundary, features: int) -> None:
-    if not boundary.per_token:
+    _add_pool(layers, boundary)
+    _add_outputs(layers, "fc", boundary, features)
+
+
+def _add_pool(layers: "OrderedDict[str, nn.Module]", boundary: Boundary) -> None:
+    if not (boundary.per_token or boundary.per_pixel):
         layers["pool"] = PoolToFeatures()
-    layers["fc"] = nn.Linear(features, boundary.classes)
+
+
+def _fully_connected(boundary: Boundary, features: int, made: int) -> nn.Module:
+    return nn.Conv2d(features, made, 1) if boundary.per_pixel else nn.Linear(features, made)
+
+
+def _add_outputs(layers: "OrderedDict[str, nn.Module]", name: str, boundary: Boundary, features: int) -> None:
+    if boundary.pixels and boundary.is_map:
+        layers[name] = _fully_connected(boundary, features, boundary.pixels.channels)
+        layers["pixels"] = ToPixels(boundary.pixels)
+    else:
+        layers[name] = _fully_connected(boundary, features, boundary.classes)
 
 
 BUILT_IN = {"linear": linear, "conv": conv, "mlp_sr": mlp_sr, "blocks": blocks}
@@ -202,4 +244,6 @@ def build_head(config: Named, boundary: Boundary, seed: int, name: str, key: str
     if not isinstance(head, nn.Module):
         raise ConfigError(f"{key}: it returned a {type(head).__name__}; return an nn.Module")
     out_of_place(head)
+    if boundary.packing:
+        return nn.Sequential(OrderedDict(main=MainPart(boundary.packing), head=head))
     return head

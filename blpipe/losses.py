@@ -13,6 +13,7 @@ from blpipe.config_types import Named
 from blpipe.errors import ConfigError
 from blpipe.heads import PoolToFeatures, before_pool
 from blpipe.models.build import out_of_place
+from blpipe.models.packing import MainPart, Packing
 from blpipe.plugins import call, resolve, takes
 from blpipe.seeds import derive_seed, fixed_randomness
 from blpipe.specs import IGNORED
@@ -34,6 +35,19 @@ class LocalLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, x: Tensor) -> Tensor:
         """The loss."""
         return self.function(logits, targets, x) if self.takes_x else self.function(logits, targets)
+
+
+class OfMainPart(nn.Module):
+    """A loss that is given the main part of a stage's packed output."""
+
+    def __init__(self, loss: nn.Module, packing: Packing):
+        super().__init__()
+        self.loss, self.main = loss, MainPart(packing)
+
+    def forward(self, logits: Tensor, targets: Tensor, packed: Tensor) -> Tensor:
+        """The loss."""
+        value: Tensor = self.loss(logits, targets, self.main(packed))
+        return value
 
 
 class CrossEntropy(nn.Module):
@@ -221,4 +235,4 @@ def build_loss(config: Named, boundary: Boundary, seed: int, name: str, key: str
     if not (takes_x and isinstance(loss, nn.Module)):
         loss = LocalLoss(loss, takes_x)
     out_of_place(loss)
-    return loss
+    return OfMainPart(loss, boundary.packing) if takes_x and boundary.packing else loss

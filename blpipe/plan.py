@@ -1,6 +1,5 @@
 """Everything that is fixed before a run starts, checked without running anything."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -8,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from blpipe.boundary import Boundary, channels_first, tokens_of
+from blpipe.boundary import Boundary
 from blpipe.config import Config
 from blpipe.config_types import WirePrecision
 from blpipe.data import Mixing
@@ -21,7 +20,7 @@ from blpipe.models.build import model_notes, named_blocks, parameter_names
 from blpipe.optim import build_optimizer, check_patterns, check_schedule
 from blpipe.partition import check_stage_count, partition
 from blpipe.parts import check_averaged, check_hooks, check_kept, check_own, check_reached_by_name
-from blpipe.shapes import channels_last, layer_calls, signals, trace_module, trace_shapes
+from blpipe.shapes import layer_calls, make_boundaries, trace_module, trace_shapes
 from blpipe.specs import DataSpec, Share, TensorSpec
 from blpipe.steps import Step, batch_sizes, evaluation_sizes, step_sizes, training_sizes
 from blpipe.text import blocks_text, dtype_name
@@ -176,7 +175,8 @@ class Plan:
         So it is where the model is, and the map's channels come first in its shape.
         """
         boundary = self.boundaries[stage]
-        return self.config.train.channels_last and boundary.is_map and not boundary.channels_last
+        plain_map = boundary.is_map and not boundary.channels_last and not boundary.packing
+        return self.config.train.channels_last and plain_map
 
     def targets(self, size: int) -> TensorSpec:
         """The targets that travel with the activations, for `size` samples."""
@@ -199,7 +199,7 @@ def make_network(config: Config, data: DataSpec, pretrained: bool = True) -> Net
     if last_batch < replicas:
         raise ConfigError(f"train.replicas: {replicas}, but the last batch of an epoch has {last_batch} samples, one "
                           "for each at least; set train.drop_last=true, or another train.batch_size")
-    model = build_model(config.model, data, config.seed, pretrained)
+    model = build_model(config.model, data, config.seed, pretrained, config.model.live_tensors)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ConfigError(f"model: {name} is {dtype_name(parameter.dtype)}, in which small steps are lost; "
@@ -215,17 +215,8 @@ def make_network(config: Config, data: DataSpec, pretrained: bool = True) -> Net
         if other:  # one layout serves both, where stages exchange messages
             raise ConfigError(f"model: block {other[0]} gives {_told(trained[other[0]])} in training and "
                               f"{_told(evaluated[other[0]])} in evaluation; have it give the same in both")
-    any_size = next(iter(traced))
-    shapes = [spec.shape[1:] for spec in traced[any_size].values()]
-    last, signal = channels_last(traced[any_size], calls), signals(traced[any_size], calls)
-    if signal[-1] and not data.labelled:  # heads give such values along T, for each of the channels
-        signal = [False] * len(shapes)
-    signal[-1] = False  # logits are [T, classes]
-    classes = _classes(traced[any_size], data)
-    later = tuple(tokens_of(channels_first(shape, last[i]), signal[i]) for i, shape in enumerate(shapes))
     return Network(config, data, model, {size: list(specs.values()) for size, specs in traced.items()},
-                   [Boundary(shape, classes, later[i + 1:], last[i], shapes[-1][:-1], i, data.labelled, signal[i])
-                    for i, shape in enumerate(shapes)])
+                   make_boundaries(model, next(iter(traced.values())), calls, data))
 
 
 def _told(spec: TensorSpec) -> str:
@@ -385,14 +376,3 @@ def check_loss(key: str, loss: nn.Module, data: DataSpec, samples: int, logits: 
                           f"{dtype_name(dtype)} {list(shape)}: {one_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
         raise ConfigError(f"{key}: the function must return a scalar tensor, the mean over the batch")
-
-
-def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:
-    name, output = next(reversed(specs.items()))
-    size = output.shape[0]
-    if data.labelled and output.shape[:-1] != (size, *data.target_shape):
-        rows = len(output.shape) == 2 and len(data.target_shape) == 1
-        remedy = "; or give one label a sample: y.squeeze(1), or y.argmax(1) of one-hot rows" if rows else ""
-        raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; for targets of "
-                          f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}{remedy}")
-    return output.shape[-1]

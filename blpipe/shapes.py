@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from blpipe.boundary import Boundary, Pixels, channels_first, tokens_of
 from blpipe.errors import ConfigError, one_line
-from blpipe.models.build import named_blocks
+from blpipe.models.build import named_blocks, packings
 from blpipe.models.nodes import DECIDES_BY_BATCH
+from blpipe.models.packing import Packing
 from blpipe.models.unchanged import unchanged
 from blpipe.specs import DataSpec, Shape, TensorSpec
 
@@ -138,7 +140,38 @@ def layer_calls(model: nn.Sequential) -> Iterator[dict[str, list[LayerCall]]]:
             hook.remove()
 
 
-def channels_last(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:
+def make_boundaries(model: nn.Sequential, specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]],
+                    data: DataSpec) -> list[Boundary]:
+    """What a head after each block is built for; the last one is the model's own output.
+
+    Args:
+        specs: the output of each block, for any number of samples.
+        calls: from `layer_calls`.
+
+    Raises:
+        ConfigError: an output that does not fit the targets.
+    """
+    packed, classes = packings(model), _classes(specs, data)
+    read = OrderedDict((name, _main(spec, packed.get(name))) for name, spec in specs.items())
+    shapes = [spec.shape[1:] for spec in read.values()]
+    last, signal = _channels_last(read, calls), _signals(read, calls)
+    if signal[-1] and not data.labelled:  # heads give such values along T, for each of the channels
+        signal = [False] * len(shapes)
+    signal[-1] = False  # logits are [T, classes]
+    last[-1] = len(shapes[-1]) == 3 and (data.labelled or last[-1])  # logits are [H, W, classes]
+    later = [tokens_of(channels_first(shape, last[i]), signal[i]) for i, shape in enumerate(shapes)]
+    pixels = Pixels(later[-1][0], (later[-1][1], later[-1][2]), last[-1]) if len(later[-1]) == 3 else None
+    return [Boundary(shape, classes, tuple(later[i + 1:]), last[i], shapes[-1][:-1], i, data.labelled, signal[i],
+                     pixels, packed.get(name))
+            for i, (name, shape) in enumerate(zip(read, shapes, strict=True))]
+
+
+def _main(spec: TensorSpec, packing: Packing | None) -> TensorSpec:
+    """What heads read of the output of a block."""
+    return spec._replace(shape=(spec.shape[0], *packing.main.shape)) if packing else spec
+
+
+def _channels_last(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:
     """Whether the output of each block is a map with its channels last, [B, H, W, C].
 
     The first layer in the next block that takes the map as it is tells; else the last one in the block itself
@@ -148,7 +181,7 @@ def channels_last(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[L
             for shape, said in _witnesses(specs, calls)]
 
 
-def signals(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:
+def _signals(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:
     """Whether the output of each block is a signal with its channels first, [B, C, T], and not tokens [B, T, D].
 
     The layers tell as they do of maps; where none does, it is tokens.
@@ -172,3 +205,16 @@ def _works_on_last(layer: nn.Module) -> bool | None:
     if isinstance(layer, nn.Linear):
         return True
     return False if isinstance(layer, _CHANNELS_FIRST) else None
+
+
+def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:
+    name, output = next(reversed(specs.items()))
+    size = output.shape[0]
+    if data.labelled and output.shape[:-1] != (size, *data.target_shape):
+        rows = len(output.shape) == 2 and len(data.target_shape) == 1
+        remedy = "; or give one label a sample: y.squeeze(1), or y.argmax(1) of one-hot rows" if rows else ""
+        if len(output.shape) == 4 and output.shape[2:] == data.target_shape:
+            remedy = "; return y.permute(0, 2, 3, 1)"
+        raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; for targets of "
+                          f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}{remedy}")
+    return output.shape[-1]

@@ -40,6 +40,29 @@ def test_a_target_in_every_shape_gives_the_same(monkeypatch, kind):
     assert torch.equal(y, Y[order])
 
 
+@pytest.mark.parametrize("channels", [(), (2,)])
+def test_targets_of_pixels_move_with_the_images(channels, monkeypatch):
+    rows = torch.arange(16).view(1, 4, 4) + torch.arange(6).view(6, 1, 1)
+    y = (rows[:, None] * torch.arange(1, 3).view(2, 1, 1)).float() if channels else rows
+    x = torch.cat([rows[:, None], X[:, 1:]], 1).to(torch.uint8)
+    data = opened_target(((x, y), (x, y)), monkeypatch, augment={"crop": 1, "flip": True}, normalize={
+        "mean": [0.0] * 3, "std": [1.0] * 3})
+    (moved, of_pixels), = data.train_batches(2, 3, 6, False)
+    first = (moved[:, 0] * 255).round()
+    assert of_pixels.dtype == y.dtype and of_pixels.shape == y.shape
+    assert torch.equal(of_pixels.float(), torch.stack([first, 2 * first], 1) if channels else first)
+    assert not torch.equal(first.sort(0).values, rows.float())  # they did move
+
+
+def test_targets_that_cannot_move_with_the_images_are_refused(monkeypatch):
+    pair = X, torch.zeros(6, 4, 4, 3)
+    assert opened_target((pair, pair), monkeypatch).spec.target_shape == (4, 4, 3)
+    for key, value in (("crop", 1), ("flip", True)):
+        refused_target(rf"^data\.augment\.{key}: {value} moves pixels, and the targets \[4, 4, 3\] are not those of "
+                       r"pixels, \[4, 4\] or \[C, 4, 4\], to move with them; leave it out$", (pair, pair), monkeypatch,
+                       augment={key: value})
+
+
 def test_images_that_seem_to_have_their_channels_last_are_noted(monkeypatch, tmp_path, capsys):
     def notes(shape, dtype=torch.uint8):
         pair = torch.zeros(6, *shape, dtype=dtype), Y

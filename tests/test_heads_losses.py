@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from blpipe.boundary import Boundary
+from blpipe.boundary import Boundary, Pixels
 from blpipe.config import HeadConfig, LossConfig
 from blpipe.errors import ConfigError
-from blpipe.heads import PoolToFeatures, blocks, build_head, conv, linear, mlp_sr
+from blpipe.heads import PoolToFeatures, ToPixels, blocks, build_head, conv, linear, mlp_sr
 from blpipe.losses import build_loss, cross_entropy
 from blpipe.tally import Tally
 
@@ -38,7 +38,8 @@ def shapes_of(head):
     """What is in a head, in order: the type and the sizes of each layer."""
     def sizes(layer):
         if isinstance(layer, nn.Conv2d):
-            return (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.bias)
+            return (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                    layer.bias is not None)
         known = {nn.Linear: ("in_features", "out_features"), nn.BatchNorm2d: ("num_features",),
                  nn.BatchNorm1d: ("num_features",), nn.LayerNorm: ("normalized_shape",),
                  nn.AdaptiveAvgPool2d: ("output_size",)}.get(type(layer), ())
@@ -106,6 +107,39 @@ def test_heads_give_logits_for_every_token_that_has_a_target(head):
     assert head(Boundary((4,), 7, target_shape=(4,)))(torch.rand(2, 4)).shape == (2, 7)
 
 
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("shape", [(4, 6, 8), (4, 3, 4), (4, 1, 1)])
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_give_what_the_model_gives_for_every_pixel(head, shape, last):
+    pixels = Pixels(7, (6, 8), channels_last=last)
+    boundary = Boundary(shape, 7, ((5, 3, 4), (6, 6, 8), (7, 6, 8)), target_shape=(6, 8), pixels=pixels)
+    torch.manual_seed(0)
+    made, x = head(boundary).eval(), torch.rand(2, *shape, requires_grad=True)
+    out_BCHW = made(x).movedim(-1, 1) if last else made(x)
+    assert out_BCHW.shape == (2, 7, 6, 8)
+    out_BCHW[..., 0].square().sum().backward()
+    assert x.grad[..., 0].any()
+    assert not x.grad[..., -1].any() or shape == (4, 1, 1) or head in (blocks, mlp_sr)  # each pixel has its own
+    assert not any(isinstance(layer, PoolToFeatures | nn.Linear) for layer in made.modules())
+    # What is no map has one answer for all pixels, which is not what is asked for.
+    assert head(Boundary((4,), 7, target_shape=(6, 8), pixels=pixels))(torch.rand(2, 4)).shape == (2, 7)
+
+
+def test_heads_of_pixels_keep_the_resolution_and_blocks_go_down_and_up_with_the_network():
+    pixels = Pixels(7, (8, 8), channels_last=True)
+    later = ((6, 4, 4), (9, 2, 2), (6, 4, 4), (5, 8, 8), (7, 8, 8))
+    boundary = Boundary((4, 8, 8), 7, later, target_shape=(8, 8), pixels=pixels)
+    assert shapes_of(conv(boundary, 16)) == [*conv_bn_relu(4, 4), (nn.Conv2d, 4, 16, (1, 1), (1, 1), (0, 0), True),
+                                             (nn.ReLU,), (nn.Conv2d, 16, 7, (1, 1), (1, 1), (0, 0), True), (ToPixels,)]
+    assert shapes_of(blocks(boundary, 4)) == [
+        *conv_bn_relu(4, 6, 3, (2, 2)), *conv_bn_relu(6, 9, 3, (2, 2)), (nn.Upsample,), *conv_bn_relu(9, 6),
+        (nn.Upsample,), *conv_bn_relu(6, 5), (nn.Conv2d, 5, 7, (1, 1), (1, 1), (0, 0), True), (ToPixels,)]
+    x = torch.rand(2, 3, 4, 4)
+    expected = F.interpolate(x, (8, 8), mode="bilinear")
+    assert torch.equal(ToPixels(pixels)(x), expected.permute(0, 2, 3, 1))
+    assert torch.equal(ToPixels(Pixels(3, (4, 4), channels_last=False))(x), x)
+
+
 @pytest.mark.parametrize(("channels", "widest", "out", "stride"), [
     (16, 64, 32, 2), (32, 64, 64, 2), (64, 64, 64, 1),
     (32, 128, 64, 2), (64, 128, 128, 2), (128, 128, 128, 1),
@@ -136,7 +170,7 @@ def test_the_conv_head_has_no_convolution_where_there_is_no_map():
 
 
 def conv_bn_relu(channels_in, channels, size=3, stride=(1, 1)):
-    return [(nn.Conv2d, channels_in, channels, (size, size), stride, (size // 2, size // 2), None),
+    return [(nn.Conv2d, channels_in, channels, (size, size), stride, (size // 2, size // 2), False),
             (nn.BatchNorm2d, channels), (nn.ReLU,)]
 
 

@@ -90,7 +90,7 @@ class Data:
         """The batches of an epoch from `start_step` on, in random order and augmented; of each, this share.
 
         Which samples a batch has, and how it is cropped and flipped, does not depend on the replicas that share it;
-        what transforms draw, and a Dataset for itself, does.
+        what transforms draw, and a Dataset for itself, does. Targets of pixels are cropped and flipped with the images.
 
         Yields:
             x float32 [B, …], normalised, or int64 [B, …] as it is; y [B, …], int64 labels or float32 values; on
@@ -113,7 +113,10 @@ class Data:
             count = len(batches[step])
             moves = self._moves(count, seed, "augment", epoch, step)
             ours = None if moves is None else moves[:, share.of(count)]
-            yield self._prepared(x, ours), transfer(y, self.device)
+            y = transfer(y, self.device)
+            if ours is not None and prepare.of_pixels(self.spec.target_shape, self.spec.shape):
+                y = prepare.augment(y, ours)
+            yield self._prepared(x, ours), y
 
     def zeros(self, count: int) -> Tensor:
         """So many training samples of zeros, prepared as those of `train_batches`."""

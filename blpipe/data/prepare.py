@@ -27,6 +27,12 @@ def problems(config: DataConfig, train: Split) -> Iterator[str]:
     if config.augment.crop >= min(shape[1:]):
         yield (f"data.augment.crop: {config.augment.crop} is not smaller than the images, "
                f"{shape[1]}×{shape[2]}; at most {min(shape[1:]) - 1}")
+    if len(train.target_shape) > 1 and not of_pixels(train.target_shape, shape):
+        for name in ("crop", "flip"):
+            if value := getattr(config.augment, name):
+                yield (f"data.augment.{name}: {value} moves pixels, and the targets {list(train.target_shape)} are not "
+                       f"those of pixels, {list(shape[1:])} or [C, {shape[1]}, {shape[2]}], to move with them; leave "
+                       "it out")
     if train.target_shape or train.target_dtype.is_floating_point:
         for name in ("mixup", "cutmix"):
             if value := getattr(config.augment, name):
@@ -56,14 +62,20 @@ def moves(count: int, crop: int, flip: bool, generator: torch.Generator) -> Tens
     return moves_3B
 
 
+def of_pixels(target_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether targets are of the pixels of images [C, H, W]: they are [H, W] or [C', H, W], and move with them."""
+    return len(target_shape) in (2, 3) and target_shape[-2:] == shape[1:]
+
+
 def augment(x_BCHW: Tensor, moves_3B: Tensor) -> Tensor:
     """Each image reflect-padded, and cropped back at a place of its own, or flipped too.
 
     Args:
-        x_BCHW: images [B, C, H, W] of any type, on any device, where the images returned are too.
+        x_BCHW: images [B, C, H, W] of any type, on any device, where the images returned are too; or targets of
+            their pixels, [B, H, W] too.
         moves_3B: see `moves`; by fewer pixels than H and W.
     """
-    B, C, H, W = x_BCHW.shape
+    B, H, W = len(x_BCHW), *x_BCHW.shape[-2:]
     device = x_BCHW.device
     moves_3B1 = transfer(moves_3B, device)[:, :, None]
     rows_BH = _reflect(torch.arange(H, device=device) + moves_3B1[0], H)
@@ -71,7 +83,8 @@ def augment(x_BCHW: Tensor, moves_3B: Tensor) -> Tensor:
     columns_BW = torch.where(moves_3B1[2] == 1, columns_BW.flip(1), columns_BW)
     # Padding, cropping and flipping only move pixels, so one gather does them all.
     pixels = (rows_BH[:, :, None] * W + columns_BW[:, None, :]).view(B, 1, H * W)
-    return x_BCHW.flatten(2).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
+    given_BCN = x_BCHW.reshape(B, -1, H * W)
+    return given_BCN.gather(2, pixels.expand(given_BCN.shape)).view(x_BCHW.shape)
 
 
 def constants(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""Any traceable model as blocks: its graph, cut where a single tensor is live, in pieces that follow its modules."""
+"""Any traceable model as blocks: its graph, cut where few tensors are live, in pieces that follow its modules."""
 
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from blpipe.errors import ConfigError
 from blpipe.models.nodes import is_size, module_path, operation, stack_of
-from blpipe.models.tracing import trace
+from blpipe.models.packing import Packing, learned_nodes, pack, packing_of, part_of
+from blpipe.models.tracing import Traced, trace
 from blpipe.models.uncut import uncut_notes
 from blpipe.models.values import is_batch_first
 
@@ -25,7 +27,7 @@ class TracedBlock(fx.GraphModule):
     """A block cut out of a traced model. Its submodules and parameters have their paths in that model."""
 
 
-def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Sequential:
+def blocks_of(model: nn.Module, example: torch.Tensor | None = None, live_tensors: int = 1) -> nn.Sequential:
     """`model` as an ordered sequence of named blocks, one tensor in and one out, that compute what it computes.
 
     The blocks share the model's own modules and parameters, which keep their names inside a block. They follow
@@ -38,18 +40,22 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Seque
         example: a batch of samples, [batch, …], of which only shape and dtype matter; `device="meta"` will do. With
             it the blocks are for samples of that shape, in batches of any size: sizes are known, and the model may
             make decisions by them. Without it all sizes are computed as the blocks run.
+        live_tensors: how many tensors may pass between two blocks. More than one are packed, as [batch, N], for
+            which the example is needed.
 
     Raises:
         ConfigError: the model cannot be traced by `torch.fx`; it names the place and the ways out.
     """
+    if live_tensors > 1 and example is None:
+        raise ConfigError(f"live_tensors: {live_tensors} tensors are packed by their shapes; give an example too")
     own, persistent = set(vars(model)), set(model.state_dict())
-    given, nodes, output, notes = trace(model, example)
-    pieces, batched = _pieces(model, given, nodes, output)
+    traced = trace(model, example)
+    pieces, batched = _pieces(model, traced, live_tensors)
     groups = _groups(model, pieces)
-    values = [given, *(group.pieces[-1].value for group in groups)]
+    passed = [_Passed((traced.given,)), *(group.pieces[-1].gives for group in groups)]
     read_later: set[fx.Node] = set()  # whose batch size a later block reads
     cut = []
-    for group, start, end in reversed(list(zip(groups, values, values[1:], strict=False))):
+    for group, start, end in reversed(list(zip(groups, passed, passed[1:], strict=False))):
         operations = [node for piece in group.pieces for node in piece.nodes]
         cut.append(_block(model, start, operations, end, batched, read_later, persistent))
     blocks: OrderedDict[str, nn.Module] = OrderedDict()
@@ -59,12 +65,14 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None) -> nn.Seque
     for constant in set(vars(model)) - own:  # tensors made in forward, which tracing leaves on the model
         delattr(model, constant)
     _carry_along(model, cut[::-1])
-    traced = nn.Sequential(blocks)
-    traced.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    traced.notes_of_tracing = notes  # type: ignore[assignment]
-    traced.uncut = uncut_notes(model, {name: [piece.nodes for piece in group.pieces]  # type: ignore[assignment]
-                                       for name, group in zip(blocks, groups, strict=True)})
-    return traced
+    sequence = nn.Sequential(blocks)
+    sequence.plain_metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    sequence.notes_of_tracing = traced.notes  # type: ignore[assignment]
+    sequence.packings = {name: gives.packing  # type: ignore[assignment]
+                         for name, gives in zip(blocks, passed[1:], strict=True) if gives.packing}
+    named = {name: [piece.nodes for piece in group.pieces] for name, group in zip(blocks, groups, strict=True)}
+    sequence.uncut = uncut_notes(model, named, live_tensors)  # type: ignore[assignment]
+    return sequence
 
 
 def out_of_place(module: nn.Module) -> None:
@@ -78,11 +86,18 @@ def out_of_place(module: nn.Module) -> None:
             part.inplace = False  # type: ignore[assignment]
 
 
+class _Passed(NamedTuple):
+    """What is live at a cut: one tensor, or several that are packed."""
+
+    tensors: tuple[fx.Node, ...]
+    packing: Packing | None = None
+
+
 class _Piece(NamedTuple):
-    """Operations between two points where a single tensor is live."""
+    """Operations between two points where the model can be cut."""
 
     nodes: list[fx.Node]
-    value: fx.Node  # what it makes
+    gives: _Passed
 
     def calls(self) -> tuple[str, ...]:
         """The module calls that all of it lies in, outermost first."""
@@ -94,35 +109,42 @@ class _Piece(NamedTuple):
         return tuple(common)
 
 
-def _pieces(model: nn.Module, given: fx.Node, nodes: list[fx.Node],
-            output: fx.Node) -> tuple[list[_Piece], set[fx.Node]]:
+def _pieces(model: nn.Module, traced: Traced, live_tensors: int) -> tuple[list[_Piece], set[fx.Node]]:
     """The model in pieces, and the tensors whose batch size any block can read from its own input."""
-    batched = {given}
+    batched, learned = {traced.given}, learned_nodes(model, traced.operations)
+
+    def passed(live: list[fx.Node]) -> _Passed | None:
+        if len(live) > live_tensors or not all(_is_tensor(value, model) for value in live):
+            return None
+        packing = packing_of(live, learned) if len(live) > 1 else None
+        return _Passed(tuple(live), packing) if packing or len(live) == 1 else None
+
     while True:  # `x.shape[0]` of a tensor at a cut is no reason not to cut later on, which makes more cuts
-        movable = _movable(nodes, batched, model)
-        pieces = _cut([node for node in nodes if node not in movable], given, output, model)
-        found = {given, *(piece.value for piece in pieces)}
+        movable = _movable(traced.operations, batched, model)
+        fixed = [node for node in traced.operations if node not in movable]
+        pieces = _cut(fixed, traced.given, traced.output, passed)
+        found = {traced.given, *(value for piece in pieces for value in piece.gives.tensors)}
         if found <= batched:
             return pieces, batched
         batched |= found
 
 
-def _cut(fixed: list[fx.Node], given: fx.Node, output: fx.Node, model: nn.Module) -> list[_Piece]:
-    """Cut wherever exactly one value is live and is a tensor."""
+def _cut(fixed: list[fx.Node], given: fx.Node, output: fx.Node,
+         passed: Callable[[list[fx.Node]], _Passed | None]) -> list[_Piece]:
+    """Cut wherever what is live can be passed on."""
     last_use = {source: index for index, node in enumerate(fixed) for source in node.all_input_nodes}
     last_use[output] = len(fixed)
-    live, pieces, start = {given}, [_Piece([], given)], 0
+    live, pieces, start = [given], [_Piece([], _Passed((given,)))], 0
     for index, node in enumerate(fixed):
-        live = {value for value in live | {node} if last_use.get(value, -1) > index}
-        if len(live) == 1:
-            value, = live
-            if value is not pieces[-1].value and _is_tensor(value, model):
-                pieces.append(_Piece(fixed[start:index + 1], value))
-                start = index + 1
-    if pieces[-1].value is output:  # only asserts can follow
+        live = [value for value in [*live, node] if last_use.get(value, -1) > index]
+        gives = passed(live)
+        if gives and gives != pieces[-1].gives:
+            pieces.append(_Piece(fixed[start:index + 1], gives))
+            start = index + 1
+    if pieces[-1].gives.tensors == (output,):  # only asserts can follow
         pieces[-1].nodes.extend(fixed[start:])
     else:
-        pieces.append(_Piece(fixed[start:], output))
+        pieces.append(_Piece(fixed[start:], _Passed((output,))))
     return pieces[1:] or pieces
 
 
@@ -208,7 +230,18 @@ def _groups(model: nn.Module, pieces: list[_Piece]) -> list[_Group]:
         blocks[-1] += waiting
     else:
         blocks = [waiting]
+    for before, after in zip(blocks, blocks[1:], strict=False):
+        _cut_where_fewest_pass(before, after)
     return [_Group(_name(units, pieces), [piece for unit in units for piece in unit.pieces]) for units in blocks]
+
+
+def _cut_where_fewest_pass(before: list[_Unit], after: list[_Unit]) -> None:
+    """Move units without a weight from the end of a block to the next one, where fewer tensors pass then."""
+    weights = [i for i, unit in enumerate(before) if unit.whole or unit.weighs]
+    passing = {i: len(before[i].pieces[-1].gives.tensors) for i in range(max(weights, default=0), len(before))}
+    end = min(reversed(passing), key=passing.__getitem__) + 1
+    after[:0] = before[end:]
+    del before[end:]
 
 
 def _units(model: nn.Module, pieces: list[_Piece], parent: tuple[str, ...] = (), total: int = 0) -> Iterator[_Unit]:
@@ -279,9 +312,9 @@ def _unused(name: str, taken: dict[str, Any]) -> str:
     return name
 
 
-def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Node, batched: set[fx.Node],
+def _block(model: nn.Module, takes: _Passed, nodes: list[fx.Node], gives: _Passed, batched: set[fx.Node],
            read_later: set[fx.Node], persistent: set[str]) -> TracedBlock:
-    """The operations `nodes` on `given`, up to `value`, as a module.
+    """The operations `nodes` on what is passed to them, up to what they pass on, as a module.
 
     Args:
         batched: tensors whose batch size is that of any block's input.
@@ -290,7 +323,11 @@ def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Nod
     """
     graph = fx.Graph()
     x = graph.placeholder("x")
-    copies = {given: x}
+    if takes.packing:
+        copies = {node: graph.call_function(part_of, (x, *part))
+                  for node, part in zip(takes.tensors, takes.packing.parts, strict=True)}
+    else:
+        copies = {takes.tensors[0]: x}
 
     def copy_of(node: fx.Node) -> fx.Node:
         source = _batch_of(node)
@@ -311,7 +348,8 @@ def _block(model: nn.Module, given: fx.Node, nodes: list[fx.Node], value: fx.Nod
                                                      graph.call_method("size", (x, 0))))
             graph.call_function(torch._assert, (same, f"the size read of {node.name} is used as the batch size, "
                                                       "but it is another"))
-    graph.output(copy_of(value))
+    outputs = tuple(copy_of(value) for value in gives.tensors)
+    graph.output(graph.call_function(pack, outputs) if gives.packing else outputs[0])
     block = TracedBlock(model, graph)
     for name, _ in list(block.named_buffers()):
         if name not in persistent:

@@ -14,6 +14,7 @@ from blpipe.errors import ConfigError, one_line
 from blpipe.models.blocks import TracedBlock, blocks_of, out_of_place
 from blpipe.models.compare import check_same
 from blpipe.models.mlp import mlp
+from blpipe.models.packing import Packing
 from blpipe.models.resnet_cifar import resnet_cifar
 from blpipe.models.vgg_cifar import vgg_cifar
 from blpipe.models.zoo import PREFIX, torchvision_model
@@ -24,7 +25,8 @@ from blpipe.specs import DataSpec
 BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
 
 
-def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = True) -> nn.Sequential:
+def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = True,
+                live_tensors: int = 1) -> nn.Sequential:
     """The plain model as `nn.Sequential` of named blocks, initialised from `seed`.
 
     A built-in model takes the data's channels, shape and number of classes where `args` do not give them. A
@@ -32,6 +34,7 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
 
     Args:
         pretrained: whether torchvision's own `weights` are wanted; not where a checkpoint gives all values.
+        live_tensors: see `blocks_of`.
 
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` whose result makes no blocks.
@@ -40,7 +43,8 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
     example = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     with fixed_randomness(derive_seed(seed, "model")):
         if config.name is not None and config.name.startswith(PREFIX):
-            return blocks_of(torchvision_model(config.name, config.args, data.classes, pretrained), example)
+            plain = torchvision_model(config.name, config.args, data.classes, pretrained)
+            return blocks_of(plain, example, live_tensors)
         builder = resolve("model", config, BUILT_IN)
         args = dict(config.args) if config.name is None else _from_data(builder, data) | config.args
         try:
@@ -53,7 +57,7 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
         if hasattr(built, "_orig_mod"):  # of torch.compile
             raise ConfigError("model: it returned a compiled module; return it uncompiled, and set train.compile=true")
         try:
-            blocks = as_blocks(built, example)
+            blocks = as_blocks(built, example, live_tensors)
         except ConfigError:
             raise
         except Exception as error:  # whatever a module of the user's does when its parts are looked at
@@ -66,7 +70,7 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
     return blocks
 
 
-def as_blocks(built: Any, example: torch.Tensor | None = None) -> nn.Sequential:
+def as_blocks(built: Any, example: torch.Tensor | None = None, live_tensors: int = 1) -> nn.Sequential:
     """Take an `nn.Sequential`, a list or a dict of modules as blocks; cut any other module into blocks.
 
     Raises:
@@ -79,12 +83,15 @@ def as_blocks(built: Any, example: torch.Tensor | None = None) -> nn.Sequential:
     elif isinstance(built, list | tuple | nn.ModuleList) and not _has_forward(built):
         blocks = nn.Sequential(OrderedDict(_checked({str(i): module for i, module in enumerate(built)})))
     elif isinstance(built, nn.Module):
-        blocks = blocks_of(built, example)
+        blocks = blocks_of(built, example, live_tensors)
     else:
         raise ConfigError(f"model: it returned a {type(built).__name__}; return an nn.Module, or a list or "
                           "dict of modules: the blocks in order")
     if len(blocks) == 0:
         raise ConfigError("model: it returned no blocks; return at least one module")
+    if live_tensors > 1 and not any(isinstance(block, TracedBlock) for block in blocks):
+        raise ConfigError(f"model.live_tensors: {live_tensors}, and the model comes as blocks, which pass one tensor "
+                          "on; leave it at 1, or return the model as one nn.Module that is not an nn.Sequential")
     for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
         if is_lazy(tensor):
             raise ConfigError(f"model: {name} has no shape yet; give its layer the size of its input, instead of a "
@@ -129,6 +136,11 @@ def plain_metadata(blocks: nn.Sequential) -> dict[str, Any]:
 def model_notes(blocks: nn.Sequential) -> list[str]:
     """What a user may want to know of how `blocks` were made of a model, a line each."""
     return [*_notes_of_tracing(blocks), *(f"model: {why}" for why in why_uncut(blocks))]
+
+
+def packings(blocks: nn.Sequential) -> dict[str, Packing]:
+    """By the names of blocks that pass several tensors on, how these are packed."""
+    return getattr(blocks, "packings", {})
 
 
 def why_uncut(blocks: nn.Sequential) -> list[str]:

@@ -5,16 +5,20 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from blpipe.models.nodes import inside, operation
+from blpipe.models.packing import learned_nodes, packing_of
 
 
-def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]]) -> list[str]:
+def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]], live_tensors: int) -> list[str]:
     """Why the piece that holds more than half of the parameters cannot be cut, if there is such a one of many layers.
 
     Args:
-        blocks: by name, the operations of every piece of a block; between pieces a single tensor is live.
+        blocks: by name, the operations of every piece of a block.
+        live_tensors: how many may be live between pieces.
     """
+    allowed = "a single tensor is" if live_tensors == 1 else f"no more than {live_tensors} tensors are"
     total = sum(parameter.numel() for parameter in model.parameters())
-    cuttable = {node for pieces in blocks.values() for nodes in pieces for node in nodes}
+    operations = [node for pieces in blocks.values() for nodes in pieces for node in nodes]
+    cuttable = set(operations)
     cuttable |= {source for node in cuttable for source in node.all_input_nodes if source.op == "placeholder"}
     for name, pieces in blocks.items():
         for nodes in pieces:
@@ -28,10 +32,13 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]]) -> 
                 return [f"{holds}an nn.{type(whole).__name__} is left whole; to have it cut, return the blocks as a "
                         "list, with each of its layers (those in its attribute layers) as one of them"]
             if len(layers) > 1:
-                live = _least_live(nodes, layers, cuttable)
-                return [f"{holds}a cut needs a place where a single tensor is live, and between its layers at least "
+                learned = learned_nodes(model, operations)
+                live = min(_live(nodes, layers, cuttable), key=lambda v: (len(v), packing_of(v, learned) is None))
+                remedy = "" if packing_of(live, learned) is None else \
+                    f"; model.live_tensors={len(live)} passes them on together"
+                return [f"{holds}a cut needs a place where {allowed} live, and between its layers at least "
                         f"{len(live)} are ({', '.join(_described(model, node) for node in live[:3])}"
-                        f"{', …' if len(live) > 3 else ''})"]
+                        f"{', …' if len(live) > 3 else ''}){remedy}"]
     return []
 
 
@@ -39,14 +46,13 @@ def _weights(model: nn.Module, node: fx.Node) -> int:
     return sum(parameter.numel() for parameter in model.get_submodule(str(node.target)).parameters())
 
 
-def _least_live(nodes: list[fx.Node], layers: list[int], cuttable: set[fx.Node]) -> list[fx.Node]:
-    """The values that are live between two layers, where they are fewest."""
+def _live(nodes: list[fx.Node], layers: list[int], cuttable: set[fx.Node]) -> list[list[fx.Node]]:
+    """The values that are live before each layer but the first."""
     order = {node: i for i, node in enumerate(nodes)}
     made = dict.fromkeys(source for node in nodes for source in (*node.all_input_nodes, node) if source in cuttable)
     last_use = {node: max((order.get(user, len(nodes)) for user in node.users if user in cuttable), default=-1)
                 for node in made}
-    live = [[node for node in made if order.get(node, -1) < cut <= last_use[node]] for cut in layers[1:]]
-    return min(live, key=lambda values: len(values))
+    return [[node for node in made if order.get(node, -1) < cut <= last_use[node]] for cut in layers[1:]]
 
 
 def _described(model: nn.Module, node: fx.Node) -> str:

@@ -1,0 +1,229 @@
+"""Models with several tensors on their way at a cut: these are packed, and all is as in the plain model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same_run, small_config, train_in_processes, train_locally
+from families import assert_same_state
+from torch import Tensor, nn
+
+import blpipe
+from blpipe.checkpoint.folders import newest_intact
+from blpipe.checkpoint.state import model_state
+from blpipe.config_file import parse_config
+from blpipe.data import open_data
+from blpipe.errors import ConfigError
+from blpipe.models.packing import pack, part_of
+from blpipe.plan import make_plan, notices
+
+
+class Convolution(nn.Module):
+    """With BatchNorm and dropout."""
+
+    def __init__(self, taken: int, given: int):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(taken, given, 3, 1, 1), nn.BatchNorm2d(given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W]."""
+        return F.dropout(F.relu(self.bn(self.conv(x))), 0.1, self.training)
+
+
+class UNet(nn.Module):
+    """Two maps wait for the way up while the third goes down; five classes for every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.down1, self.down2, self.bottom = Convolution(2, 3), Convolution(3, 4), Convolution(4, 6)
+        self.up2, self.up1, self.out = Convolution(10, 4), Convolution(7, 3), nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 2, H, W] to [B, H, W, 5]."""
+        first = self.down1(x)
+        second = self.down2(F.max_pool2d(first, 2))
+        up = self.bottom(F.max_pool2d(second, 2))
+        up = self.up2(torch.cat([F.interpolate(up, scale_factor=2.0), second], 1))
+        up = self.up1(torch.cat([F.interpolate(up, scale_factor=2.0), first], 1))
+        return self.out(up).permute(0, 2, 3, 1)
+
+
+class Layer(nn.Module):
+    """Attention of one head to the tokens that a mask leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor) -> Tensor:
+        """A mask of bools, or one that is added."""
+        q, k, v = self.qkv(x_BTD).chunk(3, -1)
+        return x_BTD + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+class Masked(nn.Module):
+    """Every layer needs the mask of the padding, besides its tokens."""
+
+    def __init__(self, added: bool = False):
+        super().__init__()
+        self.embedding, self.added = nn.Embedding(20, 8), added
+        self.layers, self.fc = nn.ModuleList(Layer() for _ in range(4)), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, 4]."""
+        mask = (tokens != 0)[:, None, :].expand(-1, tokens.shape[1], -1)
+        if self.added:
+            mask = torch.where(mask, 0.0, -1e9)
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.fc(x[:, 0])
+
+
+class MaskedAnew(Masked):
+    """The tokens themselves are on their way."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, 4]."""
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, tokens.bool()[:, None, :].expand(-1, tokens.shape[1], -1))
+        return self.fc(x[:, 0])
+
+
+def scenes() -> tuple:
+    """Images of 8×8, and a class for every pixel, which follows from its first channel."""
+    x = torch.rand(56, 2, 8, 8)
+    y = (5 * x[:, 0]).long().clamp(max=4)
+    return (x[:40], y[:40]), (x[40:], y[40:])
+
+
+def texts() -> tuple:
+    """Six tokens, the last ones of which may be padding, and a class."""
+    x = torch.randint(1, 20, (56, 6))
+    x[:, 3:] *= torch.rand(56, 3).gt(0.5)
+    return (x[:40], x[:40, 0] % 4), (x[40:], x[40:, 0] % 4)
+
+
+def samples(model: nn.Module, size: int = 3) -> Tensor:
+    """A batch for a model of these."""
+    return torch.rand(size, 2, 8, 8) if isinstance(model, UNet) else torch.randint(0, 20, (size, 6))
+
+
+def config(name: str, model: str, data: str, live: int = 3, **changes) -> dict:
+    """A run of two epochs, in batches of 16, the last one of which holds 8."""
+    changes = {"partition__stages": 4} | changes
+    return small_config(name, model={"target": f"test_live_tensors:{model}", "live_tensors": live},
+                        data={"target": f"test_live_tensors:{data}"}, **changes)
+
+
+def plan_of(tree: dict):
+    """The plan of a config."""
+    parsed = parse_config(tree)
+    return make_plan(parsed, open_data(parsed.data, 0).spec)
+
+
+MODELS = {"UNet": (UNet, 3), "Masked": (Masked, 2), "Added": (lambda: Masked(added=True), 2)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_blocks_are_the_model_with_its_gradients(name, training):
+    build, live = MODELS[name]
+    torch.manual_seed(0)
+    model = build().train(training)
+    x, expected = samples(model), {}
+    blocks = blpipe.blocks_of(model, samples(model, 1), live_tensors=live).train(training)
+    assert len(blocks) >= 5 and blocks.packings
+    for network in (model, blocks):
+        torch.manual_seed(1)
+        model.zero_grad()
+        out = network(x)
+        out.square().sum().backward()
+        found = {"output": out.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+        expected = expected or found
+    assert all(torch.equal(found[each], tensor) for each, tensor in expected.items())
+    assert_same_state(model, blocks)
+
+
+def test_blocks_end_where_the_fewest_tensors_pass():
+    model = UNet()
+    whole = blpipe.blocks_of(model, samples(model))
+    assert list(whole._modules) == ["down1", "down2", "up1", "out"] and not whole.packings
+    for live in (2, 3):
+        blocks = blpipe.blocks_of(model, samples(model), live_tensors=live)
+        assert list(blocks._modules) == ["down1", "down2", "bottom", "up2", "up1", "out"]
+        passing = {name: [part.shape for part in packing.parts] for name, packing in blocks.packings.items()}
+        assert passing == {"down2": [(3, 8, 8), (4, 4, 4)], "bottom": [(3, 8, 8), (10, 4, 4)]}
+
+
+def test_what_no_weights_come_before_gets_no_gradient():
+    model = Masked(added=True)
+    blocks = blpipe.blocks_of(model, samples(model), live_tensors=2)
+    mask, x = blocks.packings["embedding"].parts
+    assert (mask.shape, mask.is_learned) == ((6, 6), False) and (x.shape, x.is_learned) == ((6, 8), True)
+    packed = blocks[0](samples(model)).detach().requires_grad_()
+    assert not part_of(packed, *mask).requires_grad and part_of(packed, *x).requires_grad
+    blocks[1:](packed).sum().backward()
+    assert not packed.grad[:, :36].any() and packed.grad[:, 36:].all()
+
+
+def test_packed_tensors_come_out_as_they_went_in():
+    x, mask, number = torch.randn(3, 2, 4).mT, torch.rand(3, 5) > 0.5, torch.randn(3)
+    packed = pack(x, mask, number)
+    assert packed.shape == (3, 14) and packed.dtype == torch.float32
+    assert torch.equal(part_of(packed, 0, (4, 2), False, True), x)
+    restored = part_of(packed.bfloat16(), 8, (5,), True, False)
+    assert restored.dtype == torch.bool and torch.equal(restored, mask)
+    assert torch.equal(part_of(packed, 13, (), False, True), number)
+
+
+def test_both_engines_train_them_bit_for_bit(tmp_path):
+    last_loss = {"head": "none", "local_weight": 0.0,
+                 "link": {"reach": "all", "take": "farthest", "length": "all", "delay": 1, "delay_unit": "microbatch"}}
+    trees = [
+        config("pixels", "UNet", "scenes", train__microbatches=2, train__wire="bf16", train__channels_last=True,
+               data__augment={"crop": 1, "flip": True}),
+        config("last_loss", "UNet", "scenes", method=last_loss, train__microbatches=2),
+        config("masked", "Masked", "texts", 2, method__loss="supcon", method__link__length="all",
+               train__recompute=True),
+    ]
+    for tree, run in zip(trees, train_in_processes(trees, 4, tmp_path), strict=True):
+        local = train_locally(tree, tmp_path)
+        assert_same_run(run, local)
+        model = Masked() if tree["name"] == "masked" else UNet()
+        model.load_state_dict(model_state(newest_intact(local)[0]), strict=True)
+
+
+def test_heads_and_losses_read_the_newest_tensor():
+    plan = plan_of(config("a", "UNet", "scenes", partition__cuts=["down2", "bottom", "up2"], train__channels_last=True,
+                          method__loss={"target": "test_live_tensors:seen"}))
+    assert [boundary.shape for boundary in plan.boundaries] == [(3, 8, 8), (4, 4, 4), (10, 4, 4), (8, 8, 5)]
+    assert [plan.activation(16, k).shape for k in range(3)] == [(16, 3, 8, 8), (16, 256), (16, 352)]
+    assert [plan.channels_last(k) for k in range(3)] == [True, False, False]
+    for k in (1, 2):
+        x, packed = torch.randn(16, *plan.boundaries[k].shape), plan.activation(16, k).shape
+        given = pack(torch.randn(16, 3, 8, 8), x)
+        assert given.shape == packed
+        assert plan.build_head(k)(given).shape == (16, 8, 8, 5)
+        assert plan.build_loss(k)(torch.zeros(()), torch.zeros(()), given) == x.sum()
+
+
+def seen(boundary) -> object:
+    """A loss that tells what it is given of a stage's output."""
+    return lambda logits, targets, x: x.sum()
+
+
+def test_what_cannot_be_packed_is_not_and_the_rest_is_told():
+    blocks = blpipe.blocks_of(MaskedAnew(), samples(Masked()), live_tensors=3)
+    assert list(blocks._modules) == ["embedding", "layers_3", "fc"]
+    with pytest.raises(ConfigError, match=r"^live_tensors: 2 tensors are packed by their shapes; give an example too$"):
+        blpipe.blocks_of(UNet(), live_tensors=2)
+    with pytest.raises(ConfigError, match=r"at least 2 are \(.*\); model\.live_tensors=2 passes them on together"):
+        plan_of(config("a", "Masked", "texts", 1))
+    told = [note for note in notices(plan_of(config("a", "MaskedAnew", "texts", 2, partition__stages=3)))
+            if "tensors are live" in note]
+    assert told and "no more than 2 tensors are live, and between its layers at least 3 are" in told[0]
+    with pytest.raises(ConfigError, match=r"^model\.live_tensors: 2, and the model comes as blocks, .*; leave it at 1"):
+        plan_of(small_config("a", model={"target": "models_under_test:conv_net", "live_tensors": 2}))
+    with pytest.raises(ConfigError, match=r"^model\.live_tensors: .* greater than or equal to 1"):
+        parse_config(config("a", "Masked", "texts", 0))
