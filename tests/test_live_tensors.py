@@ -90,6 +90,25 @@ class MaskedAnew(Masked):
         return self.fc(x[:, 0])
 
 
+class Nested(nn.Module):
+    """Parts of the tokens are samples of their own beside the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(4))
+        self.outer = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.embedding, self.fc = nn.Embedding(20, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, 4]."""
+        x = self.embedding(tokens)
+        parts = x.reshape(-1, 4, 2)  # [B · T, 4, 2]
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            parts = parts + inner(parts)
+            x = x + outer(x + parts.reshape(x.shape))
+        return self.fc(x.mean(1))
+
+
 def scenes() -> tuple:
     """Images of 8×8, and a class for every pixel, which follows from its first channel."""
     x = torch.rand(56, 2, 8, 8)
@@ -122,7 +141,8 @@ def plan_of(tree: dict):
     return make_plan(parsed, open_data(parsed.data, 0).spec)
 
 
-MODELS = {"UNet": (UNet, 3), "Masked": (Masked, 2), "Added": (lambda: Masked(added=True), 2)}
+MODELS = {"UNet": (UNet, 3), "Masked": (Masked, 2), "Added": (lambda: Masked(added=True), 2),
+          "Nested": (Nested, 2)}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -169,12 +189,13 @@ def test_what_no_weights_come_before_gets_no_gradient():
 
 def test_packed_tensors_come_out_as_they_went_in():
     x, mask, number = torch.randn(3, 2, 4).mT, torch.rand(3, 5) > 0.5, torch.randn(3)
-    packed = pack(x, mask, number)
+    packed = pack(3, x, mask, number)
     assert packed.shape == (3, 14) and packed.dtype == torch.float32
-    assert torch.equal(part_of(packed, 0, (4, 2), False, True), x)
-    restored = part_of(packed.bfloat16(), 8, (5,), True, False)
+    assert torch.equal(part_of(packed, 0, 1, (4, 2), False, True), x)
+    assert torch.equal(part_of(packed, 0, 4, (2,), False, True), x.flatten(0, 1))
+    restored = part_of(packed.bfloat16(), 8, 1, (5,), True, False)
     assert restored.dtype == torch.bool and torch.equal(restored, mask)
-    assert torch.equal(part_of(packed, 13, (), False, True), number)
+    assert torch.equal(part_of(packed, 13, 1, (), False, True), number)
 
 
 def test_both_engines_train_them_bit_for_bit(tmp_path):
@@ -202,7 +223,7 @@ def test_heads_and_losses_read_the_newest_tensor():
     assert [plan.channels_last(k) for k in range(3)] == [True, False, False]
     for k in (1, 2):
         x, packed = torch.randn(16, *plan.boundaries[k].shape), plan.activation(16, k).shape
-        given = pack(torch.randn(16, 3, 8, 8), x)
+        given = pack(16, torch.randn(16, 3, 8, 8), x)
         assert given.shape == packed
         assert plan.build_head(k)(given).shape == (16, 8, 8, 5)
         assert plan.build_loss(k)(torch.zeros(()), torch.zeros(()), given) == x.sum()

@@ -16,7 +16,7 @@ from benchmarks.memory.report import as_markdown as memory_table
 from benchmarks.memory.results import Results
 from benchmarks.models.__main__ import rows_of
 from benchmarks.models.report import as_markdown as models_table
-from benchmarks.models.report import exceptions, summary
+from benchmarks.models.report import by_live_tensors, exceptions, more_live, summary
 from benchmarks.overview.__main__ import ACCURACY, accuracies, peaks_by_k, speeds
 from benchmarks.prediction.__main__ import as_markdown as prediction_tables
 from benchmarks.scaling.report import as_markdown as scaling_table
@@ -74,6 +74,8 @@ def test_tables_of_models_follow_from_their_rows():
     readme = (BENCHMARKS / "models/README.md").read_text()
     assert summary(rows) in readme
     assert exceptions(rows) in readme
+    assert more_live(rows) in readme
+    rows, _ = by_live_tensors(rows)
     equal = [row for row in rows if row["training"] == row["evaluation"] == 0 and row["buffers"]]
     trained = [row for row in rows if "losses" in row and row["stages"] == 4]
     told = " ".join((REPOSITORY / "README.md").read_text().split())

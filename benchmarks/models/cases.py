@@ -1,7 +1,7 @@
 """The models: one of every module of timm, a few more where a module holds unlike ones, and models of Transformers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 CLASSES, TOKENS, LENGTH = 10, 256, 32
@@ -18,6 +18,7 @@ class Case:
         shape: of a sample, images or tokens.
         tokens: how many different ones there are; None for images.
         every_position: whether each token has a label of its own.
+        live_tensors: how many may pass between two blocks, as `model.live_tensors`.
     """
 
     library: str
@@ -28,6 +29,7 @@ class Case:
     tokens: int | None = None
     every_position: bool = False
     classes: int = field(default=CLASSES)
+    live_tensors: int = 1
 
     @property
     def name(self) -> dict[str, str]:
@@ -64,6 +66,10 @@ TIMM_WITH_ARGS: dict[str, tuple[int, dict[str, Any]]] = {
     "qwen3_vit_88m": (64, {"depth": 4}),
     "vit_small_patch14_dinov2": (56, {"img_size": 56}),
 }
+# Those that pass several tensors along most of their layers are tried with as many at a cut, too.
+TIMM_LIVE = {"coat_tiny": 3, "crossvit_tiny_240": 2, "dla34": 2, "efficientvim_m1": 3, "gemma4_vit_167m": 3,
+             "hrnet_w18_small": 2, "mobilenetv5_base": 2, "nasnetalarge": 2, "pnasnet5large": 2, "resnest14d": 2,
+             "tnt_s_patch16_224": 2}
 
 # Without `use_cache`, and with embeddings that are not tied: a weight that two stages share is refused.
 _TEXT = {"vocab_size": TOKENS, "pad_token_id": 0, "use_cache": False, "tie_word_embeddings": False}
@@ -113,6 +119,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "ElectraForSequenceClassification": _PLAIN | _LABELS | {"embedding_size": 32},
     "DebertaV2ForSequenceClassification": _PLAIN | _LABELS,
 }
+MASKED = ("BertForSequenceClassification", "RobertaForSequenceClassification", "DistilBertForSequenceClassification",
+          "ElectraForSequenceClassification")  # which give every layer the mask of the padding
 IMAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "ViTForImageClassification": (32, _IMAGE),
     "DeiTForImageClassification": (32, _IMAGE),
@@ -131,7 +139,9 @@ IMAGES: dict[str, tuple[int, dict[str, Any]]] = {
 
 def all_cases() -> list[Case]:
     """Every model, those of timm by name."""
-    return [*sorted(_timm(), key=lambda case: case.model), *_transformers()]
+    cases = [*sorted(_timm(), key=lambda case: case.model), *_transformers()]
+    return [*cases, *(_with_more_live(case) for case in cases if case.model in TIMM_LIVE),
+            *(_masked(model, live) for model in MASKED for live in (1, 2))]
 
 
 def _timm() -> Iterator[Case]:
@@ -153,3 +163,13 @@ def _transformers() -> Iterator[Case]:
 def _transformer(model: str, config: dict[str, Any], *more: Any) -> Case:
     return Case("transformers", model, "benchmarks.models.transformers_models:untrained",
                 {"architecture": model.partition(",")[0]} | config, *more)
+
+
+def _with_more_live(case: Case) -> Case:
+    live = TIMM_LIVE[case.model]
+    return replace(case, model=f"{case.model}, {live} live", live_tensors=live)
+
+
+def _masked(model: str, live: int) -> Case:
+    name = f"{model}, masked" + (f", {live} live" if live > 1 else "")
+    return replace(_transformer(name, TEXTS[model] | {"masked": True}, (LENGTH,), TOKENS), live_tensors=live)

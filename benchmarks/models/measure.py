@@ -74,12 +74,13 @@ def cut_and_compared(case: Case) -> Row:
     plain = import_target("model.target", case.target)(**case.args)
     _disturb(plain)
     x = batch(case.shape, case.tokens)
-    blocks = as_blocks(plain, x)
+    blocks = as_blocks(plain, x, case.live_tensors)
     found = differences(plain, blocks, x)
     if found != EQUAL:
         found["repeats"] = differences(plain, plain, x) == EQUAL
     notes = [_without_folders(note) for note in model_notes(blocks)]
-    return _sizes(blocks) | found | {"state_dict": _loads(plain, blocks), "notes": notes}
+    live = {"live_tensors": case.live_tensors} if case.live_tensors > 1 else {}
+    return _sizes(blocks) | found | {"state_dict": _loads(plain, blocks), "notes": notes} | live
 
 
 def _without_folders(text: str) -> str:
@@ -118,7 +119,7 @@ def losses_of_a_step(case: Case, stages: int) -> list[float]:
             "every_position": case.every_position}
     with tempfile.TemporaryDirectory() as folder:
         train_run(parse_config({
-            "name": "step", "model": {"target": case.target, "args": case.args},
+            "name": "step", "model": {"target": case.target, "args": case.args, "live_tensors": case.live_tensors},
             "data": {"target": "benchmarks.models.samples:samples", "args": data},
             "partition": {"stages": stages}, "method": "backlink", "optimizer": {"name": "sgd", "lr": 0.001},
             "train": {"epochs": 1, "batch_size": 2}, "checkpoint": {"every_epochs": 0},

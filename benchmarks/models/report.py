@@ -14,14 +14,21 @@ TITLES = {"timm": "timm", "transformers": "Transformers"}
 def as_markdown(rows: Sequence[Row]) -> str:
     """All tables, and on what the rows were measured."""
     rows = sorted(rows, key=lambda row: (row["library"], row["model"].lower()))
-    parts = ["# Models as blocks", summary(rows), exceptions(rows)]
-    for library in _libraries(rows):
-        parts.append(f"## {TITLES[library]}\n\n{_every_model([row for row in rows if row['library'] == library])}")
+    single, _ = by_live_tensors(rows)
+    parts = ["# Models as blocks", summary(rows), exceptions(rows), more_live(rows)]
+    for library in _libraries(single):
+        parts.append(f"## {TITLES[library]}\n\n{_every_model([row for row in single if row['library'] == library])}")
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in _notes(rows))]) + "\n"
 
 
+def by_live_tensors(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of models that are cut where a single tensor is live, and those with more."""
+    return [row for row in rows if "live_tensors" not in row], [row for row in rows if "live_tensors" in row]
+
+
 def summary(rows: Sequence[Row]) -> str:
-    """How many models of each library are cut, equal, loaded and trained."""
+    """How many models of each library are cut where a single tensor is live, equal, loaded and trained."""
+    rows, _ = by_live_tensors(rows)
     table = [["library", "models", "cut into blocks", "outputs equal, evaluation", "outputs equal, training",
               "state_dict loads", "a BackLink step", "largest block at most half"]]
     for library in _libraries(rows):
@@ -36,9 +43,26 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def exceptions(rows: Sequence[Row]) -> str:
-    """A line for all that is not as it is with the others, and why."""
+    """A line for all of these that is not as it is with the others, and why."""
+    rows, _ = by_live_tensors(rows)
     found = [[row["model"], what, why.replace("|", "\\|")] for row in rows for what, why in _exceptions(row)]
     return markdown.table([["model", "exception", "why"], *found], texts=3) if found else "No exceptions."
+
+
+def more_live(rows: Sequence[Row]) -> str:
+    """What is gained where several tensors may be live at a cut."""
+    single, more = by_live_tensors(rows)
+    before = {row["model"]: row for row in single}
+    table = [["model", "`live_tensors`", "blocks", "largest block", "as the model", "a BackLink step in"]]
+    for row in more:
+        name = row["model"].rpartition(", ")[0]
+        off = max(row["training"], row["evaluation"])
+        alike = row["buffers"] and row["state_dict"]
+        table.append([name, str(row["live_tensors"]), f"{before[name]['blocks']} → {row['blocks']}",
+                      f"{percent(before[name]['largest_block'])} → {percent(row['largest_block'])}",
+                      ("bit for bit" if off == 0 else f"to {off:.0e}") if alike else "no",
+                      f"{row['stages']} stages" if _trained(row) else "–"])
+    return markdown.table(table)
 
 
 def _exceptions(row: Row) -> Iterator[tuple[str, str]]:

@@ -116,14 +116,16 @@ def _pieces(model: nn.Module, traced: Traced, live_tensors: int) -> tuple[list[_
     def passed(live: list[fx.Node]) -> _Passed | None:
         if len(live) > live_tensors or not all(_is_tensor(value, model) for value in live):
             return None
-        packing = packing_of(live, learned) if len(live) > 1 else None
-        return _Passed(tuple(live), packing) if packing or len(live) == 1 else None
+        if len(live) == 1:
+            return _Passed((live[0],)) if is_batch_first(live[0]) else None
+        packing = packing_of(live, learned)
+        return _Passed(tuple(live), packing) if packing else None
 
     while True:  # `x.shape[0]` of a tensor at a cut is no reason not to cut later on, which makes more cuts
         movable = _movable(traced.operations, batched, model)
         fixed = [node for node in traced.operations if node not in movable]
         pieces = _cut(fixed, traced.given, traced.output, passed)
-        found = {traced.given, *(value for piece in pieces for value in piece.gives.tensors)}
+        found = {traced.given, *(value for piece in pieces for value in piece.gives.tensors if is_batch_first(value))}
         if found <= batched:
             return pieces, batched
         batched |= found
@@ -180,8 +182,7 @@ def _is_tensor(node: fx.Node, model: nn.Module) -> bool:
         if user.target is getattr:
             return user.args[1] in ("values", "indices") or not hasattr(torch.Tensor, str(user.args[1]))
         return user.target is operator.getitem and user.args[0] is node and isinstance(user.args[1], int | str)
-    return not is_size(node) and operation(node, model) not in _TUPLES and not any(map(takes_apart, node.users)) \
-        and is_batch_first(node)
+    return not is_size(node) and operation(node, model) not in _TUPLES and not any(map(takes_apart, node.users))
 
 
 @dataclass
@@ -349,7 +350,8 @@ def _block(model: nn.Module, takes: _Passed, nodes: list[fx.Node], gives: _Passe
             graph.call_function(torch._assert, (same, f"the size read of {node.name} is used as the batch size, "
                                                       "but it is another"))
     outputs = tuple(copy_of(value) for value in gives.tensors)
-    graph.output(graph.call_function(pack, outputs) if gives.packing else outputs[0])
+    graph.output(graph.call_function(pack, (graph.call_method("size", (x, 0)), *outputs)) if gives.packing
+                 else outputs[0])
     block = TracedBlock(model, graph)
     for name, _ in list(block.named_buffers()):
         if name not in persistent:

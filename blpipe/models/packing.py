@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from blpipe.models.values import is_batch_first, known_values
+from blpipe.models.values import rows_of
 from blpipe.specs import Shape
 
 
@@ -16,15 +16,22 @@ class Part(NamedTuple):
 
     Args:
         start: of its values among those of a sample.
-        shape: of a sample.
+        rows: how many it has for each sample; 1 but for such as [batch · windows, …].
+        shape: of a row.
         is_mask: whether it is of bools, packed as 0 and 1.
         is_learned: whether weights come before it; if not, no gradient goes back through it.
     """
 
     start: int
+    rows: int
     shape: Shape
     is_mask: bool
     is_learned: bool
+
+    @property
+    def can_be_main(self) -> bool:
+        """Whether heads and losses can read it."""
+        return self.rows == 1 and self.is_learned and not self.is_mask
 
 
 class Packing(NamedTuple):
@@ -34,18 +41,18 @@ class Packing(NamedTuple):
 
     @property
     def main(self) -> Part:
-        """The one that heads and losses read: the last one with weights before it."""
-        return next(part for part in reversed(self.parts) if part.is_learned and not part.is_mask)
+        """The one that heads and losses read: the last one that is [batch, …] and has weights before it."""
+        return next(part for part in reversed(self.parts) if part.can_be_main)
 
 
-def pack(*tensors: Tensor) -> Tensor:
-    """Tensors [B, …] as one [B, N], of the floating-point type of the widest."""
-    return torch.cat([tensor.reshape(tensor.shape[0], -1) for tensor in tensors], 1)
+def pack(batch: int, *tensors: Tensor) -> Tensor:
+    """Tensors [B, …] or [B · rows, …] as one [B, N], of the floating-point type of the widest."""
+    return torch.cat([tensor.reshape(batch, -1) for tensor in tensors], 1)
 
 
-def part_of(packed: Tensor, start: int, shape: Shape, is_mask: bool, is_learned: bool) -> Tensor:
-    """The tensor [B, *shape] that begins at `start` in `packed` [B, N]; see `Part`."""
-    values = packed.narrow(1, start, prod(shape)).reshape(packed.shape[0], *shape)
+def part_of(packed: Tensor, start: int, rows: int, shape: Shape, is_mask: bool, is_learned: bool) -> Tensor:
+    """The tensor [B · rows, *shape] that begins at `start` in `packed` [B, N]; see `Part`."""
+    values = packed.narrow(1, start, rows * prod(shape)).reshape(packed.shape[0] * rows, *shape)
     if is_mask:
         return values.bool()
     values = values.contiguous()  # the model may view it otherwise
@@ -59,23 +66,22 @@ def packing_of(tensors: Iterable[fx.Node], learned: set[fx.Node]) -> Packing | N
         learned: those with weights before them.
 
     Returns:
-        None where they cannot be: one is no tensor [batch, …] of a known shape, or is of integers; two are of unlike
-        floating-point types; or none has weights before it.
+        None where they cannot be: the rows of one are not known, or it is of integers; two are of unlike
+        floating-point types; or heads and losses could read none.
     """
     parts, start, types = [], 0, set()
     for node in tensors:
-        few, many = known_values(node) or (None, None)
-        if few is None or many is None or not is_batch_first(node) or few.shape[1:] != many.shape[1:]:
+        known = rows_of(node)
+        if known is None:
             return None
-        is_mask = few.dtype == torch.bool
+        rows, row = known
+        is_mask = row.dtype == torch.bool
         if not is_mask:
-            types.add(few.dtype)
-        parts.append(Part(start, tuple(few.shape[1:]), is_mask, node in learned))
-        start += prod(few.shape[1:])
-    if len(types) != 1 or not types.pop().is_floating_point or \
-            not any(part.is_learned and not part.is_mask for part in parts):
-        return None
-    return Packing(tuple(parts))
+            types.add(row.dtype)
+        parts.append(Part(start, rows, tuple(row.shape), is_mask, node in learned))
+        start += rows * row.numel()
+    alike = len(types) == 1 and types.pop().is_floating_point
+    return Packing(tuple(parts)) if alike and any(part.can_be_main for part in parts) else None
 
 
 def learned_nodes(model: nn.Module, nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -108,6 +108,15 @@ def is_batch_first(node: fx.Node) -> bool:
                                  for value, size in zip(values, _BATCH_SIZES, strict=True))
 
 
+def rows_of(node: fx.Node) -> tuple[int, Tensor] | None:
+    """How many rows of a tensor belong to each sample of any batch, and a row, without data; None if not known."""
+    values = known_values(node) or []
+    if not values or not all(isinstance(value, Tensor) and value.dim() > 0 for value in values):
+        return None
+    rows = _multiple([value.shape[0] for value in values])
+    return None if rows is None or values[0].shape[1:] != values[1].shape[1:] else (rows, values[0][0])
+
+
 def known_truth(node: fx.Node) -> bool | None:
     """Whether what `node` computes of sizes is true, where it is so in both batch sizes, or in neither."""
     values = known_values(node)
