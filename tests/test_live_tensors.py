@@ -1,10 +1,14 @@
 """Models with several tensors on their way at a cut: these are packed, and all is as in the plain model."""
 
+from math import prod
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
 from families import assert_same_state
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import blpipe
@@ -187,15 +191,18 @@ def test_what_no_weights_come_before_gets_no_gradient():
     assert not packed.grad[:, :36].any() and packed.grad[:, 36:].all()
 
 
-def test_packed_tensors_come_out_as_they_went_in():
-    x, mask, number = torch.randn(3, 2, 4).mT, torch.rand(3, 5) > 0.5, torch.randn(3)
-    packed = pack(3, x, mask, number)
-    assert packed.shape == (3, 14) and packed.dtype == torch.float32
-    assert torch.equal(part_of(packed, 0, 1, (4, 2), False, True), x)
-    assert torch.equal(part_of(packed, 0, 4, (2,), False, True), x.flatten(0, 1))
-    restored = part_of(packed.bfloat16(), 8, 1, (5,), True, False)
-    assert restored.dtype == torch.bool and torch.equal(restored, mask)
-    assert torch.equal(part_of(packed, 13, 1, (), False, True), number)
+@given(parts=st.lists(st.tuples(st.integers(1, 3), st.lists(st.integers(1, 3), max_size=3), st.booleans()), min_size=1,
+                      max_size=4), batch=st.integers(1, 3))
+def test_packed_tensors_come_out_as_they_went_in(parts, batch):
+    parts = [*parts, (1, [2], False)]  # there is one that learns
+    tensors = [torch.rand(shape[::-1] + [batch * rows]).permute(*range(len(shape), -1, -1)) for rows, shape, _ in parts]
+    tensors = [x > 0.5 if is_mask else x for x, (_, _, is_mask) in zip(tensors, parts, strict=True)]
+    packed, start = pack(batch, *tensors), 0
+    for x, (rows, shape, is_mask) in zip(tensors, parts, strict=True):
+        restored = part_of(packed, start, rows, tuple(shape), is_mask, True)
+        assert restored.dtype == x.dtype and torch.equal(restored, x) and restored.is_contiguous()
+        start += rows * prod(shape)
+    assert packed.shape == (batch, start)
 
 
 def test_both_engines_train_them_bit_for_bit(tmp_path):
