@@ -13,6 +13,7 @@ from torch.func import functional_call
 from blpipe.boundary import Boundary, Pixels, channels_first, tokens_of
 from blpipe.errors import ConfigError, one_line
 from blpipe.models.build import named_blocks, packings
+from blpipe.models.encoder import without_fast_path
 from blpipe.models.nodes import DECIDES_BY_BATCH
 from blpipe.models.packing import Packing
 from blpipe.models.unchanged import unchanged
@@ -72,7 +73,7 @@ def trace_module(what: str, module: nn.Module, given: TensorSpec, data: DataSpec
     """
     state = {n: torch.empty_like(t, device="meta") for n, t in (*module.named_parameters(), *module.named_buffers())}
     try:
-        with unchanged(module), _no_nested_tensors(), torch.device("meta"), torch.no_grad():
+        with unchanged(module), without_fast_path(), torch.device("meta"), torch.no_grad():
             x = functional_call(module.train(training), state, (torch.empty(given.shape, dtype=given.dtype),))
     except Exception as error:
         raise ConfigError(_cannot_take(what, given.shape, data, training, error)) from error
@@ -85,17 +86,6 @@ def trace_module(what: str, module: nn.Module, given: TensorSpec, data: DataSpec
                 f"have it return [{size}, 1], as without a squeeze; targets of [N] and of [N, 1] go with that")
         raise ConfigError(f"{what} made {shape} of {list(given.shape)}; {wanted}")
     return TensorSpec(tuple(x.shape), x.dtype)
-
-
-@contextmanager
-def _no_nested_tensors() -> Iterator[None]:
-    """Those of `nn.TransformerEncoder`'s fast path, in evaluation, do not run on the meta device."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error: Exception) -> str:

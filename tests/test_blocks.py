@@ -34,7 +34,7 @@ def line(mark: str) -> int:
 
 
 def example(name, size=3):
-    if name in ("Language", "Broadcasts"):
+    if name in ("Language", "Broadcasts", "Encoder", "CausalEncoder", "PaddedEncoder"):
         return torch.randint(0, 11, (size, 6))
     return torch.randn(size, 5, 4) if name in ("Windows", "SequenceFirst") else torch.randn(size, 4)
 
@@ -53,6 +53,9 @@ def example(name, size=3):
     ("MakesModules", ["fc"]),
     ("SizesOneByOne", ["fc"]),
     ("DrawsForAKnownShape", ["fc"]),
+    ("Encoder", ["tokens", "encoder_layers_0", "encoder_layers_1", "encoder_layers_2", "head"]),
+    ("PaddedEncoder", ["tokens", "head"]),
+    ("MostInOne", [*(f"narrow_{i}" for i in range(6)), "wide_up", "wide_down", "head"]),
     ("Shortcuts", ["a", "b", "c"]),
 ])
 @pytest.mark.parametrize("known", [True, False], ids=["known shape", "any shape"])
@@ -92,6 +95,7 @@ def test_gradients_are_the_models(name):
     ("PassesSizesOn", ["a", "b", "c"]),
     ("FirstRows", ["a"]),
     ("SequenceFirst", ["a", "b", "d"]),
+    ("CausalEncoder", ["tokens", *(f"encoder_layers_{i}{call}" for call in ("", "_1") for i in range(3)), "head"]),
 ])
 @pytest.mark.parametrize("training", [True, False])
 def test_blocks_for_a_known_shape_are_the_model_in_batches_of_any_size(name, blocks, training):
@@ -207,9 +211,10 @@ def test_a_small_module_that_cannot_be_traced_is_kept_whole():
     ("Masked", ["model: block layers_0 holds 86% of the parameters in one piece: a cut needs a place where a single "
                 "tensor is live, and between its layers at least 2 are (gt in its forward, masked_fill in its "
                 "forward)"]),
-    ("Encoder", ["model: block encoder holds 97% of the parameters in one piece: an nn.TransformerEncoder is left "
-                 "whole; to have it cut, return the blocks as a list, with each of its layers (those in its attribute "
-                 "layers) as one of them"]),
+    ("Encoder", []),
+    ("PaddedEncoder", ["model: block tokens holds 99% of the parameters in one piece: an nn.TransformerEncoder that is "
+                       "given a padding mask is left whole, as in evaluation it sets what is padded to 0; make it with "
+                       "enable_nested_tensor=False to have it cut"]),
 ])
 def test_what_tracing_leaves_out_is_told(name, notes):
     assert model_notes(blpipe.blocks_of(getattr(traceable, name)())) == notes

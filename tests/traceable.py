@@ -429,10 +429,57 @@ class Masked(nn.Module):
 class Encoder(nn.Module):
     """torch's encoder, all layers in one module."""
 
-    def __init__(self):
+    def __init__(self, nested: bool = True):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
-        self.tokens, self.encoder, self.head = nn.Embedding(3, 8), nn.TransformerEncoder(layer, 3), nn.Linear(8, 2)
+        layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.1, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 3, nn.LayerNorm(8), enable_nested_tensor=nested)
+        self.tokens, self.encoder, self.head = nn.Embedding(11, 8), encoder, nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(self.tokens(x)).mean(1))
+
+
+class CausalEncoder(Encoder):
+    """It is given a mask, once with the hint that it is causal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.head(self.encoder(self.encoder(self.tokens(x), mask), mask, None, True).mean(1))
+
+
+class PaddedEncoder(Encoder):
+    """It is given the mask of the padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.tokens(x), src_key_padding_mask=x > 8)[:, 0])
+
+
+class PaddedLayers(PaddedEncoder):
+    """Which it does not make anything of but for its layers."""
+
+    def __init__(self):
+        super().__init__(nested=False)
+
+
+class Wide(nn.Module):
+    """Two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class MostInOne(nn.Module):
+    """Most of the weights are in one of its modules, and few of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(6)), Wide(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.narrow:
+            x = layer(x).relu()
+        return self.head(self.wide(x))

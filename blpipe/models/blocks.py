@@ -254,7 +254,8 @@ def _units(model: nn.Module, pieces: list[_Piece], parent: tuple[str, ...] = (),
             continue
         module, calls = model.get_submodule(module_path(call)), (*parent, call)
         if _is_container(module) or (_is_custom(module) and (
-                _blocks_inside(model, inner, depth + 1) >= 2 or 1 < total < 2 * len(inner))):
+                _blocks_inside(model, inner, depth + 1) >= 2 or 1 < total < 2 * len(inner)
+                or _holds_most(model, module))):
             yield from _units(model, inner, calls, total)
         else:
             yield _Unit(inner, calls, parent, any(True for _ in module.children()) and _is_custom(module),
@@ -276,11 +277,17 @@ def _functional(model: nn.Module, piece: _Piece, parent: tuple[str, ...]) -> _Un
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return sequence or type(module) is nn.TransformerEncoder
 
 
 def _is_custom(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.nn")
+
+
+def _holds_most(model: nn.Module, module: nn.Module) -> bool:
+    own, total = (sum(parameter.numel() for parameter in part.parameters()) for part in (module, model))
+    return 2 * own > total
 
 
 def _blocks_inside(model: nn.Module, pieces: list[_Piece], depth: int) -> int:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.utils import checkpoint
 from blpipe.errors import ConfigError, one_line
 from blpipe.models import values
 from blpipe.models.asserts import passing_truth
+from blpipe.models.encoder import is_its_layers, layer_by_layer
 from blpipe.models.modes import merge
 from blpipe.models.nodes import (
     DECIDES_BY_BATCH,
@@ -145,11 +147,14 @@ class _Tracer(fx.Tracer):
     def __init__(self, opaque: set[type[nn.Module]], example: torch.Tensor | None):
         super().__init__()
         self._opaque, self._streams, self._modes = opaque, _random_streams(), _modes()
+        self._opened: nn.Module | None = None  # a module of torch's that is not left whole
         self._given, self._computing = None if example is None else samples_like(example), False
         self.asserts: list[str] = []  # the places of those that were skipped
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_hooked(m) or type(m) in self._opaque or super().is_leaf_module(m, module_qualified_name)
+        if _is_hooked(m) or type(m) in self._opaque:
+            return True
+        return m is not self._opened and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         # One tensor: further arguments keep their defaults, as when the model is called with one.
@@ -181,6 +186,9 @@ class _Tracer(fx.Tracer):
         made_here = m not in (self.submodule_paths or {}) and not any(True for _ in (*m.parameters(), *m.buffers()))
         if self._computing or made_here:
             return forward(*args, **kwargs)
+        self._opened = None
+        if is_its_layers(m, args, kwargs):
+            self._opened, forward = m, partial(layer_by_layer, m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:

@@ -28,6 +28,9 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]], liv
                 continue
             holds = f"block {name} holds {held / total:.0%} of the parameters in one piece: "
             whole = model.get_submodule(str(max((nodes[i] for i in layers), key=lambda n: _weights(model, n)).target))
+            if type(whole) is nn.TransformerEncoder:
+                return [f"{holds}an nn.TransformerEncoder that is given a padding mask is left whole, as in evaluation "
+                        "it sets what is padded to 0; make it with enable_nested_tensor=False to have it cut"]
             if isinstance(whole, nn.TransformerEncoder | nn.TransformerDecoder):
                 return [f"{holds}an nn.{type(whole).__name__} is left whole; to have it cut, return the blocks as a "
                         "list, with each of its layers (those in its attribute layers) as one of them"]

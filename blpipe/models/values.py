@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from blpipe.models.encoder import without_fast_path
 from blpipe.models.nodes import is_size, operation
 from blpipe.seeds import fixed_randomness
 
@@ -47,7 +48,7 @@ def compute_values(node: fx.Node, root: nn.Module) -> list[Any] | None:
     if any(values is None for values in given.values()) or not _can_run(node, root):
         return None
     try:
-        with fixed_randomness(0), torch.no_grad(), warnings.catch_warnings():
+        with fixed_randomness(0), torch.no_grad(), without_fast_path(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return [_run(node, root, {source: values[i] for source, values in given.items() if values})
                     for i in range(len(_BATCH_SIZES))]
