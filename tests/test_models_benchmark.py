@@ -13,7 +13,7 @@ from benchmarks.models import __main__ as models
 from benchmarks.models import measure as measuring
 from benchmarks.models.cases import Case, all_cases
 from benchmarks.models.measure import measure, measured
-from benchmarks.models.report import as_markdown, exceptions, summary
+from benchmarks.models.report import as_markdown, exceptions, more_live, summary
 from benchmarks.models.same import EQUAL, differences, plain_state
 
 
@@ -30,6 +30,20 @@ class Tiny(nn.Module):
         for layer in self.layers:
             x = x + layer(x).relu()
         return self.out(self.norm(x))
+
+
+class Crossing(nn.Module):
+    """The first layer's output is needed up to the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.out = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        first = y = self.layers[0](x)
+        for layer in self.layers[1:]:
+            y = layer(y * first)
+        return self.out(y + first)
 
 
 class Decides(Tiny):
@@ -59,12 +73,20 @@ def test_a_row_says_how_a_model_is_cut_that_its_blocks_are_it_and_what_a_step_ga
     assert exceptions([row]) == "No exceptions."
 
 
+def test_several_tensors_at_a_cut_are_a_table_of_their_own():
+    one, two = measure(case("Crossing")), measure(replace(case("Crossing"), model="Crossing, 2 live", live_tensors=2))
+    assert (one["blocks"], two["blocks"], two["stages"], two["live_tensors"]) == (3, 4, 4, 2)
+    assert summary([one, two]) == summary([one]) and exceptions([one, two]) == exceptions([one])
+    line = "| Crossing | 2 | 3 → 4 | 53.3 % → 26.7 % | bit for bit | 4 stages |"
+    assert more_live([one, two]).splitlines()[-1] == line and more_live([one]) == ""
+
+
 def test_outputs_that_differ_are_noticed(monkeypatch):
     plain, x = Tiny(), torch.rand(2, 4)
     other = nn.Sequential(plain, nn.Dropout(0.5))
     apart = differences(plain, other, x)
     assert apart["training"] > 0 and apart["evaluation"] == 0
-    monkeypatch.setattr(measuring, "as_blocks", lambda model, x: nn.Sequential(*model.layers))
+    monkeypatch.setattr(measuring, "as_blocks", lambda model, x, live: nn.Sequential(*model.layers))
     row = measure(case())
     assert row["evaluation"] > 0 and row["training"] > 0 and row["repeats"] and not row["state_dict"]
     table = exceptions([row])

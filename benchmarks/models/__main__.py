@@ -15,7 +15,7 @@ from benchmarks.environment import environment
 from benchmarks.jsonl import Row
 from benchmarks.models.cases import Case, all_cases
 from benchmarks.models.measure import measured
-from benchmarks.models.report import as_markdown, exceptions, more_live, summary
+from benchmarks.models.report import as_markdown, counts_and_exceptions
 from blpipe.errors import UserError
 from blpipe.plugins import did_you_mean
 
@@ -42,7 +42,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if not rows:
         raise UserError(f"{path}: has no rows; leave out --table")
     path.with_name("table.md").write_text(as_markdown(rows))
-    print(summary(rows), exceptions(rows), more_live(rows), sep="\n\n")
+    print(counts_and_exceptions(rows))
     return 0
 
 

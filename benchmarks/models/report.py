@@ -15,10 +15,15 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """All tables, and on what the rows were measured."""
     rows = sorted(rows, key=lambda row: (row["library"], row["model"].lower()))
     single, _ = by_live_tensors(rows)
-    parts = ["# Models as blocks", summary(rows), exceptions(rows), more_live(rows)]
+    parts = ["# Models as blocks", counts_and_exceptions(rows)]
     for library in _libraries(single):
         parts.append(f"## {TITLES[library]}\n\n{_every_model([row for row in single if row['library'] == library])}")
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in _notes(rows))]) + "\n"
+
+
+def counts_and_exceptions(rows: Sequence[Row]) -> str:
+    """The tables that say it all in short."""
+    return "\n\n".join(filter(None, [summary(rows), exceptions(rows), more_live(rows)]))
 
 
 def by_live_tensors(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -50,8 +55,10 @@ def exceptions(rows: Sequence[Row]) -> str:
 
 
 def more_live(rows: Sequence[Row]) -> str:
-    """What is gained where several tensors may be live at a cut."""
+    """What is gained where several tensors may be live at a cut; empty where none of the models was cut so."""
     single, more = by_live_tensors(rows)
+    if not more:
+        return ""
     before = {row["model"]: row for row in single}
     table = [["model", "`live_tensors`", "blocks", "largest block", "as the model", "a BackLink step in"]]
     for row in more:
