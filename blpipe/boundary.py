@@ -31,7 +31,7 @@ class Boundary:
         index: of the block right before the boundary, from 0.
         labelled: whether targets are labels of classes; if not, they are values.
         signal: whether `shape` is [C, T], channels first, as Conv1d gives them, and not tokens [T, D].
-        pixels: what the model gives for each, where its output is a map; classes come last then.
+        pixels: what the model gives for each, where this is a map and the model's output is one.
         packing: of the tensors that pass, where they are several; `shape` is that of the main one, which is all that
             heads and losses are given.
     """
@@ -61,11 +61,6 @@ class Boundary:
     def per_token(self) -> bool:
         """Whether every token, of a signal every moment, has a target."""
         return len(self.shape) == 2 and self.target_shape == tokens_of(self.shape, self.signal)[:1]
-
-    @property
-    def per_pixel(self) -> bool:
-        """Whether it is a map, and so is what the model gives: every pixel has a target."""
-        return self.is_map and self.pixels is not None
 
     @property
     def features(self) -> int:

@@ -83,7 +83,7 @@ def conv(boundary: Boundary, hidden: int = 128) -> nn.Module:
     if boundary.is_map:
         channels, height, width = channels_first(boundary.shape, boundary.channels_last)
         widest = max([channels, *(shape[0] for shape in boundary.later if len(shape) == 3)])
-        features = channels if boundary.per_pixel else min(2 * channels, widest)
+        features = channels if boundary.pixels else min(2 * channels, widest)
         stride = 2 if features > channels and min(height, width) > 2 else 1
         _add_convolution(layers, "", channels, features, 3, (stride, stride))
     _add_pool(layers, boundary)
@@ -114,9 +114,9 @@ def mlp_sr(boundary: Boundary, convs: int = 3, layers: int = 3) -> nn.Module:
     if boundary.is_map:
         channels, height, width = channels_first(boundary.shape, boundary.channels_last)
         made["reduce"] = nn.AdaptiveAvgPool2d((ceil(height / 4), ceil(width / 4)))
-        for number in range(1, convs + 1 + (layers if boundary.per_pixel else 0)):
+        for number in range(1, convs + 1 + (layers if boundary.pixels else 0)):
             _add_convolution(made, str(number), channels, channels, 1)
-        if boundary.per_pixel:
+        if boundary.pixels:
             _add_outputs(made, "fc", boundary, channels)
             return nn.Sequential(made)
         made["pool"], made["flatten"] = nn.AdaptiveAvgPool2d(2), nn.Flatten()
@@ -154,7 +154,7 @@ def blocks(boundary: Boundary, count: int = 3) -> nn.Module:
         _, height, width = channels_first(boundary.shape, boundary.channels_last)
         for number, (channels, later_height, later_width) in enumerate(sampled, start=1):
             down, across = _ratio(height, later_height), _ratio(width, later_width)
-            if boundary.per_pixel and later_height > height:
+            if boundary.pixels and later_height > height:
                 layers[f"up{number}"] = nn.Upsample((later_height, later_width), mode="bilinear")
                 height, width = later_height, later_width
             _add_convolution(layers, str(number), features, channels, 3, (down, across))
@@ -210,16 +210,16 @@ def _add_classifier(layers: "OrderedDict[str, nn.Module]", boundary: Boundary, f
 
 
 def _add_pool(layers: "OrderedDict[str, nn.Module]", boundary: Boundary) -> None:
-    if not (boundary.per_token or boundary.per_pixel):
+    if not (boundary.per_token or boundary.pixels):
         layers["pool"] = PoolToFeatures()
 
 
 def _fully_connected(boundary: Boundary, features: int, made: int) -> nn.Module:
-    return nn.Conv2d(features, made, 1) if boundary.per_pixel else nn.Linear(features, made)
+    return nn.Conv2d(features, made, 1) if boundary.pixels else nn.Linear(features, made)
 
 
 def _add_outputs(layers: "OrderedDict[str, nn.Module]", name: str, boundary: Boundary, features: int) -> None:
-    if boundary.pixels and boundary.is_map:
+    if boundary.pixels:
         layers[name] = _fully_connected(boundary, features, boundary.pixels.channels)
         layers["pixels"] = ToPixels(boundary.pixels)
     else:

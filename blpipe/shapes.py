@@ -152,7 +152,7 @@ def make_boundaries(model: nn.Sequential, specs: "OrderedDict[str, TensorSpec]",
     later = [tokens_of(channels_first(shape, last[i]), signal[i]) for i, shape in enumerate(shapes)]
     pixels = Pixels(later[-1][0], (later[-1][1], later[-1][2]), last[-1]) if len(later[-1]) == 3 else None
     return [Boundary(shape, classes, tuple(later[i + 1:]), last[i], shapes[-1][:-1], i, data.labelled, signal[i],
-                     pixels, packed.get(name))
+                     pixels if len(shape) == 3 else None, packed.get(name))
             for i, (name, shape) in enumerate(zip(read, shapes, strict=True))]
 
 
