@@ -118,6 +118,17 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
         cudnn.enabled = before
 
 
+def keep_in_place(module: nn.Module) -> None:
+    """Have the recurrent layers of `module` leave their weights where they are, as what is recorded is to find them.
+
+    They would move them into one piece of memory whenever these are other tensors than the last time, as a snapshot's
+    or an average's are. cuDNN copies what is not in one piece, and torch warns that it does.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase):
+            layer.flatten_parameters = lambda: None  # type: ignore[method-assign]
+
+
 def use_channels_last(module: Module) -> Module:
     """`module` itself, its tensors of four dimensions laid out channels last, which convolutions then go on with."""
     for tensor in (*module.parameters(), *module.buffers()):

@@ -198,6 +198,24 @@ def maps_head(boundary: Any) -> nn.Module:
     return nn.Sequential(nn.Conv2d(boundary.shape[0], boundary.classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class Recurrent(nn.Module):
+    """A GRU over the rows of its input."""
+
+    def __init__(self, taken: int, given: int):
+        super().__init__()
+        self.layer = nn.GRU(taken, given, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, taken] to [B, T, given]."""
+        return self.layer(x)[0]
+
+
+def recurrent_net(classes: int = 4) -> list[nn.Module]:
+    """Blocks whose weights a GPU's libraries want in one piece."""
+    return [nn.Sequential(nn.Flatten(1, 2), Recurrent(8, 8)), Recurrent(8, 8), Recurrent(8, 8),
+            nn.Sequential(nn.Flatten(), nn.Linear(128, classes))]
+
+
 class Quantised(nn.Module):
     """Whole numbers 0 … 15, one for each value."""
 
