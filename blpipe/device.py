@@ -25,6 +25,11 @@ def transfer(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
+def free_memory(gpu: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU, with those that torch's allocator keeps for later."""
+    return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+
+
 def set_up(config: Config) -> None:
     """Set up what all of this process's operations share: CPU threads, memory, precision, determinism, compiler."""
     if config.runtime.threads is not None:

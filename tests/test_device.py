@@ -1,6 +1,7 @@
 """Precision, layout and where the data are: what changes, and what must not."""
 
 import os
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import metrics_of, small_config, state_of, train_locally
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from blpipe import trainer
 from blpipe.config import DataConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
@@ -66,14 +68,18 @@ def test_a_gpu_prepares_batches_without_the_hosts_tensors(monkeypatch, place):
 
 
 def test_auto_leaves_data_on_the_host_without_a_gpu_or_room_on_it(monkeypatch):
-    data = opened()
+    data, asked = opened(), opened(place="device")
     assert data.to(CPU).is_held_there and not data.to(META).is_held_there
-    assert opened(place="device").to(META)._source.train.x.device == META
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    assert asked.to(META)._source.train.x.device == META
+    memory = {"mem_get_info": (1000, 1000), "memory_reserved": 500, "memory_allocated": 500}
+    for name in memory:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: memory[name])
     with FakeTensorMode(allow_non_fake_inputs=True):  # the GPU need not be there
         assert not data.to(torch.device("cuda", 0)).is_held_there
-    with pytest.raises(UserError, match=r"place: device, but the samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
-        opened(place="device").to(torch.device("cuda", 0))
+        with pytest.raises(UserError, match=r"place: device, but the samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
+            asked.to(torch.device("cuda", 0))
+        memory["memory_reserved"] = 20_000  # what was freed, and torch keeps
+        assert all(each.to(torch.device("cuda", 0)).is_held_there for each in (data, asked))
 
 
 def test_data_read_sample_by_sample_have_no_place_on_a_device(tmp_path):
@@ -90,6 +96,22 @@ def test_data_read_sample_by_sample_have_no_place_on_a_device(tmp_path):
 def test_a_transfer_to_where_a_tensor_is_copies_nothing():
     x = torch.zeros(3)
     assert transfer(x, CPU) is x
+
+
+# ---- several runs
+
+
+def test_a_run_on_a_gpu_begins_without_what_another_one_has_left(monkeypatch):
+    class Recorded:
+        """Holds itself, as recordings do."""
+
+    left, done = Recorded(), []
+    left.runner, seen = left, weakref.ref(left)
+    for name in ("set_device", "init", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: done.append((name, seen() is None)))
+    del left
+    trainer._use(torch.device("cuda", 0))
+    assert done[-2:] == [("empty_cache", True), ("reset_peak_memory_stats", True)]
 
 
 # ---- precision
