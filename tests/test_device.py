@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from contextlib import suppress
 from copy import deepcopy
 
 import pytest
@@ -14,7 +15,15 @@ from blpipe import trainer
 from blpipe.config import DataConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.device import set_up, spare_cudnn_norms, transfer, use_channels_last, use_precision
+from blpipe.device import (
+    _may_be_channels_last,
+    set_up,
+    settings_put_back,
+    spare_cudnn_norms,
+    transfer,
+    use_channels_last,
+    use_precision,
+)
 from blpipe.engines.local import LocalEngine
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
@@ -76,7 +85,7 @@ def test_auto_leaves_data_on_the_host_without_a_gpu_or_room_on_it(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: memory[name])
     with FakeTensorMode(allow_non_fake_inputs=True):  # the GPU need not be there
         assert not data.to(torch.device("cuda", 0)).is_held_there
-        with pytest.raises(UserError, match=r"place: device, but the samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
+        with pytest.raises(UserError, match=r"place: device, .* samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
             asked.to(torch.device("cuda", 0))
         memory["memory_reserved"] = 20_000  # what was freed, and torch keeps
         assert all(each.to(torch.device("cuda", 0)).is_held_there for each in (data, asked))
@@ -125,6 +134,38 @@ def test_float32_means_float32_and_tf32_allows_it_everywhere():
             use_precision(name)
             assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
     finally:
+        use_precision("float32")
+
+
+@pytest.mark.parametrize("newer", [[], ["cuda.matmul"], ["cudnn.conv"], ["mkldnn.matmul", "cudnn.rnn"]])
+def test_a_run_puts_back_how_precise_float32_was_in_torchs_older_and_newer_settings(newer):
+    settings = {"cuda.matmul": torch.backends.cuda.matmul, "mkldnn.matmul": torch.backends.mkldnn.matmul,
+                "cudnn.conv": torch.backends.cudnn.conv, "cudnn.rnn": torch.backends.cudnn.rnn}
+
+    older = {"precision": torch.get_float32_matmul_precision, "convolutions": lambda: torch.backends.cudnn.allow_tf32,
+             "products": lambda: torch.backends.cuda.matmul.allow_tf32}
+
+    def seen():
+        found = {name: each.fp32_precision for name, each in settings.items()}
+        for name, get in older.items():
+            with suppress(RuntimeError):  # torch does not tell what the newer ones contradict
+                found[name] = get()
+        return found
+
+    use_precision("float32")
+    fresh = {name: each.fp32_precision for name, each in settings.items()}
+    try:
+        for name in newer:
+            settings[name].fp32_precision = "tf32"
+        before = seen()
+        assert len(before) == 7 or newer
+        for precision in ("float32", "tf32"):
+            with settings_put_back():
+                use_precision(precision)
+            assert before.items() <= seen().items()
+    finally:
+        for name, each in settings.items():
+            each.fp32_precision = fresh[name]
         use_precision("float32")
 
 
@@ -316,3 +357,16 @@ def test_norms_of_maps_in_channels_last_do_without_cudnn_and_nothing_else_does(m
     assert torch.backends.cudnn.enabled
     assert part.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(part[1].running_mean, plain[1].running_mean)
+
+
+@pytest.mark.parametrize(("maps", "may_be"), [
+    (torch.zeros(2, 3, 5, 6), False),
+    (torch.zeros(2, 3, 5, 6).to(memory_format=torch.channels_last), True),
+    (torch.zeros(32).as_strided((4, 8, 1, 1), (8, 1, 8, 8)), True),  # as pooling gives them, and contiguous
+    (torch.zeros(24).as_strided((4, 1, 2, 3), (6, 1, 3, 1)), True),
+    (torch.zeros(32).as_strided((4, 8, 1, 1, 1), (8, 1, 8, 8, 8)), True),
+    (torch.zeros(2, 3, 4, 5, 6), False),
+    (torch.zeros(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), True),
+    (torch.zeros(4, 8), False), (torch.zeros(4, 8, 5), False)])
+def test_maps_that_torch_may_take_for_channels_last(maps, may_be):
+    assert _may_be_channels_last(maps) is may_be
