@@ -65,8 +65,9 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
 
     CUDA loads a kernel when it is first used, and may wait for all that runs on the GPU before it does ("Lazy
     Loading" in the CUDA C++ Programming Guide). A receive that was posted ahead runs there too, until its message
-    comes; it may wait for this very stage, which then never gets to send. What a user's modules keep outside of
-    parameters and buffers, and a user's optimizer outside of its state_dict, stays as the run leaves it.
+    comes; it may wait for this very stage, which then never gets to send. CUDA may wait before it gives or takes memory
+    as well: what this has taken, torch's allocator keeps for the run. What a user's modules keep outside of parameters
+    and buffers, and a user's optimizer outside of its state_dict, stays as the run leaves it.
 
     Args:
         data: of the first stage.
