@@ -3,9 +3,9 @@
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ def transfer(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
+def free_memory(gpu: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU, with those that torch's allocator keeps for later."""
+    return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+
+
 def set_up(config: Config) -> None:
     """Set up what all of this process's operations share: CPU threads, memory, precision, determinism, compiler."""
     if config.runtime.threads is not None:
@@ -41,16 +46,37 @@ def set_up(config: Config) -> None:
 @contextmanager
 def settings_put_back() -> Iterator[None]:
     """Put back at the end what `set_up` sets and results depend on: a process may train other configs later."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    tf32, deterministic = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with _precision_put_back():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+
+
+@contextmanager
+def _precision_put_back() -> Iterator[None]:
+    """What `use_precision` sets: torch's older settings, and the newer ones of each library that these stand for.
+
+    torch does not tell an older one where the newer ones differ among themselves; it is then put to what one says.
+    """
+    backends: Any = torch.backends
+    newer = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    before = [each.fp32_precision for each in newer]
+    precision, tf32 = "high" if before[0] == "tf32" else "highest", before[2] == "tf32"
+    with suppress(RuntimeError):
+        precision = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        tf32 = backends.cudnn.allow_tf32
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        backends.cudnn.allow_tf32 = tf32
+        for each, value in zip(newer, before, strict=True):
+            each.fp32_precision = value
 
 
 def keep_freed_memory() -> None:
@@ -111,11 +137,28 @@ def spare_cudnn_norms(module: nn.Module) -> None:
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """The backward takes the kernels of the forward."""
     cudnn, before = torch.backends.cudnn, torch.backends.cudnn.enabled
-    cudnn.enabled = before and x.is_contiguous()
+    cudnn.enabled = before and not _may_be_channels_last(x)
     try:
         return type(norm).forward(norm, x)
     finally:
         cudnn.enabled = before
+
+
+def _may_be_channels_last(x: Tensor) -> bool:
+    """Whether torch may take maps for channels last, as it also does contiguous ones: of a single pixel, say."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return not x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+
+
+def keep_in_place(module: nn.Module) -> None:
+    """Have the recurrent layers of `module` leave their weights where they are, as what is recorded is to find them.
+
+    They would move them into one piece of memory whenever these are other tensors than the last time, as a snapshot's
+    or an average's are. cuDNN copies what is not in one piece, and torch warns that it does.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase):
+            layer.flatten_parameters = lambda: None  # type: ignore[method-assign]
 
 
 def use_channels_last(module: Module) -> Module:

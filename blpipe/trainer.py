@@ -1,5 +1,6 @@
 """From a checked config to a running engine, and from an engine to epochs."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +105,10 @@ def _use(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.init()
-        torch.cuda.reset_peak_memory_stats(device)  # of another run in this process
+        # Of another run in this process: its recordings and its stages are parts of cycles.
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def is_due(epochs_done: int, every: int, epochs: int) -> bool:

@@ -31,7 +31,7 @@ within() {  # SECONDS COMMAND…: at most so long, and not beyond the end
     return "$code"
 }
 
-within 300 "$python" -m pytest tests/test_gpu.py
+within 380 "$python" -m pytest tests/test_gpu.py
 tested=$?
 within 120 "$python" -m benchmarks.ablation benchmarks/ablation/gpu.yaml
 within 90 "$python" -m benchmarks.memory --device cuda --precision tf32 --channels-last

@@ -18,7 +18,12 @@ def prune(rows):
     raise Pruned("hopeless")
 
 
-def search(tree):
+def search_without_failures(tree):
+    """As `search`, over NCCL, which no failed stage leaves."""
+    search(tree, failures=False)
+
+
+def search(tree, failures=True):
     """Runs that end early, fail, are refused, or are as any other."""
     leads, seen = os.environ["RANK"] == "0", []
     tree["model"] = {"target": conv_net}
@@ -41,11 +46,12 @@ def search(tree):
                        match="^hopeless$" if leads else "^rank 0: on_epoch raised Pruned: hopeless$"):
         blpipe.train(tree, {"name": "pruned"}, on_epoch=prune)
 
-    began = time.monotonic()
-    with pytest.raises(blpipe.StageError if leads else blpipe.PeerLostError):  # while a checkpoint is written
-        blpipe.train(tree, {"name": "failed", "checkpoint.every_epochs": 1,
-                            "model": {"target": failing_net, "args": {"at": 9}}})
-    assert time.monotonic() - began < 20
+    if failures:
+        began = time.monotonic()
+        with pytest.raises(blpipe.StageError if leads else blpipe.PeerLostError):  # while a checkpoint is written
+            blpipe.train(tree, {"name": "failed", "checkpoint.every_epochs": 1,
+                                "model": {"target": failing_net, "args": {"at": 9}}})
+        assert time.monotonic() - began < 20
 
     with pytest.raises(blpipe.UserError, match=r"^train\.batch_size: 1000 is more than the 88 training samples"):
         blpipe.train(tree, {"name": "refused", "train.batch_size": 1000})

@@ -198,6 +198,32 @@ def maps_head(boundary: Any) -> nn.Module:
     return nn.Sequential(nn.Conv2d(boundary.shape[0], boundary.classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def pixels_net(in_channels: int = 3, classes: int = 4) -> list[nn.Module]:
+    """BatchNorm of maps of a single pixel, as in squeeze-and-excitation."""
+    def block(channels: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+    return [nn.Sequential(block(in_channels), nn.AdaptiveAvgPool2d(1), block(8)), block(8), block(8),
+            nn.Sequential(block(8), nn.Flatten(), nn.Linear(8, classes))]
+
+
+class Recurrent(nn.Module):
+    """A GRU over the rows of its input."""
+
+    def __init__(self, taken: int, given: int):
+        super().__init__()
+        self.layer = nn.GRU(taken, given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, taken] to [B, T, given]."""
+        return self.layer(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+def recurrent_net(classes: int = 4) -> list[nn.Module]:
+    """Blocks whose weights a GPU's libraries want in one piece."""
+    return [nn.Sequential(nn.Flatten(1, 2), Recurrent(8, 8)), Recurrent(8, 8), Recurrent(8, 8),
+            nn.Sequential(nn.Flatten(), nn.Linear(128, classes))]
+
+
 class Quantised(nn.Module):
     """Whole numbers 0 … 15, one for each value."""
 

@@ -22,6 +22,24 @@ class Counting(torch.optim.Optimizer):
                 parameter.sub_(state["sum"] + group["weight_decay"] * parameter, alpha=group["lr"] / slow)
 
 
+class Measuring(torch.optim.Optimizer):
+    """Descends more slowly the larger its gradients were; keeps their norms in tensors of a group, where they are."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if trained:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+                group.setdefault("sum", torch.zeros_like(norm)).add_(norm)
+                group.setdefault("last", norm.new_zeros(2)).copy_(torch.stack([norm, group["sum"]]))
+            for parameter in trained:
+                parameter -= group["lr"] * parameter.grad / (1.0 + group["last"].sum())
+
+
 class Closed(Counting):
     def step(self, closure):
         closure()

@@ -92,6 +92,27 @@ def test_what_is_run_has_the_layouts_of_a_run(index):
     assert seen == before
 
 
+def test_microbatches_begin_where_in_memory_they_do_in_a_run():
+    """Which kernel is taken may depend on that: microbatches are slices of a batch."""
+    run = engine({"train__batch_size": 12, "train__microbatches": 4, "data__args": {
+        "shape": [3, 3, 3], "classes": 4, "samples": 91}, "model__args": {"in_channels": 3}})
+    stage, seen = run.stages[0], set()
+    forward, backward = stage.forward, stage.local_backward
+
+    def watch(name, function):
+        def watched(given, *rest):
+            seen.add((name, len(given), given.data_ptr() % 16))
+            return function(given, *rest)
+        return watched
+
+    stage.forward, stage.local_backward = watch("forward", forward), watch("backward", backward)
+    train_epoch(run, 0)
+    before = set(seen)
+    seen.clear()
+    load_kernels(stage, run.plan, 0, CPU, run.data)
+    assert seen == before and {("forward", 3, 4), ("backward", 3, 8)} <= seen
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_images_are_mixed_in_every_way(held, monkeypatch):
     """A step draws one of them, and a GPU would load the other's kernels in the middle of a run."""

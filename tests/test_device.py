@@ -1,6 +1,8 @@
 """Precision, layout and where the data are: what changes, and what must not."""
 
 import os
+import weakref
+from contextlib import suppress
 from copy import deepcopy
 
 import pytest
@@ -9,10 +11,19 @@ from conftest import metrics_of, small_config, state_of, train_locally
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from blpipe import trainer
 from blpipe.config import DataConfig
 from blpipe.config_file import parse_config
 from blpipe.data import open_data
-from blpipe.device import set_up, spare_cudnn_norms, transfer, use_channels_last, use_precision
+from blpipe.device import (
+    _may_be_channels_last,
+    set_up,
+    settings_put_back,
+    spare_cudnn_norms,
+    transfer,
+    use_channels_last,
+    use_precision,
+)
 from blpipe.engines.local import LocalEngine
 from blpipe.errors import ConfigError, UserError
 from blpipe.forecast import costs
@@ -66,14 +77,18 @@ def test_a_gpu_prepares_batches_without_the_hosts_tensors(monkeypatch, place):
 
 
 def test_auto_leaves_data_on_the_host_without_a_gpu_or_room_on_it(monkeypatch):
-    data = opened()
+    data, asked = opened(), opened(place="device")
     assert data.to(CPU).is_held_there and not data.to(META).is_held_there
-    assert opened(place="device").to(META)._source.train.x.device == META
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    assert asked.to(META)._source.train.x.device == META
+    memory = {"mem_get_info": (1000, 1000), "memory_reserved": 500, "memory_allocated": 500}
+    for name in memory:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: memory[name])
     with FakeTensorMode(allow_non_fake_inputs=True):  # the GPU need not be there
         assert not data.to(torch.device("cuda", 0)).is_held_there
-    with pytest.raises(UserError, match=r"place: device, but the samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
-        opened(place="device").to(torch.device("cuda", 0))
+        with pytest.raises(UserError, match=r"place: device, .* samples take 8\.91 KiB, and cuda:0 has 0\.977 KiB"):
+            asked.to(torch.device("cuda", 0))
+        memory["memory_reserved"] = 20_000  # what was freed, and torch keeps
+        assert all(each.to(torch.device("cuda", 0)).is_held_there for each in (data, asked))
 
 
 def test_data_read_sample_by_sample_have_no_place_on_a_device(tmp_path):
@@ -92,6 +107,22 @@ def test_a_transfer_to_where_a_tensor_is_copies_nothing():
     assert transfer(x, CPU) is x
 
 
+# ---- several runs
+
+
+def test_a_run_on_a_gpu_begins_without_what_another_one_has_left(monkeypatch):
+    class Recorded:
+        """Holds itself, as recordings do."""
+
+    left, done = Recorded(), []
+    left.runner, seen = left, weakref.ref(left)
+    for name in ("set_device", "init", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: done.append((name, seen() is None)))
+    del left
+    trainer._use(torch.device("cuda", 0))
+    assert done[-2:] == [("empty_cache", True), ("reset_peak_memory_stats", True)]
+
+
 # ---- precision
 
 
@@ -103,6 +134,38 @@ def test_float32_means_float32_and_tf32_allows_it_everywhere():
             use_precision(name)
             assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
     finally:
+        use_precision("float32")
+
+
+@pytest.mark.parametrize("newer", [[], ["cuda.matmul"], ["cudnn.conv"], ["mkldnn.matmul", "cudnn.rnn"]])
+def test_a_run_puts_back_how_precise_float32_was_in_torchs_older_and_newer_settings(newer):
+    settings = {"cuda.matmul": torch.backends.cuda.matmul, "mkldnn.matmul": torch.backends.mkldnn.matmul,
+                "cudnn.conv": torch.backends.cudnn.conv, "cudnn.rnn": torch.backends.cudnn.rnn}
+
+    older = {"precision": torch.get_float32_matmul_precision, "convolutions": lambda: torch.backends.cudnn.allow_tf32,
+             "products": lambda: torch.backends.cuda.matmul.allow_tf32}
+
+    def seen():
+        found = {name: each.fp32_precision for name, each in settings.items()}
+        for name, get in older.items():
+            with suppress(RuntimeError):  # torch does not tell what the newer ones contradict
+                found[name] = get()
+        return found
+
+    use_precision("float32")
+    fresh = {name: each.fp32_precision for name, each in settings.items()}
+    try:
+        for name in newer:
+            settings[name].fp32_precision = "tf32"
+        before = seen()
+        assert len(before) == 7 or newer
+        for precision in ("float32", "tf32"):
+            with settings_put_back():
+                use_precision(precision)
+            assert before.items() <= seen().items()
+    finally:
+        for name, each in settings.items():
+            each.fp32_precision = fresh[name]
         use_precision("float32")
 
 
@@ -294,3 +357,16 @@ def test_norms_of_maps_in_channels_last_do_without_cudnn_and_nothing_else_does(m
     assert torch.backends.cudnn.enabled
     assert part.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(part[1].running_mean, plain[1].running_mean)
+
+
+@pytest.mark.parametrize(("maps", "may_be"), [
+    (torch.zeros(2, 3, 5, 6), False),
+    (torch.zeros(2, 3, 5, 6).to(memory_format=torch.channels_last), True),
+    (torch.zeros(32).as_strided((4, 8, 1, 1), (8, 1, 8, 8)), True),  # as pooling gives them, and contiguous
+    (torch.zeros(24).as_strided((4, 1, 2, 3), (6, 1, 3, 1)), True),
+    (torch.zeros(32).as_strided((4, 8, 1, 1, 1), (8, 1, 8, 8, 8)), True),
+    (torch.zeros(2, 3, 4, 5, 6), False),
+    (torch.zeros(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), True),
+    (torch.zeros(4, 8), False), (torch.zeros(4, 8, 5), False)])
+def test_maps_that_torch_may_take_for_channels_last(maps, may_be):
+    assert _may_be_channels_last(maps) is may_be

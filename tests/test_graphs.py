@@ -14,9 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blpipe import graphs
-from blpipe.engines import local
+from blpipe.config_file import parse_config
+from blpipe.data import open_data
+from blpipe.engines import build, local
+from blpipe.engines.common import train_epoch
+from blpipe.engines.local import LocalEngine
 from blpipe.errors import RecordingError, StageError
 from blpipe.graphs import Graph, Recording, recorder_on
+from blpipe.plan import make_plan
 from blpipe.tail import TailRun
 
 RECORDED = {name: changes for name, changes in METHODS.items() if name != "bp"} | {
@@ -136,6 +141,21 @@ def test_microbatches_of_one_size_are_recorded_once_libraries_have_started(recor
     assert runners[4] is not runners[6]
     recorder.end(runners[6])
     assert recorder.begin(torch.empty(16, 2)) is runners[6]
+
+
+def test_recurrent_layers_leave_their_weights_where_recordings_find_them(recorded, monkeypatch):
+    """On a GPU they would move them, whenever a snapshot or an average has been in their place."""
+    monkeypatch.setattr(build, "has_graphs", lambda config, device: True)
+    tree = small_config("recurrent", model={"target": "models_under_test:recurrent_net"}, partition__stages=2,
+                        train__ema=0.9)
+    config = parse_config(tree)
+    data = open_data(config.data, config.seed)
+    engine = LocalEngine(make_plan(config, data.spec), data, torch.device("cpu"))
+    monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", lambda layer: pytest.fail("moves its weights"))
+    for epoch in (0, 1):
+        train_epoch(engine, epoch)
+        engine.evaluate()
+    assert recorded
 
 
 def test_a_buffer_that_is_replaced_is_refused(tmp_path, recorded):

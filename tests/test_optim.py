@@ -173,6 +173,25 @@ def test_a_registered_optimizer_that_is_none_is_told_of_by_its_name(monkeypatch)
         build("listed")
 
 
+def test_what_an_optimizer_keeps_beside_its_parameters_or_on_the_host_goes_there_again():
+    """Parameters without values stand for a GPU's."""
+    parameter = nn.Parameter(torch.empty(3, device="meta"))
+    names = {parameter: "a"}
+    before, after = (build_optimizer(of_target("Counting"), [parameter]) for _ in range(2))
+    before.param_groups[0] |= {"scale": torch.ones((), device="meta"), "step": torch.tensor(3)}
+    before.state[parameter] = {"sum": torch.zeros(3, device="meta"), "product": torch.ones(()), "step": torch.ones(()),
+                               "seen": 2}
+    saved = optimizer_state(before, names)
+    assert {key.removeprefix("optimizer/a/") for key in saved} == {
+        "group/scale", "group/step/host", "product/host", "sum", "step", "seen/number"}
+    on_disk = {key: torch.zeros(tensor.shape) if tensor.is_meta else tensor for key, tensor in saved.items()}
+    load_optimizer(after, names, on_disk)
+    group, state = after.param_groups[0], after.state[parameter]
+    assert group["scale"].is_meta and state["sum"].is_meta
+    assert group["step"].equal(torch.tensor(3)) and state["product"].equal(torch.ones(())) and state["seen"] == 2
+    assert not state["step"].is_meta
+
+
 @pytest.mark.parametrize("regrouped", [False, True])
 def test_the_numbers_that_an_optimizer_keeps_are_saved(regrouped):
     """Also where parameters are in other stages afterwards, and one is new."""

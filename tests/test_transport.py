@@ -192,9 +192,10 @@ def test_a_rank_that_cannot_connect_says_so(monkeypatch):
     ("CUDA_LAUNCH_BLOCKING", "1", True), ("CUDA_LAUNCH_BLOCKING", "0", False),
     ("CUDA_DEVICE_MAX_CONNECTIONS", "1", True), ("CUDA_DEVICE_MAX_CONNECTIONS", "32", False)])
 def test_an_environment_in_which_a_posted_receive_blocks_its_stage_is_refused(name, value, refused, monkeypatch):
-    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world.os, "environ", {name: value})
     if not refused:
         world.check_launches()
+        assert world.os.environ == {"CUDA_DEVICE_MAX_CONNECTIONS": "32", name: value}
         return
     with pytest.raises(UserError, match=f"^{name}: .*; unset it"):
         world.check_launches()

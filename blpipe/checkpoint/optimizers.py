@@ -1,8 +1,8 @@
 """An optimizer's state in a checkpoint, by the names of its parameters: what it keeps in tensors and in numbers.
 
 `optimizer/<parameter>/<key>` is of that parameter's state, and `optimizer/<parameter>/group/<key>` of the parameter's
-group, where it is not as the config says: a count of steps, say. At numbers, `/number` follows. torch's own optimizers
-have tensors of parameters alone.
+group, where it is not as the config says: a count of steps, say. At numbers, `/number` follows, and at tensors that are
+on the host while the parameter is not, `/host`. torch's own optimizers have tensors of parameters alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,8 @@ from blpipe.errors import ConfigError
 
 _CONFIGURED = ("lr", "weight_decay")  # which differ by group, and from the defaults, as the config says
 _TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
-_GROUP, _NUMBER = "group/", "/number"
+_GROUP, _NUMBER, _HOST = "group/", "/number", "/host"
+_CPU = torch.device("cpu")
 
 Names = Mapping[Tensor, str]  # in the checkpoint, of the optimizer's parameters
 
@@ -33,7 +34,7 @@ def optimizer_state(optimizer: Optimizer, names: Names) -> dict[str, Tensor]:
                     if key not in _CONFIGURED and _has_changed(value, optimizer.defaults.get(key))}
         for parameter in group["params"]:
             kept = optimizer.state.get(parameter, {}) | of_group
-            state |= {f"optimizer/{names[parameter]}/{key}": tensor for key, tensor in _tensors(kept)}
+            state |= {f"optimizer/{names[parameter]}/{key}": tensor for key, tensor in _tensors(kept, parameter)}
     return state
 
 
@@ -41,10 +42,11 @@ def _has_changed(value: Any, before: Any) -> bool:
     return value is not before and (type(value) not in _TYPES or value != before)
 
 
-def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(values: Mapping[str, Any], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     for key, value in values.items():
         if isinstance(value, Tensor):
-            yield key, value
+            on_host = value.device == _CPU != parameter.device and key != "step"  # which torch knows where to put
+            yield key + _HOST * on_host, value
         elif type(value) in _TYPES:
             yield key + _NUMBER, torch.tensor(value, dtype=_TYPES[type(value)])
         elif value is not None and not key.startswith(_GROUP):
@@ -60,22 +62,30 @@ def load_optimizer(optimizer: Optimizer, names: Names, state: Mapping[str, Tenso
         for parameter, number in zip(group["params"], numbered["params"], strict=True):
             prefix = f"optimizer/{names[parameter]}/"
             own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-            values = {key.removesuffix(_NUMBER): tensor.item() if key.endswith(_NUMBER) else tensor
-                      for key, tensor in own.items() if _is_a_key(key)}
+            values = {_without_marks(key): _value(key, tensor, parameter) for key, tensor in own.items()
+                      if "/" not in _without_marks(key).removeprefix(_GROUP)}  # else it is of a name that goes on here
             numbered |= {key.removeprefix(_GROUP): values.pop(key) for key in [*values] if key.startswith(_GROUP)}
             if values:
                 loaded["state"][number] = values
     optimizer.load_state_dict(loaded)
     for parameter, values in optimizer.state.items():  # torch has given tensors the weights' types
         for key, value in values.items():
-            saved = state.get(f"optimizer/{names[parameter]}/{key}")
-            if saved is not None:
-                values[key] = _as_saved(saved, parameter, value.device)
+            name = f"optimizer/{names[parameter]}/{key}"
+            if name in state:
+                values[key] = _as_saved(state[name], parameter, value.device)
+            elif name + _HOST in state:
+                values[key] = _as_saved(state[name + _HOST], parameter, _CPU)
 
 
-def _is_a_key(text: str) -> bool:
-    """Whether it is one of a parameter's state or group; else it is of another parameter, whose name goes on here."""
-    return "/" not in text.removeprefix(_GROUP).removesuffix(_NUMBER)
+def _without_marks(key: str) -> str:
+    return key.removesuffix(_NUMBER).removesuffix(_HOST)
+
+
+def _value(key: str, saved: Tensor, parameter: Tensor) -> Any:
+    """What was saved under this key of a parameter; of its state, torch puts tensors in their places itself."""
+    if key.endswith(_NUMBER):
+        return saved.item()
+    return saved.to(parameter.device) if key.startswith(_GROUP) and not key.endswith(_HOST) else saved
 
 
 def _as_saved(value: Tensor, parameter: Tensor, device: torch.device) -> Tensor:

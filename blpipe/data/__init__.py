@@ -25,7 +25,7 @@ from blpipe.data.source import (
 from blpipe.data.splits import DatasetSplit, Request
 from blpipe.data.target import from_target
 from blpipe.data.transforms import with_transforms
-from blpipe.device import transfer
+from blpipe.device import free_memory, transfer
 from blpipe.errors import ConfigError, UserError
 from blpipe.plugins import call, resolve
 from blpipe.seeds import derive_seed, fixed_randomness, generator
@@ -72,7 +72,7 @@ class Data:
         needed = self._source.nbytes
         if needed is None or self._config.place == "host":
             return Data(self._source, self._config, device)
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        free = free_memory(device) if device.type == "cuda" else None
         if self._config.place == "auto" and (free is None or 2 * needed >= free):
             return Data(self._source, self._config, device)
         if free is not None and needed > free:

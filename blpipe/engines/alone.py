@@ -1,7 +1,7 @@
 """A stage's program without neighbours: for the memory that it takes, and to have a GPU load what it runs."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import chain, islice
 from math import ceil
@@ -13,10 +13,10 @@ from blpipe.config import Config
 from blpipe.data import Data
 from blpipe.device import transfer
 from blpipe.engines.common import role
-from blpipe.engines.feed import train_microbatches
+from blpipe.engines.feed import Feed, train_microbatches
 from blpipe.graphs import WARM_UP
 from blpipe.plan import Plan
-from blpipe.program import ACTIVATIONS_AHEAD, Factors, Ports, errors_ahead, execute, train_program
+from blpipe.program import ACTIVATIONS_AHEAD, Factors, Inbox, Ports, errors_ahead, execute, train_program
 from blpipe.stage import Stage
 from blpipe.steps import Step
 from blpipe.transport.messages import IN_FLIGHT, Layout, layout_of, message_bytes, views
@@ -24,17 +24,23 @@ from blpipe.transport.sums import Packed
 
 
 def run_alone(stage: Stage, plan: Plan, index: int, steps: Sequence[Step], device: torch.device,
-              link_factor: float = 1.0) -> None:
+              link_factor: float = 1.0, cut: Sequence[int] = ()) -> None:
     """Train a new stage, of this index from 0, on zeros. Its microbatches are those of `steps`, of one size.
 
     Its queues give and take at once, and hold as many buffers as those between processes.
+
+    Args:
+        cut: the sizes that batches are cut into; the first stage then gets those of them that have the size of its
+            microbatches.
     """
     stage.train(True)
     mix_ratio = 0.5 if plan.config.data.augment.mixes else None
     size, before, after = steps[0].sizes[0], _maps_last(plan, index - 1), _maps_last(plan, index)
     given = plan.activation(size, index - 1) if index else plan.input(size)
     ahead = errors_ahead(plan.delay, plan.config.train.microbatches, len(plan.links[index].hops_in))
-    inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, before)
+    inbox: Inbox = _Inbox((given, plan.targets(size)), ACTIVATIONS_AHEAD if index else 0, device, before)
+    if cut and not index:
+        inbox = Feed(_slices(plan, size, cut, device))
     errors_in = _Inbox((plan.error(size, index),), ahead, device, after)
     ports = Ports(inbox, _Outbox(after), errors_in, _Outbox(before), _Sum())
     for _ in execute(train_program(steps, role(plan, index), plan.delay), stage, ports, steps,
@@ -59,8 +65,9 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
 
     CUDA loads a kernel when it is first used, and may wait for all that runs on the GPU before it does ("Lazy
     Loading" in the CUDA C++ Programming Guide). A receive that was posted ahead runs there too, until its message
-    comes; it may wait for this very stage, which then never gets to send. What a user's modules keep outside of
-    parameters and buffers stays as the run leaves it.
+    comes; it may wait for this very stage, which then never gets to send. CUDA may wait before it gives or takes memory
+    as well: what this has taken, torch's allocator keeps for the run. What a user's modules keep outside of parameters
+    and buffers, and a user's optimizer outside of its state_dict, stays as the run leaves it.
 
     Args:
         data: of the first stage.
@@ -72,7 +79,8 @@ def load_kernels(stage: Stage, plan: Plan, index: int, device: torch.device, dat
         for size in dict.fromkeys(sizes):
             count = rehearsed_steps(plan.config, max(plan.links[index].hops_in, default=0), recorded=True)
             steps = [Step(i, (size,) * len(sizes)) for i in range(count)]
-            run_alone(stage, plan, index, steps, device, link_factor=0.5)  # multiplies by it, as a schedule may
+            # It multiplies by the factor, as a schedule may.
+            run_alone(stage, plan, index, steps, device, link_factor=0.5, cut=sizes)
     stage.train(False)
     for size in dict.fromkeys(plan.evaluation_sizes()):
         given = plan.outputs[size][index - 1] if index else plan.input(size)
@@ -111,6 +119,13 @@ def _load_batches(plan: Plan, data: Data) -> None:
         for mix in mixes:
             for x in microbatches:
                 mix.of(x)
+
+
+def _slices(plan: Plan, size: int, cut: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Microbatches of this size out of batches that are cut so: kernels depend on where in memory a tensor begins."""
+    while True:
+        x, targets = _zeros((plan.input(sum(cut)), plan.targets(sum(cut))), device, channels_last=False)
+        yield from (pair for pair in zip(x.split(cut), targets.split(cut), strict=True) if len(pair[0]) == size)
 
 
 class _Inbox:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from blpipe.config import Config
-from blpipe.device import spare_cudnn_norms, use_channels_last
+from blpipe.device import keep_in_place, spare_cudnn_norms, use_channels_last
 from blpipe.graphs import Recorder
 from blpipe.models.build import parameter_names
 from blpipe.optim import build_optimizer
@@ -51,6 +51,8 @@ def build_stage(plan: Plan, index: int, device: torch.device, recorder: Recorder
     alike = device.type == "cuda" and (beside_receives or torch.are_deterministic_algorithms_enabled())
     for part in parts if alike and not config.train.compile else ():
         spare_cudnn_norms(part)
+    for part in parts if has_graphs(config, device) else ():
+        keep_in_place(part)
     links = plan.links[index]
     waits = links.tail if links.joint else 0  # blocks whose first gradients come with the first error
     early = list(blocks[:len(blocks) - waits].parameters())

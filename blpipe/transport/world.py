@@ -24,7 +24,7 @@ from blpipe.transport.messages import Layout
 from blpipe.transport.queues import ReceiveQueue, SendQueue, lost_peer
 from blpipe.transport.sums import SumQueue
 
-_MIN_CONNECTIONS = 8  # CUDA's own default
+_MIN_CONNECTIONS, _MOST_CONNECTIONS = 8, 32  # CUDA's own default, and the most that it takes
 
 
 @dataclass
@@ -160,6 +160,9 @@ def choose_device(kind: str) -> tuple[torch.device, bool]:
 def check_launches() -> None:
     """Over NCCL, a receive that was posted ahead must not keep what is launched after it from running.
 
+    Streams beyond the number of CUDA's connections share one. Where the environment says nothing, CUDA has all that it
+    can have from now on, if it has not begun in this process.
+
     Raises:
         UserError: the environment has CUDA run one after the other.
     """
@@ -170,6 +173,7 @@ def check_launches() -> None:
     if connections.isdecimal() and int(connections) < _MIN_CONNECTIONS:
         raise UserError(f"CUDA_DEVICE_MAX_CONNECTIONS: {connections} lets a receive that was posted ahead block a "
                         f"stage's kernels; unset it, or set {_MIN_CONNECTIONS} or more")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(_MOST_CONNECTIONS))
 
 
 class World:
