@@ -178,9 +178,13 @@ def torchrun_command(processes: int, *arguments: str) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """Lets processes find the package and the tests' models; one thread each, which torchrun then need not say."""
+    """Lets processes find the package and the tests' models, and what one of them has compiled already.
+
+    One thread each, which torchrun then need not say.
+    """
     places = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1",
+                         "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def interrupt_second_save(patch: pytest.MonkeyPatch) -> None:
