@@ -38,6 +38,7 @@ def rank(index: int, job: dict) -> None:
         os.dup2(said.fileno(), 2)
     os.environ.clear()
     os.environ.update(job["environment"] | {"RANK": str(index), "LOCAL_RANK": str(index)})
+    sys.path[:0] = job["environment"]["PYTHONPATH"].split(os.pathsep)  # read when an interpreter begins
     if "NCCL_ON_ONE_GPU" in os.environ:
         # As on machines of one GPU each. NCCL refuses two ranks on a GPU of what it takes for one host.
         os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", NCCL_HOSTID=f"host{index}",
