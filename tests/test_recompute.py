@@ -34,8 +34,8 @@ LATE = [{"method__link": {"length": 1, **link}, "partition__stages": 4, "train__
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_that_recomputes_is_the_run_that_does_not(name, tmp_path):
     """With BatchNorm and dropout."""
-    plain, again = (train_locally(saved_config(name, 0, train__epochs=1, train__recompute=on, **SETTINGS[name]), tmp_path / str(on))
-                    for on in (False, True))
+    plain, again = (train_locally(saved_config(name, 0, train__epochs=1, train__recompute=on, **SETTINGS[name]),
+                                  tmp_path / str(on)) for on in (False, True))
     assert_same_run(plain, again)
 
 
