@@ -2,11 +2,13 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,21 +74,38 @@ def train_locally(tree: dict, folder: Path) -> Path:
     return folder / "local" / tree["name"]
 
 
+@cache
+def rank_server() -> subprocess.Popen:
+    """The process from which ranks are forked, as to import torch anew takes seconds; it keeps nothing from job to job.
+    """
+    return subprocess.Popen([sys.executable, str(REPOSITORY / "tests" / "ranks.py")], env=child_environment(),
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def pytest_sessionfinish():
+    """End it."""
+    if rank_server.cache_info().currsize:
+        rank_server().communicate()
+
+
 def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: float = 110,
                        **environment: str) -> list[Path]:
     """Train each config in `stages` processes; returns the run folders. See ranks.py for the environment."""
-    jobs = folder / f"jobs{stages}.json"
-    jobs.write_text(json.dumps([{**tree, "runtime": {**tree["runtime"], "runs": str(folder / "pipeline")}}
-                                for tree in trees]))
-    with subprocess.Popen([sys.executable, str(REPOSITORY / "tests" / "ranks.py"), str(stages), str(jobs)],
-                          env=child_environment() | environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as ranks:
-        try:
-            output, _ = ranks.communicate(timeout=timeout)
-        finally:
-            if ranks.returncode is None:
-                os.killpg(ranks.pid, signal.SIGKILL)
-    assert ranks.returncode == 0, output
+    said = folder / f"said_{time.monotonic_ns()}"
+    said.touch()
+    trees = [{**tree, "runtime": {**tree["runtime"], "runs": str(folder / "pipeline")}} for tree in trees]
+    job = {"processes": stages, "trees": trees, "environment": child_environment() | environment,
+           "folder": str(Path.cwd()), "said": str(said)}
+    server = rank_server()
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    done = select.select([server.stdout], [], [], timeout)[0]
+    if not done:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate()
+        rank_server.cache_clear()
+    assert done, f"not within {timeout} s\n{said.read_text()}"
+    assert server.stdout.readline() == "0\n", said.read_text()
     return [folder / "pipeline" / tree["name"] for tree in trees]
 
 
@@ -159,9 +178,13 @@ def torchrun_command(processes: int, *arguments: str) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """Lets processes find the package and the tests' models; one thread each, which torchrun then need not say."""
+    """Lets processes find the package and the tests' models, and what one of them has compiled already.
+
+    One thread each, which torchrun then need not say.
+    """
     places = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1",
+                         "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def interrupt_second_save(patch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import termios
 
 import pytest
 import yaml
-from conftest import child_environment, small_config, torchrun_command
+from conftest import child_environment, small_config, torchrun_command, train_in_processes
 
 from blpipe.progress import stage_text
 
@@ -59,11 +59,9 @@ def test_what_is_not_known_of_a_stage_is_left_out():
 
 def test_lines_come_every_so_many_steps_without_a_terminal(tmp_path):
     tree = small_config("long", partition__stages=2, train__epochs=2, runtime__log_every_steps=4)  # of 6 an epoch
-    (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree))
-    done = subprocess.run(torchrun_command(2, *TRAIN), cwd=tmp_path, env=child_environment(), capture_output=True,
-                          text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    lines = re.findall(r"^epoch (\d)/2  step (\d)/6  train loss (\d\.\d{4})  [\d,]+ samples/s$", done.stdout, re.M)
+    run, = train_in_processes([tree], 2, tmp_path)
+    said, = tmp_path.glob("said_*")
+    lines = re.findall(r"^epoch (\d)/2  step (\d)/6  train loss (\d\.\d{4})  [\d,]+ samples/s$", said.read_text(), re.M)
     assert [line[:2] for line in lines] == [("1", "4"), ("2", "2"), ("2", "6")]
-    rows = [json.loads(line) for line in (tmp_path / "runs/long/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert float(lines[-1][2]) == pytest.approx(rows[-1]["train_loss"], abs=1e-4)

@@ -163,8 +163,7 @@ def test_links_that_reach_all_of_the_way_are_backpropagation(tmp_path):
     method = {"link": {"reach": "all", "take": "farthest", "delay": 0, "length": "all"}, "local_weight": 0.0}
     linked = train_locally(small_config("linked", model=NO_DROPOUT, method=method), tmp_path)
     plain = train_locally(small_config("bp", model=NO_DROPOUT, method__name="bp"), tmp_path)
-    for name, expected in model_of(plain).items():
-        torch.testing.assert_close(model_of(linked)[name], expected, rtol=1e-4, atol=1e-5)
+    assert_close(model_of(linked), model_of(plain), rtol=1e-4, atol=1e-5)
 
 
 LAST_LOSS = {"local_weight": 0.0, "link": {"reach": "all", "take": "farthest", "length": "all", "delay": 1}}
@@ -175,8 +174,7 @@ def test_heads_that_teach_nothing_can_be_left_out(changes, tmp_path):
     """The model learns the same without them, and their stages have no accuracy."""
     heads, none = (train_locally(small_config(head, method={**LAST_LOSS, "head": head}, **changes), tmp_path)
                    for head in ("linear", "none"))
-    for name, expected in model_of(heads).items():
-        assert torch.equal(model_of(none)[name], expected), name
+    assert_close(model_of(none), model_of(heads), rtol=0, atol=0)
     of_stages = json.loads((none / "result.json").read_text())["stage_val_accuracy"]
     assert of_stages[:-1] == [None] * (len(of_stages) - 1)
     assert of_stages[-1] == json.loads((heads / "result.json").read_text())["val_accuracy"]
@@ -225,11 +223,9 @@ def test_backprop_equals_a_plain_loop_in_both_engines(tmp_path):
     local, fast_local = [train_locally(each, tmp_path) for each in (tree, fast)]
     pipeline, fast_pipeline = train_in_processes([tree, fast], 3, tmp_path)
     for run in (local, pipeline):
-        for name, expected in plan.model.state_dict().items():
-            torch.testing.assert_close(model_of(run)[name], expected, rtol=1e-5, atol=1e-6)
+        assert_close(model_of(run), plan.model.state_dict(), rtol=1e-5, atol=1e-6)
     assert [row[-1] for row in metrics_of(local)] == pytest.approx([row[-1] for row in metrics_of(pipeline)])
-    for name, expected in model_of(fast_local).items():
-        torch.testing.assert_close(model_of(fast_pipeline)[name], expected, rtol=1e-2, atol=1e-3)
+    assert_close(model_of(fast_pipeline), model_of(fast_local), rtol=1e-2, atol=1e-3)
 
 
 def test_a_link_of_weight_zero_is_greedy(tmp_path):
@@ -262,8 +258,7 @@ def test_microbatches_change_nothing_but_rounding(delay, tmp_path):
         train_locally(small_config("run", model=model, method__link={"delay": delay, "length": 2},
                                    train__microbatches=microbatches), tmp_path / str(microbatches))
         for microbatches in (1, 4))
-    for name, tensor in model_of(whole).items():
-        torch.testing.assert_close(model_of(parts)[name], tensor, rtol=1e-4, atol=1e-6)
+    assert_close(model_of(parts), model_of(whole), rtol=1e-4, atol=1e-6)
 
 
 def test_every_stage_draws_from_a_stream_of_its_own():

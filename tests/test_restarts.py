@@ -49,15 +49,15 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, folder, start, monkeypatch):
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 6), pytest.param(20, 30, marks=pytest.mark.slow)])
+def test_a_run_whose_stages_are_killed_ends_as_if_they_had_not_been(kills, epochs, folder, start, monkeypatch):
     """At random steps, one stage or the other; torchrun starts them again, and they go on from the last checkpoint."""
     dice = random.Random(0)
     deaths = [[0] * kills, [0] * kills]
     for kill in range(kills):
         deaths[dice.randrange(2)][kill] = dice.randint(3, 30)  # forwards, two a step
     tree = config_of(model={"target": "models_under_test:mortal_net", "args": {"first": deaths[0], "last": deaths[1]}},
-                     train__epochs=10 + kills)
+                     train__epochs=epochs)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = start(restarting(kills), folder)
     assert run.end(560) == 0, run.said
@@ -113,7 +113,7 @@ def test_sigterm_to_one_stage_stops_all_and_torchrun_starts_them_again(folder, s
     """With links on time; the others above are late."""
     tree = config_of(model={"target": "models_under_test:mortal_net", "args": {"first": [0], "last": [9],
                                                                                "by": "SIGTERM"}},
-                     method__link={"delay": 0}, train__epochs=12, checkpoint={"every_epochs": 0})
+                     method__link={"delay": 0}, train__epochs=4, checkpoint={"every_epochs": 0})
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     run = start(restarting(1), folder)
     assert run.end() == 0, run.said

@@ -15,8 +15,8 @@ MIB = 2 ** 20
 @pytest.mark.timeout(480)  # the undisturbed runs come before, and a round that has begun is finished
 def test_two_minutes_of_stalls_change_no_result_and_leave_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads that wait leave their core to other tests
-    # Twenty times as often as in the hour, so that these processes sleep, and other tests have the cores.
-    assert soak.main(["--minutes", "2", "--stalls", "20", "--out", str(tmp_path)]) == 0
+    # Forty times as often as in the hour, so that these processes sleep, and other tests have the cores.
+    assert soak.main(["--minutes", "2", "--stalls", "40", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
     assert found["steps"] == dict.fromkeys(CASES, 51)
     assert [set(stage["queues"]) for stage in found["stages"]] == [

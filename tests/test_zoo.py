@@ -65,10 +65,9 @@ def test_auxiliary_classifiers_are_carried_along_and_not_run(name, size):
 
 
 @pytest.mark.timeout(600)
-def test_one_step_in_five_families_is_the_same_in_both_engines(tmp_path):
+def test_one_step_in_three_families_is_the_same_in_both_engines(tmp_path):
     # The others differ less from these than these from each other; test_torchvision_all.py takes every model.
-    trees = [one_step(name) for name in ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1",
-                                         "swin_t")]
+    trees = [one_step(name) for name in ("mobilenet_v3_small", "squeezenet1_1", "swin_t")]
     for tree, run in zip(trees, train_in_processes(trees, 4, tmp_path, timeout=500), strict=True):
         assert_same_run(run, train_locally(tree, tmp_path))
 
