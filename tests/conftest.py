@@ -85,7 +85,14 @@ def rank_server() -> subprocess.Popen:
 def pytest_sessionfinish():
     """End it."""
     if rank_server.cache_info().currsize:
-        rank_server().communicate()
+        end_rank_server()
+
+
+def end_rank_server() -> None:
+    """By force: data workers that tests have left hold its input open."""
+    os.killpg(rank_server().pid, signal.SIGKILL)
+    rank_server().communicate()
+    rank_server.cache_clear()
 
 
 def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: float = 110,
@@ -101,9 +108,7 @@ def train_in_processes(trees: list[dict], stages: int, folder: Path, timeout: fl
     server.stdin.flush()
     done = select.select([server.stdout], [], [], timeout)[0]
     if not done:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.communicate()
-        rank_server.cache_clear()
+        end_rank_server()
     assert done, f"not within {timeout} s\n{said.read_text()}"
     assert server.stdout.readline() == "0\n", said.read_text()
     return [folder / "pipeline" / tree["name"] for tree in trees]

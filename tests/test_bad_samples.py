@@ -1,5 +1,6 @@
 """Samples that cannot be read: refused or skipped by `data.bad_samples`, the same for any number of workers."""
 
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +149,10 @@ def test_what_becomes_unreadable_later_is_an_error_too(root, workers):
     data = opened(root, bad_samples="skip", workers=workers)
     for path in (root / "train").glob("*/*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"^data\.root: train sample \d+: .*; none of the 48 samples can be read; mend"):
+    with pytest.raises(UserError, match=r"^data\.root: train sample \d+: .*; none of the 48 samples can be read; mend"
+                       ) as held:
         list(data.train_batches(0, 0, 4, False))
+    assert held.tb is not None and not active_children()  # the workers have ended, whatever becomes of the error
 
 
 class Flawed(Dataset):

@@ -183,12 +183,15 @@ class DatasetSplit:
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            x, y, skipped = batch
-            self.skipped.update(skipped | self.skipped)  # what was said of a sample before stays
-            yield x, y
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                x, y, skipped = batch
+                self.skipped.update(skipped | self.skipped)  # what was said of a sample before stays
+                yield x, y
+        finally:
+            del batches  # ends the workers now; among what is collected later, it would wait for them in vain
 
 
 def _outlive_signals(worker: int) -> None:
