@@ -303,6 +303,10 @@ def _notices_of_links(plan: Plan) -> list[str]:
 def _check_boundaries(plan: Plan) -> None:
     train = plan.config.train
     needs_float32 = next((f"train.{key}" for key in ("precision", "wire") if getattr(train, key) == "bf16"), None)
+    for k, boundary in enumerate(plan.boundaries[:-1]):
+        if train.wire == "bf16" and boundary.packing and boundary.packing.has_given_numbers:
+            raise ConfigError(f"train.wire: bf16 would round numbers that stage {k + 1} passes on as they came, such "
+                              "as a mask to be added or an index; set train.wire=full")
     for specs in plan.outputs.values():
         for k, spec in enumerate(specs):
             if not spec.dtype.is_floating_point:

@@ -210,7 +210,7 @@ def test_a_small_module_that_cannot_be_traced_is_kept_whole():
     ("Checkpointed", ["model: its own activation checkpointing is not kept; set train.recompute=true"]),
     ("Masked", ["model: block layers_0 holds 86% of the parameters in one piece: a cut needs a place where a single "
                 "tensor is live, and between its layers at least 2 are (gt in its forward, masked_fill in its "
-                "forward)"]),
+                "forward); gt in its forward has no known shape"]),
     ("Encoder", []),
     ("PaddedEncoder", ["model: block tokens holds 99% of the parameters in one piece: an nn.TransformerEncoder that is "
                        "given a padding mask is left whole, as in evaluation it sets what is padded to 0; make it with "
@@ -230,7 +230,8 @@ def test_more_stages_than_blocks_are_refused_with_why_there_are_so_few():
     with pytest.raises(ConfigError, match=r"^partition\.stages: 3 stages need as many blocks, but the model has 2 "
                                           r"\(layers_0…head\); use at most 2 stages, or a model that can be cut into "
                                           r"more: block layers_0 holds 86% of the parameters in one piece: a cut needs "
-                                          r"a place where .*\(gt in its forward, masked_fill in its forward\)$"):
+                                          r"a place where .*\(gt in its forward, masked_fill in its forward\); gt in "
+                                          r"its forward has no known shape$"):
         partition(PartitionConfig(stages=3), blpipe.blocks_of(traceable.Masked()))
 
 

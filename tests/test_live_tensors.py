@@ -1,5 +1,6 @@
 """Models with several tensors on their way at a cut: these are packed, and all is as in the plain model."""
 
+import re
 from math import prod
 
 import pytest
@@ -19,7 +20,7 @@ from blpipe.config_file import parse_config
 from blpipe.data import open_data
 from blpipe.errors import ConfigError
 from blpipe.models.packing import pack, part_of
-from blpipe.plan import make_plan, notices
+from blpipe.plan import make_plan
 
 
 class Convolution(nn.Module):
@@ -242,17 +243,69 @@ def seen(boundary) -> object:
     return lambda logits, targets, x: x.sum()
 
 
-def test_what_cannot_be_packed_is_not_and_the_rest_is_told():
-    blocks = blpipe.blocks_of(MaskedAnew(), samples(Masked()), live_tensors=3)
-    assert list(blocks._modules) == ["embedding", "layers_3", "fc"]
+class TwoTypes(nn.Module):
+    """Its sum has more digits than what the layers give."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(20, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, 4]."""
+        x = self.embedding(tokens).mean(1)
+        total = x.double()
+        for layer in self.layers:
+            x = layer(x)
+            total = total + x
+        return self.fc(total.float())
+
+
+class TimeFirst(nn.Module):
+    """The batch is the second dimension inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(20, 8), nn.Linear(8, 4)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 3, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, 4]."""
+        return self.fc(self.encoder(self.embedding(tokens).transpose(0, 1))[0])
+
+
+@pytest.mark.parametrize(("model", "live", "note"), [
+    (UNet, 1, r".* a single tensor is live, and between its layers at least 2 are \(dropout in down1, conv2d in "
+              r"down2\.conv\); with model\.live_tensors=2 the largest block has 37%"),
+    (Masked, 1, r".* at least 2 are \(expand in its forward, embedding in embedding\); with model\.live_tensors=2 the "
+                r"largest block has \d+%"),
+    (MaskedAnew, 3, r".*: between its layers the model's input, embedding in embedding, expand in its forward cannot "
+                    r"pass; the model's input is int64"),
+    (TwoTypes, 2, r".*: between its layers linear in layers\.0, add in its forward cannot pass; they are float32 and "
+                  r"float64"),
+    (TimeFirst, 1, r".*: between its layers transformerencoderlayer in encoder\.layers\.0 cannot pass; "
+                   r"transformerencoderlayer in encoder\.layers\.0 is \[6, batch, 8\], whose batch is not first"),
+    (Masked, 2, ""), (UNet, 2, "")])
+def test_a_note_tells_which_number_of_tensors_is_enough_or_what_cannot_be_packed(model, live, note):
+    uncut = blpipe.blocks_of(model(), samples(model()), live_tensors=live).uncut
+    assert re.fullmatch(note, "".join(uncut)), uncut
+
+
+def test_what_cannot_be_packed_is_refused():
     with pytest.raises(ConfigError, match=r"^live_tensors: 2 tensors are packed by their shapes; give an example too$"):
         blpipe.blocks_of(UNet(), live_tensors=2)
-    with pytest.raises(ConfigError, match=r"at least 2 are \(.*\); model\.live_tensors=2 passes them on together"):
+    with pytest.raises(ConfigError, match=r"^partition\.stages: 4 stages need .* with model\.live_tensors=2 the "):
         plan_of(config("a", "Masked", "texts", 1))
-    told = [note for note in notices(plan_of(config("a", "MaskedAnew", "texts", 2, partition__stages=3)))
-            if "tensors are live" in note]
-    assert told and "no more than 2 tensors are live, and between its layers at least 3 are" in told[0]
     with pytest.raises(ConfigError, match=r"^model\.live_tensors: 2, and the model comes as blocks, .*; leave it at 1"):
         plan_of(small_config("a", model={"target": "models_under_test:conv_net", "live_tensors": 2}))
     with pytest.raises(ConfigError, match=r"^model\.live_tensors: .* greater than or equal to 1"):
         parse_config(config("a", "Masked", "texts", 0))
+    assert plan_of(config("a", "Masked", "texts", 2, train__wire="bf16"))  # masks of bools are exact in it
+    with pytest.raises(ConfigError, match=r"^train\.wire: bf16 would round numbers that stage 1 passes on as they "
+                                          r"came, such as a mask to be added or an index; set train\.wire=full$"):
+        plan_of(config("a", "added", "texts", 2, train__wire="bf16"))
+
+
+def added() -> nn.Module:
+    """The mask is of numbers."""
+    return Masked(added=True)

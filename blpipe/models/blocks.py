@@ -71,7 +71,9 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None, live_tensor
     sequence.packings = {name: gives.packing  # type: ignore[assignment]
                          for name, gives in zip(blocks, passed[1:], strict=True) if gives.packing}
     named = {name: [piece.nodes for piece in group.pieces] for name, group in zip(blocks, groups, strict=True)}
-    sequence.uncut = uncut_notes(model, named, live_tensors)  # type: ignore[assignment]
+    sequence.uncut = uncut_notes(  # type: ignore[assignment]
+        model, named, live_tensors,
+        lambda count: max(_share(model, group) for group in _groups(model, _pieces(model, traced, count)[0])))
     return sequence
 
 
@@ -288,6 +290,13 @@ def _is_custom(module: nn.Module) -> bool:
 def _holds_most(model: nn.Module, module: nn.Module) -> bool:
     own, total = (sum(parameter.numel() for parameter in part.parameters()) for part in (module, model))
     return 2 * own > total
+
+
+def _share(model: nn.Module, group: _Group) -> float:
+    """Of the model's parameters, those of the modules that a group calls."""
+    called = {str(node.target) for piece in group.pieces for node in piece.nodes if node.op == "call_module"}
+    own = {parameter for path in called for parameter in model.get_submodule(path).parameters()}
+    return sum(parameter.numel() for parameter in own) / sum(parameter.numel() for parameter in model.parameters())
 
 
 def _blocks_inside(model: nn.Module, pieces: list[_Piece], depth: int) -> int:

@@ -1,14 +1,15 @@
 """Several tensors that pass between two blocks, packed into one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from blpipe.models.values import rows_of
+from blpipe.models.values import rows_of, shape_text
 from blpipe.specs import Shape
+from blpipe.text import dtype_name
 
 
 class Part(NamedTuple):
@@ -44,6 +45,11 @@ class Packing(NamedTuple):
         """The one that heads and losses read: the last one that is [batch, …] and has weights before it."""
         return next(part for part in reversed(self.parts) if part.can_be_main)
 
+    @property
+    def has_given_numbers(self) -> bool:
+        """Whether there are numbers among them that no weights come before."""
+        return any(not part.is_learned and not part.is_mask for part in self.parts)
+
 
 def pack(batch: int, *tensors: Tensor) -> Tensor:
     """Tensors [B, …] or [B · rows, …] as one [B, N], of the floating-point type of the widest."""
@@ -59,29 +65,37 @@ def part_of(packed: Tensor, start: int, rows: int, shape: Shape, is_mask: bool, 
     return values if is_learned else values.detach()
 
 
-def packing_of(tensors: Iterable[fx.Node], learned: set[fx.Node]) -> Packing | None:
-    """How traced tensors would be packed.
+def packing_of(tensors: Sequence[fx.Node], learned: set[fx.Node]) -> Packing | None:
+    """How traced tensors would be packed; None where they cannot be.
 
     Args:
         learned: those with weights before them.
-
-    Returns:
-        None where they cannot be: the rows of one are not known, or it is of integers; two are of unlike
-        floating-point types; or heads and losses could read none.
     """
-    parts, start, types = [], 0, set()
+    if any(map(obstacle, tensors)):
+        return None
+    parts, start = [], 0
     for node in tensors:
-        known = rows_of(node)
-        if known is None:
-            return None
-        rows, row = known
-        is_mask = row.dtype == torch.bool
-        if not is_mask:
-            types.add(row.dtype)
-        parts.append(Part(start, rows, tuple(row.shape), is_mask, node in learned))
+        rows, row = rows_of(node) or (0, torch.empty(0))
+        parts.append(Part(start, rows, tuple(row.shape), row.dtype == torch.bool, node in learned))
         start += rows * row.numel()
-    alike = len(types) == 1 and types.pop().is_floating_point
+    alike = len(number_types(tensors)) == 1
     return Packing(tuple(parts)) if alike and any(part.can_be_main for part in parts) else None
+
+
+def number_types(tensors: Sequence[fx.Node]) -> set[str]:
+    """The types of those that are no masks; one alone can be packed."""
+    types = {row.dtype for _, row in filter(None, map(rows_of, tensors))}
+    return set(map(dtype_name, types - {torch.bool}))
+
+
+def obstacle(node: fx.Node) -> str:
+    """Why a traced tensor cannot be packed, as what follows its name; empty if it can."""
+    known = rows_of(node)
+    if known is None:
+        shape = shape_text(node)
+        return f"is {shape}, whose batch is not first" if shape else "has no known shape"
+    dtype = known[1].dtype
+    return "" if dtype == torch.bool or dtype.is_floating_point else f"is {dtype_name(dtype)}"
 
 
 def learned_nodes(model: nn.Module, nodes: Iterable[fx.Node]) -> set[fx.Node]:

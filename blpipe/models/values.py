@@ -118,6 +118,15 @@ def rows_of(node: fx.Node) -> tuple[int, Tensor] | None:
     return None if rows is None or values[0].shape[1:] != values[1].shape[1:] else (rows, values[0][0])
 
 
+def shape_text(node: fx.Node) -> str:
+    """The shape of a tensor, with `batch` where a size is that of the batch; empty where it is not known."""
+    values = known_values(node) or []
+    if not values or not all(isinstance(value, Tensor) and value.dim() == values[0].dim() for value in values):
+        return ""
+    sizes = zip(*(value.shape for value in values), strict=True)
+    return f"[{', '.join('batch' if size == _BATCH_SIZES else str(size[0]) for size in sizes)}]"
+
+
 def known_truth(node: fx.Node) -> bool | None:
     """Whether what `node` computes of sizes is true, where it is so in both batch sizes, or in neither."""
     values = known_values(node)
