@@ -98,7 +98,7 @@ class DataConfig(Named):
 class PartitionConfig(Section):
     """How the blocks are cut into stages."""
 
-    stages: Positive | None = None
+    stages: Annotated[int, Field(ge=1, le=1024)] | None = None
     strategy: str = "even"
     cuts: tuple[BlockName, ...] | None = Field(default=None, strict=False)
     target: str | None = None

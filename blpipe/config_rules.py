@@ -50,7 +50,8 @@ def _of_heads(config: Config) -> Iterator[str]:
     if method.name == "bp" or not headless:
         return
     key, or_heads = method.head_key(headless[0]), "or leave the heads in"
-    taught = [k for k in headless if k and 1 in hops(method, stages)[k - 1]]
+    hops_in = hops(method, stages)
+    taught = [k for k in headless if k and 1 in hops_in[k - 1]]
     if method.local_weight:
         yield (f"{key}: none, and with method.local_weight {method.local_weight:g} a stage learns from its own head's "
                f"loss; set method.local_weight=0, {or_heads}")

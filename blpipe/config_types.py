@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from blpipe.errors import printable
+
 
 class Section(BaseModel):
     """A group of keys; unknown keys and wrong types are refused."""
@@ -60,7 +62,8 @@ class Named(ByName):
     @model_validator(mode="after")
     def _one_of_name_and_target(self) -> "Named":
         if self.name is not None and self.target is not None:
-            raise ValueError(f"has the name {self.name} and the target {self.target}; leave one out, or set it to null")
+            raise ValueError(f"has the name {printable(self.name)} and the target {printable(self.target)}; leave one "
+                             "out, or set it to null")
         if self.name is None and self.target is None:
             raise ValueError("give a name or a target (package.module:function)")
         return self

@@ -336,9 +336,12 @@ def _check_links(plan: Plan) -> None:
 def _checked_head(plan: Plan, index: int) -> tuple[nn.Module, TensorSpec]:
     """The head, and what it gives."""
     name, key, head = plan.block_names(index)[-1], plan.config.method.head_key(index), plan.build_head(index)
+    boundary = plan.boundaries[index]
     for size in training_sizes(plan.data, plan.config):
-        given = plan.outputs[size][index]
-        output = trace_module(f"{key} (after block {name})", head, given, plan.data, training=True)
+        given, own = plan.outputs[size][index], head
+        if boundary.packing:  # messages are of what the head reads
+            given, own = given._replace(shape=(size, *boundary.shape)), head.get_submodule("head")
+        output = trace_module(f"{key} (after block {name})", own, given, plan.data, training=True)
         wanted = plan.outputs[size][-1].shape
         types = {p.dtype for p in head.parameters() if p.is_floating_point()}
         if types and given.dtype not in types:  # meta tensors are not checked for that

@@ -102,10 +102,17 @@ def _refuse_another_run(run: Path, config: Config, options: StartOptions, start_
     own = same and not any(run.glob("checkpoints/[!.]*"))
     if start_point.last is not None and [path.name for path in checkpoints(run)[-1:]] != [start_point.last.name]:
         raise ConfigError(f"name: another process has trained in {run} meanwhile; start again, to go on from there")
-    if not _parts(run) or options.overwrite or start_point.checkpoint or own:
+    if not _has_come_to_anything(run) or options.overwrite or start_point.checkpoint or own:
         return
     go_on = f"go on with `train --resume {run}`, " if checkpoints(run) else ""
     raise ConfigError(f"name: {run} already holds a run; {go_on}replace it with --overwrite, or choose another name=…")
+
+
+def _has_come_to_anything(run: Path) -> bool:
+    """Whether a run has left more than its config: it may have failed before its first epoch was over."""
+    rows = run / "metrics.jsonl"
+    return any(run.glob("checkpoints/[!.]*")) or (run / "result.json").exists() or \
+        (rows.exists() and rows.stat().st_size > 0)
 
 
 def _parts(run: Path) -> list[Path]:

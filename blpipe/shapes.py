@@ -98,8 +98,9 @@ def _cannot_take(what: str, given: Shape, data: DataSpec, training: bool, error:
     if "meta" in str(error).lower():
         return (f"{what} cannot be traced: {one_line(error)}; blocks and heads must run on meta tensors: register "
                 "their tensors as buffers, and read no values in forward")
+    remedy = "change model.args or the samples' size" if what.startswith("model") else "make it for this shape"
     return (f"{what} cannot take an input of shape {list(given)} (samples of {list(data.shape)}): "
-            f"{one_line(error)}; change model.args or the samples' size")
+            f"{one_line(error)}; {remedy}")
 
 
 class LayerCall(NamedTuple):
@@ -205,6 +206,7 @@ def _classes(specs: "OrderedDict[str, TensorSpec]", data: DataSpec) -> int:
         remedy = "; or give one label a sample: y.squeeze(1), or y.argmax(1) of one-hot rows" if rows else ""
         if len(output.shape) == 4 and output.shape[2:] == data.target_shape:
             remedy = "; return y.permute(0, 2, 3, 1)"
+        wanted = ", ".join(map(str, [size, *data.target_shape, "classes"]))
         raise ConfigError(f"model: its last block {name} gives {list(output.shape)}; for targets of "
-                          f"{[size, *data.target_shape]} it must give {[size, *data.target_shape, 'classes']}{remedy}")
+                          f"{[size, *data.target_shape]} it must give [{wanted}]{remedy}")
     return output.shape[-1]

@@ -18,7 +18,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, small_config, train_locally
 from data_under_test import arrays
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from test_config import FRAGMENTS, KEYS, SMALLEST, SMALLEST_YAML, json_like
 
@@ -111,6 +111,8 @@ def changed(tree: dict, path: tuple[str, ...], value: Any) -> dict:
 
 @examples(400)
 @given(changes=st.lists(st.tuples(places, wild), min_size=1, max_size=3))
+@example(changes=[(("data", "target"), "\x1f")])
+@example(changes=[(("partition", "stages"), 10**18), (("method", "head"), "none")])  # answered at once
 def test_a_config_with_any_values_in_it(changes):
     tree = DEFAULTS
     for path, value in changes:

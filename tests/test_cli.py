@@ -360,8 +360,18 @@ def test_a_run_without_a_checkpoint_says_to_start_again(folder, capsys):
     (folder / "runs/small/config.yaml").write_text((folder / "small.yaml").read_text())
     assert run("train", "--resume", "runs/small") == 2
     assert "holds no checkpoint yet; train it from the start, with --overwrite" in capsys.readouterr().err
+    (folder / "runs/small/metrics.jsonl").write_text("{}\n")
     assert run("train", "small.yaml") == 2
     assert "already holds a run; replace it with --overwrite, or" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_it_came_to_anything_gives_up_its_name(folder, capsys):
+    broken = ["model.target=models_under_test:failing_net", "model.args={at: 2}"]
+    assert run("train", "small.yaml", *broken) == 1
+    assert (folder / "runs/small/config.yaml").exists()
+    assert run("train", "small.yaml") == 0
+    assert run("train", "small.yaml") == 2
+    assert "already holds a run" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_with_its_path(folder, capsys, monkeypatch):

@@ -192,7 +192,8 @@ def test_positions_may_be_left_out_of_targets_and_samples_may_not(monkeypatch):
     wrong = y.clone()
     wrong[2, 1] = -99
     refused_target(r"train label -99 at index \[2, 1\] is negative", ((x, wrong), (x, wrong)), monkeypatch)
-    with pytest.raises(UserError, match=r"has the label \[.*, -1\], outside 0\.\.4"):
+    with pytest.raises(UserError, match=r"has the label -1 at \[\d\], outside 0\.\.4; give -100 where a position "
+                                        r"is to be left out, mend the data or its number of classes$"):
         list(opened_target((Sentences(-1), Sentences(-1)), monkeypatch).test_batches(6))
     none = torch.full_like(y, -100)
     refused_target(r"train label -100 at index \[0, 0\] is negative", ((x, none), (x, none)), monkeypatch)

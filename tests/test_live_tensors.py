@@ -238,6 +238,18 @@ def test_heads_and_losses_read_the_newest_tensor():
         assert plan.build_loss(k)(torch.zeros(()), torch.zeros(()), given) == x.sum()
 
 
+def test_a_head_for_another_shape_is_told_what_it_reads():
+    with pytest.raises(ConfigError, match=r"^method\.head \(after block down2\) cannot take an input of shape "
+                                          r"\[16, 4, 4, 4\] .*; make it for this shape$"):
+        plan_of(config("a", "UNet", "scenes", partition__cuts=["bottom", "up2", "up1"],
+                       method__head={"target": "test_live_tensors:of_six_channels"}))
+
+
+def of_six_channels(boundary) -> nn.Module:
+    """A head for the bottom alone."""
+    return nn.Conv2d(6, boundary.classes, 1)
+
+
 def seen(boundary) -> object:
     """A loss that tells what it is given of a stage's output."""
     return lambda logits, targets, x: x.sum()

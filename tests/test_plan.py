@@ -224,9 +224,9 @@ def test_a_plan_for_tokens_has_a_target_at_every_position():
     (net("other shape"), IMAGES, r"^model: block wider gives \[8, 8\] of float32 in training and \[8, 16\] of float32 "
                                  "in evaluation; have it give the same in both$"),
     (net("map"), IMAGES, r"^model: its last block out gives \[8, 4, 8, 8\]; for targets of \[8\] it must give "
-                         r"\[8, 'classes'\]$"),
+                         r"\[8, classes\]$"),
     (net("net"), DataSpec((3, 8, 8), "float32", (5,), 4, 24, 10),
-     r"^model: its last block out gives \[8, 4\]; for targets of \[8, 5\] it must give \[8, 5, 'classes'\]; or "
+     r"^model: its last block out gives \[8, 4\]; for targets of \[8, 5\] it must give \[8, 5, classes\]; or "
      r"give one label a sample: y\.squeeze\(1\), or y\.argmax\(1\) of one-hot rows$"),
 ])
 def test_a_model_that_does_not_fit_the_data_is_refused_with_block_and_shape(model, data, message):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blpipe.config import DataConfig
-from blpipe.data.splits import Split, TensorSplit, outside
+from blpipe.data.splits import LEAVE_OUT, Split, TensorSplit, outside
 from blpipe.errors import ConfigError
 from blpipe.seeds import generator
 from blpipe.text import dtype_name
@@ -85,8 +85,9 @@ def check_fits_model(source: Source, classes: int) -> None:
         wrong = outside(split.labels, classes, split.labels.dim() > 1)
         if bool(wrong.any()):
             needed = 1 + max(int(other.labels.max()) for _, other in source.splits() if other.labels is not None)
+            leave_out = f", {LEAVE_OUT}" if split.labels.dim() > 1 else ""
             raise ConfigError(f"data: {_found(split.labels, wrong, name, split.places)} lies outside 0..{classes - 1}, "
-                              f"of which the model gives logits; have it give {needed}, or mend the data")
+                              f"of which the model gives logits; have it give {needed}{leave_out}, or mend the data")
 
 
 def check_known_labels(source: Source) -> None:

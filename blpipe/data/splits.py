@@ -227,14 +227,20 @@ class _Batches(Dataset[Any]):
             raise UserError(f"{split.where} sample {index} is {describe(x)} with target {describe(y)}, but "
                             f"the first is {dtype_name(split.dtype)} {list(split.shape)} with target "
                             f"{dtype_name(split.target_dtype)} {list(split.target_shape)}; make them all alike")
-        if not y.is_floating_point() and bool(outside(y, split.classes, y.dim() > 0).any()):
-            raise UserError(f"{split.where} sample {index} has the label {y.tolist()}, outside "
-                            f"0..{split.classes - 1}; mend the data or its number of classes")
+        wrong = torch.zeros(()) if y.is_floating_point() else outside(y, split.classes, y.dim() > 0)
+        if bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            at, leave_out = (f" at {place}", f"{LEAVE_OUT}, ") if place else ("", "")
+            raise UserError(f"{split.where} sample {index} has the label {int(y[tuple(place)])}{at}, outside "
+                            f"0..{split.classes - 1}; {leave_out}mend the data or its number of classes")
         return sample
 
 
 def _places_of_part(places: Tensor | None, index_N: Tensor) -> Tensor:
     return index_N if places is None else places[index_N]
+
+
+LEAVE_OUT = f"give {IGNORED} where a position is to be left out"
 
 
 def outside(labels: Tensor, classes: int, ignorable: bool) -> Tensor:
