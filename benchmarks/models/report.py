@@ -91,8 +91,8 @@ def _exceptions(row: Row) -> Iterator[tuple[str, str]]:
 def _why_uncut(row: Row) -> str:
     if row["largest_weight"] > 0.5:
         return f"one weight holds {percent(row['largest_weight'])} of the parameters"
-    notes = [note.partition(": a cut needs ")[2] for note in row["notes"] if ": a cut needs " in note]
-    return f"a cut needs {notes[0]}" if notes else "a module of the model's own, which stays whole"
+    notes = [note.partition(" in one piece: ")[2] for note in row["notes"] if " in one piece: " in note]
+    return notes[0] if notes else "a module of the model's own, which stays whole"
 
 
 def _trained(row: Row) -> bool:
