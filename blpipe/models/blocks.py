@@ -293,9 +293,13 @@ def _holds_most(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _share(model: nn.Module, group: _Group) -> float:
-    """Of the model's parameters, those of the modules that a group calls."""
-    called = {str(node.target) for piece in group.pieces for node in piece.nodes if node.op == "call_module"}
-    own = {parameter for path in called for parameter in model.get_submodule(path).parameters()}
+    """Of the model's parameters, those that a group reads and those of the modules that it calls."""
+    parameters, own = dict(model.named_parameters()), set[nn.Parameter]()
+    for node in (node for piece in group.pieces for node in piece.nodes):
+        read = {str(source.target) for source in node.all_input_nodes if source.op == "get_attr"}
+        own |= {parameters[name] for name in read if name in parameters}
+        if node.op == "call_module":
+            own |= {*model.get_submodule(str(node.target)).parameters()}
     return sum(parameter.numel() for parameter in own) / sum(parameter.numel() for parameter in model.parameters())
 
 
