@@ -22,12 +22,12 @@ class Boundary:
     Args:
         shape: of one sample at the boundary, without the batch: [C, H, W], or [H, W, C] if `channels_last`;
             [T, D], or [C, T] if `signal`; or [D].
-        classes: number of logits.
+        classes: number of logits; where the model gives values, its last size.
         later: shapes at the outputs of the blocks that follow, in order; maps always as [C, H, W], and signals as
             tokens [T, C]. None follow on the model's own output, the logits.
         channels_last: whether `shape` is a map with its channels last.
         target_shape: of one sample's logits without their last dimension: () for one label or a row of values, (T,)
-            where every position has one.
+            where every position has one, (H, W) where every pixel has.
         index: of the block right before the boundary, from 0.
         labelled: whether targets are labels of classes; if not, they are values.
         signal: whether `shape` is [C, T], channels first, as Conv1d gives them, and not tokens [T, D].

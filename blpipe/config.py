@@ -32,7 +32,7 @@ class ModelConfig(Named):
 
     weights: PathText | None = None
     weights_except: tuple[str, ...] = Field(default=(), strict=False)
-    live_tensors: int = Field(default=1, ge=1)
+    live_tensors: Positive = 1
 
 
 class NormalizeConfig(Section):

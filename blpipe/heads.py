@@ -153,10 +153,10 @@ def blocks(boundary: Boundary, count: int = 3) -> nn.Module:
     if boundary.is_map:
         _, height, width = channels_first(boundary.shape, boundary.channels_last)
         for number, (channels, later_height, later_width) in enumerate(sampled, start=1):
-            down, across = _ratio(height, later_height), _ratio(width, later_width)
-            if boundary.pixels and later_height > height:
+            if boundary.pixels and (later_height > height or later_width > width):
                 layers[f"up{number}"] = nn.Upsample((later_height, later_width), mode="bilinear")
                 height, width = later_height, later_width
+            down, across = _ratio(height, later_height), _ratio(width, later_width)
             _add_convolution(layers, str(number), features, channels, 3, (down, across))
             features, height, width = channels, ceil(height / down), ceil(width / across)
     else:

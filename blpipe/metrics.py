@@ -17,7 +17,7 @@ from blpipe.engines.common import factors
 from blpipe.errors import CheckpointError, ConfigError, UserError, one_line
 from blpipe.files import sync, write_text
 from blpipe.plan import Plan
-from blpipe.text import blocks_text, percent, table
+from blpipe.text import blocks_text, percent, stages_text, table
 from blpipe.trainer import Epoch
 
 
@@ -220,7 +220,7 @@ def run_line(plan: Plan, device: torch.device, engine: str) -> str:
     values = prod(data.target_shape)
     targets = f"{data.classes} classes" if data.labelled else f"{values} value{'s' * (values > 1)} a target"
     where = f"one process on {device}" if engine == "local" else f"{config.processes} processes on {device.type}"
-    return (f"{config.method.name} in {len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}{replicas}, {where}: "
+    return (f"{config.method.name} in {stages_text(len(plan.stages))}{replicas}, {where}: "
             f"{count:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; {data.train_samples:,} training "
             f"and {data.test_samples:,} {config.data.evaluated} samples of {list(data.shape)}, {targets}; "
             f"{len(plan.step_sizes)} steps an epoch")

@@ -11,6 +11,7 @@ from blpipe.config import PartitionConfig
 from blpipe.errors import ConfigError
 from blpipe.models.build import named_blocks, plain_names, why_uncut
 from blpipe.plugins import by_name, call, did_you_mean, import_target
+from blpipe.text import stages_text
 
 
 def partition(config: PartitionConfig, blocks: nn.Sequential) -> list[nn.Sequential]:
@@ -51,7 +52,7 @@ def check_stage_count(config: PartitionConfig, blocks: nn.Sequential) -> None:
     if config.cuts is None and config.stage_count > len(names):
         other = "".join(f", or a model that can be cut into more: {why}" for why in why_uncut(blocks))
         raise ConfigError(f"partition.stages: {config.stage_count} stages need as many blocks, but the model has "
-                          f"{len(names)} ({names[0]}…{names[-1]}); use at most {len(names)} stages"
+                          f"{len(names)} ({names[0]}…{names[-1]}); use at most {stages_text(len(names))}"
                           f"{other or ' or a deeper model'}")
 
 

@@ -62,6 +62,11 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
 
 
+def stages_text(count: int) -> str:
+    """So many stages: `1 stage`, `4 stages`."""
+    return f"{count} stage{'s' * (count != 1)}"
+
+
 def dtype_name(dtype: object) -> str:
     """torch's name of a dtype, without torch's: float32."""
     return str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ from blpipe.errors import ConfigError
 from blpipe.plan import Plan
 from blpipe.text import say
 from blpipe.transport.horizon import Horizon
-from blpipe.transport.world import Meeting, World, check_launches, choose_device
+from blpipe.transport.world import Meeting, World, choose_device, prepare_launches
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def open_pipeline(plan: Plan, data: Data | None, meeting: Meeting) -> Engine:
     if device.type == "cuda" and not own_gpu and meeting.rank == 0:
         say("note: there are more processes than GPUs here; they share them, and send through host memory")
     if own_gpu:
-        check_launches()
+        prepare_launches()
     _use(device)
     agreed = {**contract(plan), "data": (plan.data if data is None else data.spec).to_json()}
     data = None if data is None else data.to(device)

@@ -55,7 +55,11 @@ def load(start_point: StartPoint, config: ModelConfig, model: nn.Sequential) -> 
     names, values = plain_names(model), model.state_dict()
     own = {plain: values[name] for name, plain in names.items()}
     state = model_state(path) if path.is_dir() else _without_prefix(_read(path), own)
-    left_out = {name for name in {**own, **state} if any(fnmatchcase(name, each) for each in config.weights_except)}
+    wrapper = _wrapper_of(own, state)
+    state = {wrapper + name: tensor for name, tensor in state.items()}
+    names_of = {name: {name, name.removeprefix(wrapper)} for name in {**own, **state}}  # in the model, and in the file
+    left_out = {name for name, both in names_of.items()
+                if any(fnmatchcase(one, each) for one in both for each in config.weights_except)}
     unlike = {name: f"{name} {list(tensor.shape)} for {list(own[name].shape)}" for name, tensor in state.items()
               if name in own and name not in left_out and tensor.shape != own[name].shape}
     unknown = [name for name in state if name not in own and name not in left_out]
@@ -64,7 +68,7 @@ def load(start_point: StartPoint, config: ModelConfig, model: nn.Sequential) -> 
     lacking = [plain for plain in dict.fromkeys(names[name] for name in missing)
                if plain not in left_out and plain not in unlike]
     problems = _problems(path, len(own), unlike, lacking, unknown)
-    problems += unmatched("model.weights_except", config.weights_except, list({**own, **state}))
+    problems += unmatched("model.weights_except", config.weights_except, [*set().union(*names_of.values())])
     if problems:
         raise ConfigError(*problems)
 
@@ -140,3 +144,10 @@ def _without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> M
         if all(name.startswith(prefix) for name in state) and not all(name.startswith(prefix) for name in own):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
+
+
+def _wrapper_of(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What a wrapper of the user's puts before all of the model's names, where those of a file fit without."""
+    wrapper = f"{next(iter(own), '').partition('.')[0]}."
+    wraps = all(name.startswith(wrapper) for name in own) and not own.keys() & state.keys()
+    return wrapper if wraps and own.keys() & {wrapper + name for name in state} else ""

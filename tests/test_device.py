@@ -68,9 +68,10 @@ def test_a_gpu_prepares_batches_without_the_hosts_tensors(monkeypatch, place):
     host = batches(data)
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = data.to(gpu)
-        prepared, zeros = batches(there), there.zeros(3)
+        prepared, (zeros, targets) = batches(there), there.zeros(3)
     assert there.is_held_there is (place == "device")
     assert (zeros.device, zeros.shape, zeros.dtype) == (gpu, (3, *data.spec.shape), torch.float32)
+    assert (targets.device, targets.shape, targets.dtype) == (gpu, (3,), torch.int64)
     for (x, y), (u, v) in zip(prepared, host, strict=True):
         assert x.device == y.device == gpu
         assert (x.shape, x.dtype, y.shape, y.dtype) == (u.shape, u.dtype, v.shape, v.dtype)

@@ -132,6 +132,8 @@ def test_heads_of_pixels_keep_the_resolution_and_blocks_go_down_and_up_with_the_
     assert shapes_of(blocks(boundary, 4)) == [
         *conv_bn_relu(4, 6, 3, (2, 2)), *conv_bn_relu(6, 9, 3, (2, 2)), (nn.Upsample,), *conv_bn_relu(9, 6),
         (nn.Upsample,), *conv_bn_relu(6, 5), (nn.Conv2d, 5, 7, (1, 1), (1, 1), (0, 0), True), (ToPixels,)]
+    wide = Boundary((4, 8, 8), 7, ((6, 8, 16), (7, 8, 16)), pixels=Pixels(7, (8, 16), channels_last=True))
+    assert [type(layer) for layer in blocks(wide, 1)][0] is nn.Upsample
     x = torch.rand(2, 3, 4, 4)
     expected = F.interpolate(x, (8, 8), mode="bilinear")
     assert torch.equal(ToPixels(pixels)(x), expected.permute(0, 2, 3, 1))

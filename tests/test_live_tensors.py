@@ -171,6 +171,29 @@ def test_the_blocks_are_the_model_with_its_gradients(name, training):
     assert_same_state(model, blocks)
 
 
+class Gated(nn.Module):
+    """A number for each sample is made last, and read by the next layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.gates = nn.Embedding(20, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(2))
+        self.layers, self.fc = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, 4]."""
+        x = self.embedding(tokens)
+        for gate, layer in zip(self.gates, self.layers, strict=True):
+            each = gate(x.mean(1)).squeeze(-1)
+            x = layer(x) * each[:, None, None]
+        return self.fc(x.mean(1))
+
+
+def test_what_heads_read_has_a_shape_that_they_can_read():
+    packings = blpipe.blocks_of(Gated(), samples(Gated()), live_tensors=2).packings
+    assert {packing.main.shape for packing in packings.values()} == {(6, 8)}
+    assert any(packing.parts[-1].shape == () for packing in packings.values())
+
+
 def test_blocks_end_where_the_fewest_tensors_pass():
     model = UNet()
     whole = blpipe.blocks_of(model, samples(model))

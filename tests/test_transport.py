@@ -194,11 +194,11 @@ def test_a_rank_that_cannot_connect_says_so(monkeypatch):
 def test_an_environment_in_which_a_posted_receive_blocks_its_stage_is_refused(name, value, refused, monkeypatch):
     monkeypatch.setattr(world.os, "environ", {name: value})
     if not refused:
-        world.check_launches()
+        world.prepare_launches()
         assert world.os.environ == {"CUDA_DEVICE_MAX_CONNECTIONS": "32", name: value}
         return
     with pytest.raises(UserError, match=f"^{name}: .*; unset it"):
-        world.check_launches()
+        world.prepare_launches()
 
 
 def test_a_process_of_several_that_is_not_told_which_gpu_is_its_own_takes_none(monkeypatch):

@@ -122,6 +122,31 @@ def test_a_name_before_all_of_the_models_own_is_no_wrappers():
     assert_equal_states(plain_state(begun({"target": "test_weights:wrapped", "weights": "own.pt"})), expected)
 
 
+def test_a_file_of_what_a_users_module_wraps_is_taken():
+    expected = {"1.weight": torch.rand(4, 3072), "1.bias": torch.rand(4)}
+    torch.save(expected, "own.pt")
+    state = plain_state(begun({"target": "test_weights:Wrapper", "weights": "own.pt"}))
+    assert_equal_states(state, {f"net.{name}": tensor for name, tensor in expected.items()})
+    state = plain_state(begun({"target": "test_weights:Wrapper", "weights": "own.pt", "weights_except": ["1.bias"]}))
+    assert torch.equal(state["net.1.weight"], expected["1.weight"])
+    assert not torch.equal(state["net.1.bias"], expected["1.bias"])
+    torch.save({f"other.{name}": tensor for name, tensor in expected.items()}, "own.pt")
+    lines = refused({"target": "test_weights:Wrapper", "weights": "own.pt"})
+    assert "are none of the model's: other.1.weight, other.1.bias;" in lines[1]
+
+
+class Wrapper(nn.Module):
+    """All that has weights is in one attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+
+    def forward(self, x):
+        """Logits."""
+        return self.net(x)
+
+
 def wrapped():
     """Blocks of which the only one with weights is called as DDP calls what it wraps."""
     return {"flat": nn.Flatten(), "module": nn.Linear(3072, 4)}

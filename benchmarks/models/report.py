@@ -63,6 +63,9 @@ def more_live(rows: Sequence[Row]) -> str:
     table = [["model", "`live_tensors`", "blocks", "largest block", "as the model", "a BackLink step in"]]
     for row in more:
         name = row["model"].rpartition(", ")[0]
+        if "blocks" not in row or "blocks" not in before.get(name, {}):
+            table.append([name, str(row["live_tensors"]), *["–"] * 4])
+            continue
         off = max(row["training"], row["evaluation"])
         alike = row["buffers"] and row["state_dict"]
         table.append([name, str(row["live_tensors"]), f"{before[name]['blocks']} → {row['blocks']}",

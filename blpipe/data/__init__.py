@@ -113,16 +113,20 @@ class Data:
             count = len(batches[step])
             moves = self._moves(count, seed, "augment", epoch, step)
             ours = None if moves is None else moves[:, share.of(count)]
-            y = transfer(y, self.device)
-            if ours is not None and prepare.of_pixels(self.spec.target_shape, self.spec.shape):
-                y = prepare.augment(y, ours)
-            yield self._prepared(x, ours), y
+            yield self._train_batch(x, y, ours)
 
-    def zeros(self, count: int) -> Tensor:
-        """So many training samples of zeros, prepared as those of `train_batches`."""
+    def zeros(self, count: int) -> tuple[Tensor, Tensor]:
+        """A batch of so many zeros, prepared as those of `train_batches`."""
         train = self._source.train
         x = torch.zeros(count, *train.shape, dtype=train.dtype)
-        return self._prepared(x, self._moves(count, 0))
+        y = torch.zeros(count, *train.target_shape, dtype=train.target_dtype)
+        return self._train_batch(x, y, self._moves(count, 0))
+
+    def _train_batch(self, x: Tensor, y: Tensor, moves_3B: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = transfer(y, self.device)
+        if moves_3B is not None and prepare.of_pixels(self.spec.target_shape, self.spec.shape):
+            y = prepare.augment(y, moves_3B)
+        return self._prepared(x, moves_3B), y
 
     def _moves(self, count: int, seed: int, *labels: int | str) -> Tensor | None:
         """What augmentation does with so many images, int64 [3, B]; None where it neither crops nor flips."""

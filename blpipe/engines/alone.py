@@ -11,7 +11,6 @@ from torch import Tensor
 
 from blpipe.config import Config
 from blpipe.data import Data
-from blpipe.device import transfer
 from blpipe.engines.common import role
 from blpipe.engines.feed import Feed, train_microbatches
 from blpipe.graphs import WARM_UP
@@ -113,9 +112,8 @@ def _load_batches(plan: Plan, data: Data) -> None:
             held = islice(train_microbatches(data, plan, 0, step.index), len(step.sizes))
             microbatches = [x for x, _ in held]
         else:
-            targets = plan.targets(sum(step.sizes))
-            transfer(torch.zeros(targets.shape, dtype=targets.dtype), data.device)
-            microbatches = list(data.zeros(sum(step.sizes)).split(step.sizes))
+            x, _ = data.zeros(sum(step.sizes))
+            microbatches = list(x.split(step.sizes))
         for mix in mixes:
             for x in microbatches:
                 mix.of(x)

@@ -18,7 +18,7 @@ from blpipe.forecast.forecast import Forecaster, MethodForecast, StageForecast, 
 from blpipe.forecast.simulate import CONNECTIONS, Connection, Timeline
 from blpipe.forecast.stages import settle
 from blpipe.plan import Plan, make_network, make_plan, notices
-from blpipe.text import blocks_text, human_bytes, human_count, human_seconds, percent, table
+from blpipe.text import blocks_text, human_bytes, human_count, human_seconds, percent, stages_text, table
 from blpipe.trace import write_trace
 from blpipe.transport.world import choose_device
 
@@ -118,7 +118,8 @@ def as_text(report: Report) -> str:
     """The report for people."""
     config = report.plan.config
     train = config.train
-    parts = [f"{config.name}: {config.method.name} in {len(report.stages)} stages, a step of {train.batch_size} samples"
+    parts = [f"{config.name}: {config.method.name} in {stages_text(len(report.stages))}, a step of "
+             f"{train.batch_size} samples"
              + (f" in {train.replicas} replicas" if train.replicas > 1 else "")
              + (f" {'of' if train.replicas > 1 else 'in'} {train.microbatches} microbatches"
                 if train.microbatches > 1 else ""),

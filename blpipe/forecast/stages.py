@@ -14,7 +14,7 @@ from blpipe.forecast.memory import Rehearsal, estimated_bytes, most_hops, most_l
 from blpipe.links import Links, fitting, stage_links
 from blpipe.partition import kept_together
 from blpipe.plan import Network
-from blpipe.text import human_bytes
+from blpipe.text import human_bytes, stages_text
 
 _OPTIMISM = 0.85  # on estimates of memory: no partition that fits is missed, and exact values follow
 
@@ -222,8 +222,8 @@ def _too_little_memory(memory: Table, exact: Callable[[int, int], float], stages
     while enough is not None and cheapest_within(memory, memory, exact, limit, (1.0,) * enough) is None:
         enough = fewest_stages(memory <= limit)  # by exact values where estimates were too low
     if enough is not None:
-        ways.append(f"use {enough} stages")
-    return (f"partition.memory_limit: no partition into {stages} stages keeps every stage within "
+        ways.append(f"use {stages_text(enough)}")
+    return (f"partition.memory_limit: no partition into {stages_text(stages)} keeps every stage within "
             f"{human_bytes(limit)}; {' or '.join(ways) or 'use a smaller model or smaller microbatches'}")
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import fx, nn
 
 from blpipe.errors import ConfigError
-from blpipe.models.nodes import is_size, module_path, operation, stack_of
+from blpipe.models.nodes import is_size, module_path, operation, size_of, stack_of
 from blpipe.models.packing import Packing, learned_nodes, pack, packing_of, part_of
 from blpipe.models.tracing import Traced, trace
-from blpipe.models.uncut import uncut_notes
+from blpipe.models.uncut import shares, uncut_notes
 from blpipe.models.values import is_batch_first
 
 _TUPLES = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit", "meshgrid"}
@@ -56,8 +56,7 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None, live_tensor
     read_later: set[fx.Node] = set()  # whose batch size a later block reads
     cut = []
     for group, start, end in reversed(list(zip(groups, passed, passed[1:], strict=False))):
-        operations = [node for piece in group.pieces for node in piece.nodes]
-        cut.append(_block(model, start, operations, end, batched, read_later, persistent))
+        cut.append(_block(model, start, group.nodes(), end, batched, read_later, persistent))
     blocks: OrderedDict[str, nn.Module] = OrderedDict()
     for group, block in zip(groups, reversed(cut), strict=True):
         blocks[_unused(group.name, blocks)] = block
@@ -71,9 +70,12 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None, live_tensor
     sequence.packings = {name: gives.packing  # type: ignore[assignment]
                          for name, gives in zip(blocks, passed[1:], strict=True) if gives.packing}
     named = {name: [piece.nodes for piece in group.pieces] for name, group in zip(blocks, groups, strict=True)}
-    sequence.uncut = uncut_notes(  # type: ignore[assignment]
-        model, named, live_tensors,
-        lambda count: max(_share(model, group) for group in _groups(model, _pieces(model, traced, count)[0])))
+
+    def largest_share(count: int) -> float:
+        found = _groups(model, _pieces(model, traced, count)[0])
+        return max(shares(model, traced.operations, [group.nodes() for group in found]))
+
+    sequence.uncut = uncut_notes(model, named, live_tensors, largest_share)  # type: ignore[assignment]
     return sequence
 
 
@@ -212,6 +214,10 @@ class _Group:
     name: str
     pieces: list[_Piece]
 
+    def nodes(self) -> list[fx.Node]:
+        """Their operations, in order."""
+        return [node for piece in self.pieces for node in piece.nodes]
+
 
 def _groups(model: nn.Module, pieces: list[_Piece]) -> list[_Group]:
     """Units in runs: a layer with a weight, or a module, begins a block; what has no weight joins a neighbour."""
@@ -257,7 +263,7 @@ def _units(model: nn.Module, pieces: list[_Piece], parent: tuple[str, ...] = (),
         module, calls = model.get_submodule(module_path(call)), (*parent, call)
         if _is_container(module) or (_is_custom(module) and (
                 _blocks_inside(model, inner, depth + 1) >= 2 or 1 < total < 2 * len(inner)
-                or _holds_most(model, module))):
+                or 2 * size_of(module) > size_of(model))):
             yield from _units(model, inner, calls, total)
         else:
             yield _Unit(inner, calls, parent, any(True for _ in module.children()) and _is_custom(module),
@@ -285,22 +291,6 @@ def _is_container(module: nn.Module) -> bool:
 
 def _is_custom(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.nn")
-
-
-def _holds_most(model: nn.Module, module: nn.Module) -> bool:
-    own, total = (sum(parameter.numel() for parameter in part.parameters()) for part in (module, model))
-    return 2 * own > total
-
-
-def _share(model: nn.Module, group: _Group) -> float:
-    """Of the model's parameters, those that a group reads and those of the modules that it calls."""
-    parameters, own = dict(model.named_parameters()), set[nn.Parameter]()
-    for node in (node for piece in group.pieces for node in piece.nodes):
-        read = {str(source.target) for source in node.all_input_nodes if source.op == "get_attr"}
-        own |= {parameters[name] for name in read if name in parameters}
-        if node.op == "call_module":
-            own |= {*model.get_submodule(str(node.target)).parameters()}
-    return sum(parameter.numel() for parameter in own) / sum(parameter.numel() for parameter in model.parameters())
 
 
 def _blocks_inside(model: nn.Module, pieces: list[_Piece], depth: int) -> int:

@@ -21,7 +21,10 @@ def is_its_layers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def layer_by_layer(encoder: nn.Module, src: Any, mask: Any = None, src_key_padding_mask: Any = None,
                    is_causal: bool | None = None) -> Any:
-    """The forward of such an encoder, but that it finds no hint by itself that a mask is causal."""
+    """The forward of such an encoder. It does not look at a mask's values for the hint that it is causal.
+
+    The mask holds without the hint, which only chooses a kernel: results may round otherwise.
+    """
     assert isinstance(encoder, nn.TransformerEncoder)
     for layer in encoder.layers:
         src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal))

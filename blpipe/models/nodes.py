@@ -24,6 +24,11 @@ class Untraceable(Exception):
         self.reason, self.place, self.path = reason, place, path
 
 
+def size_of(module: nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def operation(node: fx.Node, model: nn.Module) -> str:
     """The short name of what a node does: of its function, method or module class, in lower case."""
     if node.op == "call_module":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from blpipe.models.values import rows_of, shape_text
+from blpipe.models.values import known_values, rows_of, shape_text
 from blpipe.specs import Shape
 from blpipe.text import dtype_name
 
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     @property
     def can_be_main(self) -> bool:
         """Whether heads and losses can read it."""
-        return self.rows == 1 and self.is_learned and not self.is_mask
+        return self.rows == 1 and 1 <= len(self.shape) <= 3 and self.is_learned and not self.is_mask
 
 
 class Packing(NamedTuple):
@@ -53,7 +53,7 @@ class Packing(NamedTuple):
 
 def pack(batch: int, *tensors: Tensor) -> Tensor:
     """Tensors [B, …] or [B · rows, …] as one [B, N], of the floating-point type of the widest."""
-    return torch.cat([tensor.reshape(batch, -1) for tensor in tensors], 1)
+    return torch.cat([tensor.reshape(batch, tensor.numel() // batch) for tensor in tensors], 1)
 
 
 def part_of(packed: Tensor, start: int, rows: int, shape: Shape, is_mask: bool, is_learned: bool) -> Tensor:
@@ -71,11 +71,11 @@ def packing_of(tensors: Sequence[fx.Node], learned: set[fx.Node]) -> Packing | N
     Args:
         learned: those with weights before them.
     """
-    if any(map(obstacle, tensors)):
+    known = [rows_of(node) for node in tensors if not obstacle(node)]
+    if len(known) < len(tensors):
         return None
     parts, start = [], 0
-    for node in tensors:
-        rows, row = rows_of(node) or (0, torch.empty(0))
+    for node, (rows, row) in zip(tensors, filter(None, known), strict=True):
         parts.append(Part(start, rows, tuple(row.shape), row.dtype == torch.bool, node in learned))
         start += rows * row.numel()
     alike = len(number_types(tensors)) == 1
@@ -92,8 +92,9 @@ def obstacle(node: fx.Node) -> str:
     """Why a traced tensor cannot be packed, as what follows its name; empty if it can."""
     known = rows_of(node)
     if known is None:
-        shape = shape_text(node)
-        return f"is {shape}, whose batch is not first" if shape else "has no known shape"
+        if shape := shape_text(node):
+            return f"is {shape}, whose batch is not first"
+        return "has no known shape" if known_values(node) is None else "is no tensor"
     dtype = known[1].dtype
     return "" if dtype == torch.bool or dtype.is_floating_point else f"is {dtype_name(dtype)}"
 

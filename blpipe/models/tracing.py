@@ -30,6 +30,7 @@ from blpipe.models.nodes import (
     module_path,
     operation,
     outputs_of,
+    size_of,
 )
 from blpipe.models.unchanged import unchanged
 from blpipe.models.values import (
@@ -110,7 +111,7 @@ def _trace_in_modes(model: nn.Module, example: torch.Tensor | None) -> Traced:
             return Traced(*merge(model, evaluated, trained), _left_out([evaluated, trained], asserts))
         except Untraceable as problem:
             module = model.get_submodule(problem.path)
-            if module is model or type(module) in opaque or 2 * _size(module) > _size(model):
+            if module is model or type(module) in opaque or 2 * size_of(module) > size_of(model):
                 raise
             opaque.add(type(module))
 
@@ -135,10 +136,6 @@ def _explain(problem: Untraceable) -> str:
                "torch.fx.wrap or in a small module of its own, or " if own else "")
     return (f"model: cannot be traced{at}{within}: {problem.reason}; {rewrite}return the blocks yourself, as an "
             "nn.Sequential, a list or a dict")
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class _Tracer(fx.Tracer):

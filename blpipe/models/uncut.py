@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 
 from torch import fx, nn
 
-from blpipe.models.nodes import inside, operation
+from blpipe.models.encoder import is_its_layers
+from blpipe.models.nodes import inside, operation, size_of
 from blpipe.models.packing import number_types, obstacle
 
-_MOST_LIVE = 16  # how many tensors at a cut are tried
+_MOST_LIVE = 16  # at a cut; with more, what is passed on is no longer small beside what is computed
+_WORTH_IT = 0.9  # of the share of the largest block: what is packed is copied
 
 
 def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]], live_tensors: int,
@@ -19,7 +21,7 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]], liv
         live_tensors: how many may be live between pieces.
         largest: the share of the parameters in the largest block, if so many may be.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = size_of(model)
     operations = [node for pieces in blocks.values() for nodes in pieces for node in nodes]
     for name, pieces in blocks.items():
         for nodes in pieces:
@@ -28,8 +30,10 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]], liv
             if 2 * held <= total or not layers:
                 continue
             holds = f"block {name} holds {held / total:.0%} of the parameters in one piece: "
-            whole = model.get_submodule(str(max(layers, key=lambda layer: _weights(model, layer)).target))
-            if type(whole) is nn.TransformerEncoder:
+            largest_layer = max(layers, key=lambda layer: _weights(model, layer))
+            whole = model.get_submodule(str(largest_layer.target))
+            if type(whole) is nn.TransformerEncoder and not is_its_layers(whole, largest_layer.args,
+                                                                                     largest_layer.kwargs):
                 return [f"{holds}an nn.TransformerEncoder that is given a padding mask is left whole, as in evaluation "
                         "it sets what is padded to 0; make it with enable_nested_tensor=False to have it cut"]
             if isinstance(whole, nn.TransformerEncoder | nn.TransformerDecoder):
@@ -66,13 +70,31 @@ def _remedy(live_tensors: int, largest: Callable[[int], float]) -> str:
         if found[count] <= 0.5:
             break
     best = min(found, key=lambda count: found[count], default=live_tensors)
-    if found.get(best, now) > 0.9 * now:
+    if found.get(best, now) > _WORTH_IT * now:
         return ""
     return f"; with model.live_tensors={best} the largest block has {found[best]:.0%}"
 
 
+def shares(model: nn.Module, operations: list[fx.Node], groups: list[list[fx.Node]]) -> list[float]:
+    """Of the model's parameters, those that each group's modules have, and that it reads, or what is made of them.
+
+    Args:
+        operations: of the model, in order; what is in no group is computed by those that read it.
+    """
+    parameters, total = dict(model.named_parameters()), size_of(model)
+    grouped = {node for nodes in groups for node in nodes}
+    read: dict[fx.Node, set[nn.Parameter]] = {}
+    for node in operations:
+        own = {parameters[str(node.target)]} if node.op == "get_attr" and node.target in parameters else set()
+        if node.op == "call_module":
+            own = {*model.get_submodule(str(node.target)).parameters()}
+        read[node] = own.union(*(read[x] for x in node.all_input_nodes if x in read and x not in grouped))
+    return [sum(weight.numel() for weight in set[nn.Parameter]().union(*(read[node] for node in nodes))) / total
+            for nodes in groups]
+
+
 def _weights(model: nn.Module, node: fx.Node) -> int:
-    return sum(parameter.numel() for parameter in model.get_submodule(str(node.target)).parameters())
+    return size_of(model.get_submodule(str(node.target)))
 
 
 def _fewest_passing(layers: list[fx.Node], operations: list[fx.Node]) -> list[fx.Node]:

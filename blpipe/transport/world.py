@@ -157,7 +157,7 @@ def choose_device(kind: str) -> tuple[torch.device, bool]:
     return torch.device("cuda", local_rank % gpus), processes <= gpus
 
 
-def check_launches() -> None:
+def prepare_launches() -> None:
     """Over NCCL, a receive that was posted ahead must not keep what is launched after it from running.
 
     Streams beyond the number of CUDA's connections share one. Where the environment says nothing, CUDA has all that it
