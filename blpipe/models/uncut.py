@@ -32,8 +32,8 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]], liv
             holds = f"block {name} holds {held / total:.0%} of the parameters in one piece: "
             largest_layer = max(layers, key=lambda layer: _weights(model, layer))
             whole = model.get_submodule(str(largest_layer.target))
-            if type(whole) is nn.TransformerEncoder and not is_its_layers(whole, largest_layer.args,
-                                                                                     largest_layer.kwargs):
+            is_padded = not is_its_layers(whole, largest_layer.args, largest_layer.kwargs)
+            if type(whole) is nn.TransformerEncoder and is_padded:
                 return [f"{holds}an nn.TransformerEncoder that is given a padding mask is left whole, as in evaluation "
                         "it sets what is padded to 0; make it with enable_nested_tensor=False to have it cut"]
             if isinstance(whole, nn.TransformerEncoder | nn.TransformerDecoder):
