@@ -199,7 +199,7 @@ def make_network(config: Config, data: DataSpec, pretrained: bool = True) -> Net
     if last_batch < replicas:
         raise ConfigError(f"train.replicas: {replicas}, but the last batch of an epoch has {last_batch} samples, one "
                           "for each at least; set train.drop_last=true, or another train.batch_size")
-    model = build_model(config.model, data, config.seed, pretrained, config.model.live_tensors)
+    model = build_model(config.model, data, config.seed, pretrained)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ConfigError(f"model: {name} is {dtype_name(parameter.dtype)}, in which small steps are lost; "
@@ -340,7 +340,7 @@ def _checked_head(plan: Plan, index: int) -> tuple[nn.Module, TensorSpec]:
     for size in training_sizes(plan.data, plan.config):
         given, own = plan.outputs[size][index], head
         if boundary.packing:  # messages are of what the head reads
-            given, own = given._replace(shape=(size, *boundary.shape)), head.get_submodule("head")
+            given, own = boundary.packing.read(given), head.get_submodule("head")
         output = trace_module(f"{key} (after block {name})", own, given, plan.data, training=True)
         wanted = plan.outputs[size][-1].shape
         types = {p.dtype for p in head.parameters() if p.is_floating_point()}

@@ -99,7 +99,7 @@ def _take(lock: TextIO, run: Path) -> None:
 
 def _refuse_another_run(run: Path, config: Config, options: StartOptions, start_point: StartPoint) -> None:
     same = (options.auto_resume or is_being_restarted(run, config, options)) and is_of(run, config)
-    own = same and not any(run.glob("checkpoints/[!.]*"))
+    own = same and not _has_checkpoints(run)
     if start_point.last is not None and [path.name for path in checkpoints(run)[-1:]] != [start_point.last.name]:
         raise ConfigError(f"name: another process has trained in {run} meanwhile; start again, to go on from there")
     if not _has_come_to_anything(run) or options.overwrite or start_point.checkpoint or own:
@@ -111,8 +111,11 @@ def _refuse_another_run(run: Path, config: Config, options: StartOptions, start_
 def _has_come_to_anything(run: Path) -> bool:
     """Whether a run has left more than its config: it may have failed before its first epoch was over."""
     rows = run / "metrics.jsonl"
-    return any(run.glob("checkpoints/[!.]*")) or (run / "result.json").exists() or \
-        (rows.exists() and rows.stat().st_size > 0)
+    return _has_checkpoints(run) or (run / "result.json").exists() or (rows.exists() and rows.stat().st_size > 0)
+
+
+def _has_checkpoints(run: Path) -> bool:
+    return any(run.glob("checkpoints/[!.]*"))
 
 
 def _parts(run: Path) -> list[Path]:

@@ -15,7 +15,6 @@ from blpipe.errors import ConfigError, one_line
 from blpipe.models.build import named_blocks, packings
 from blpipe.models.encoder import without_fast_path
 from blpipe.models.nodes import DECIDES_BY_BATCH
-from blpipe.models.packing import Packing
 from blpipe.models.unchanged import unchanged
 from blpipe.specs import DataSpec, Shape, TensorSpec
 
@@ -143,7 +142,7 @@ def make_boundaries(model: nn.Sequential, specs: "OrderedDict[str, TensorSpec]",
         ConfigError: an output that does not fit the targets.
     """
     packed, classes = packings(model), _classes(specs, data)
-    read = OrderedDict((name, _main(spec, packed.get(name))) for name, spec in specs.items())
+    read = OrderedDict((name, packed[name].read(spec) if name in packed else spec) for name, spec in specs.items())
     shapes = [spec.shape[1:] for spec in read.values()]
     last, signal = _channels_last(read, calls), _signals(read, calls)
     if signal[-1] and not data.labelled:  # heads give such values along T, for each of the channels
@@ -155,11 +154,6 @@ def make_boundaries(model: nn.Sequential, specs: "OrderedDict[str, TensorSpec]",
     return [Boundary(shape, classes, tuple(later[i + 1:]), last[i], shapes[-1][:-1], i, data.labelled, signal[i],
                      pixels if len(shape) == 3 else None, packed.get(name))
             for i, (name, shape) in enumerate(zip(read, shapes, strict=True))]
-
-
-def _main(spec: TensorSpec, packing: Packing | None) -> TensorSpec:
-    """What heads read of the output of a block."""
-    return spec._replace(shape=(spec.shape[0], *packing.main.shape)) if packing else spec
 
 
 def _channels_last(specs: "OrderedDict[str, TensorSpec]", calls: dict[str, list[LayerCall]]) -> list[bool]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from blpipe.config_types import Named
+from blpipe.config import ModelConfig
 from blpipe.errors import ConfigError
 from blpipe.models import build_model, mlp, resnet_cifar, vgg_cifar
 from blpipe.models.build import as_blocks, out_of_place
@@ -19,7 +19,7 @@ SPEC = DataSpec((2, 8, 8), "float32", (), 5, 20, 10)
 
 
 def build(seed: int = 0, data: DataSpec = SPEC, **model) -> nn.Sequential:
-    return build_model(Named.model_validate(model), data, seed)
+    return build_model(ModelConfig.model_validate(model), data, seed)
 
 
 def refused(match: str, **model) -> None:
@@ -319,7 +319,7 @@ def test_a_compiled_model_is_refused():
 
 
 def test_a_target_that_changes_its_args_does_not_change_the_config():
-    config = Named(target="test_models:own_changing_its_args", args={"sizes": [128, 5]})
+    config = ModelConfig(target="test_models:own_changing_its_args", args={"sizes": [128, 5]})
     build_model(config, SPEC, 0)
     assert config.args == {"sizes": [128, 5]}
 

@@ -13,8 +13,7 @@ import yaml
 from conftest import assert_same_run, small_config, train_in_processes, train_locally
 
 from blpipe import cli
-from blpipe.config import DataConfig
-from blpipe.config_types import Named
+from blpipe.config import DataConfig, ModelConfig
 from blpipe.data import open_data
 from blpipe.errors import ConfigError
 from blpipe.models import build_model
@@ -194,7 +193,7 @@ def test_what_a_module_draws_as_it_is_imported_changes_no_weights_and_repeats(tm
     (tmp_path / "draws.py").write_text(DRAWS)
     built, tables = [], []
     for again in range(3):
-        built.append(build_model(Named(target="draws:net"), DataSpec((2,), "float32", (), 2, 8, 8), 0))
+        built.append(build_model(ModelConfig(target="draws:net"), DataSpec((2,), "float32", (), 2, 8, 8), 0))
         tables.append(sys.modules["draws"].TABLE)
         if again:  # the first time it is imported, the second it was, the third it is anew
             del sys.modules["draws"]
@@ -213,7 +212,7 @@ def test_a_model_whose_file_has_gone_is_told_that_it_is_called_beside_a_checkpoi
             "file, or put the file back")
     for pretrained, end in ((True, "$"), (False, f"{hint}$")):
         with pytest.raises(ConfigError, match=message + end):
-            build_model(Named(target="reads:net"), DataSpec((2,), "float32", (), 2, 8, 8), 0, pretrained)
+            build_model(ModelConfig(target="reads:net"), DataSpec((2,), "float32", (), 2, 8, 8), 0, pretrained)
 
 
 # Installed packages.

@@ -9,8 +9,8 @@ from torch import nn
 
 from blpipe.checkpoint.folders import newest_intact
 from blpipe.checkpoint.state import model_state
+from blpipe.config import ModelConfig
 from blpipe.config_file import parse_config
-from blpipe.config_types import Named
 from blpipe.errors import ConfigError
 from blpipe.metrics import read_rows
 from blpipe.models import build_model
@@ -28,7 +28,7 @@ SMALL = "shufflenet_v2_x0_5"
 
 
 def build(name, **args):
-    return build_model(Named(name=f"torchvision/{name}", args=args), DATA, 0)
+    return build_model(ModelConfig(name=f"torchvision/{name}", args=args), DATA, 0)
 
 
 NAMES = {  # of blocks: those of the model's own modules

@@ -21,6 +21,7 @@ from blpipe.text import dtype_name
 
 _GRACE_SECONDS = 30.0  # between SIGTERM and the end of a worker whose process has not let it go
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
+LEAVE_OUT = f"give {IGNORED} where a position is to be left out"
 
 Request = tuple[tuple[int, *tuple[int | str, ...]], Tensor]
 """One batch to fetch: what the seed of all that is random in fetching it derives from, and indices, int64 [B]."""
@@ -238,9 +239,6 @@ class _Batches(Dataset[Any]):
 
 def _places_of_part(places: Tensor | None, index_N: Tensor) -> Tensor:
     return index_N if places is None else places[index_N]
-
-
-LEAVE_OUT = f"give {IGNORED} where a position is to be left out"
 
 
 def outside(labels: Tensor, classes: int, ignorable: bool) -> Tensor:

@@ -50,7 +50,8 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None, live_tensor
         raise ConfigError(f"live_tensors: {live_tensors} tensors are packed by their shapes; give an example too")
     own, persistent = set(vars(model)), set(model.state_dict())
     traced = trace(model, example)
-    pieces, batched = _pieces(model, traced, live_tensors)
+    learned = learned_nodes(model, traced.operations)
+    pieces, batched = _pieces(model, traced, learned, live_tensors)
     groups = _groups(model, pieces)
     passed = [_Passed((traced.given,)), *(group.pieces[-1].gives for group in groups)]
     read_later: set[fx.Node] = set()  # whose batch size a later block reads
@@ -72,7 +73,7 @@ def blocks_of(model: nn.Module, example: torch.Tensor | None = None, live_tensor
     named = {name: [piece.nodes for piece in group.pieces] for name, group in zip(blocks, groups, strict=True)}
 
     def largest_share(count: int) -> float:
-        found = _groups(model, _pieces(model, traced, count)[0])
+        found = _groups(model, _pieces(model, traced, learned, count)[0])
         return max(shares(model, traced.operations, [group.nodes() for group in found]))
 
     sequence.uncut = uncut_notes(model, named, live_tensors, largest_share)  # type: ignore[assignment]
@@ -113,9 +114,10 @@ class _Piece(NamedTuple):
         return tuple(common)
 
 
-def _pieces(model: nn.Module, traced: Traced, live_tensors: int) -> tuple[list[_Piece], set[fx.Node]]:
+def _pieces(model: nn.Module, traced: Traced, learned: set[fx.Node],
+            live_tensors: int) -> tuple[list[_Piece], set[fx.Node]]:
     """The model in pieces, and the tensors whose batch size any block can read from its own input."""
-    batched, learned = {traced.given}, learned_nodes(model, traced.operations)
+    batched = {traced.given}
 
     def passed(live: list[fx.Node]) -> _Passed | None:
         if len(live) > live_tensors or not all(_is_tensor(value, model) for value in live):

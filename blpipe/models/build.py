@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from blpipe import launch
-from blpipe.config_types import Named
+from blpipe.config import ModelConfig
 from blpipe.errors import ConfigError, one_line
 from blpipe.models.blocks import TracedBlock, blocks_of, out_of_place
 from blpipe.models.compare import check_same
@@ -25,8 +25,7 @@ from blpipe.specs import DataSpec
 BUILT_IN: dict[str, Callable[..., nn.Sequential]] = {"resnet_cifar": resnet_cifar, "vgg_cifar": vgg_cifar, "mlp": mlp}
 
 
-def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = True,
-                live_tensors: int = 1) -> nn.Sequential:
+def build_model(config: ModelConfig, data: DataSpec, seed: int, pretrained: bool = True) -> nn.Sequential:
     """The plain model as `nn.Sequential` of named blocks, initialised from `seed`.
 
     A built-in model takes the data's channels, shape and number of classes where `args` do not give them. A
@@ -34,7 +33,6 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
 
     Args:
         pretrained: whether torchvision's own `weights` are wanted; not where a checkpoint gives all values.
-        live_tensors: see `blocks_of`.
 
     Raises:
         ConfigError: unknown name, arguments that do not fit, or a `target` whose result makes no blocks.
@@ -44,7 +42,7 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
     with fixed_randomness(derive_seed(seed, "model")):
         if config.name is not None and config.name.startswith(PREFIX):
             plain = torchvision_model(config.name, config.args, data.classes, pretrained)
-            return blocks_of(plain, example, live_tensors)
+            return blocks_of(plain, example, config.live_tensors)
         builder = resolve("model", config, BUILT_IN)
         args = dict(config.args) if config.name is None else _from_data(builder, data) | config.args
         try:
@@ -57,7 +55,7 @@ def build_model(config: Named, data: DataSpec, seed: int, pretrained: bool = Tru
         if hasattr(built, "_orig_mod"):  # of torch.compile
             raise ConfigError("model: it returned a compiled module; return it uncompiled, and set train.compile=true")
         try:
-            blocks = as_blocks(built, example, live_tensors)
+            blocks = as_blocks(built, example, config.live_tensors)
         except ConfigError:
             raise
         except Exception as error:  # whatever a module of the user's does when its parts are looked at

@@ -1,5 +1,6 @@
 """What is asked of a node in a traced graph, and the error that names its place."""
 
+import operator
 from typing import Any
 
 from torch import fx, nn
@@ -27,6 +28,14 @@ class Untraceable(Exception):
 def size_of(module: nn.Module) -> int:
     """How many parameters a module has."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def own_weights(node: fx.Node, model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of the module that a node calls, or the one that it reads."""
+    if node.op == "call_module":
+        return {*model.get_submodule(str(node.target)).parameters()}
+    value = operator.attrgetter(str(node.target))(model) if node.op == "get_attr" else None
+    return {value} if isinstance(value, nn.Parameter) else set()
 
 
 def operation(node: fx.Node, model: nn.Module) -> str:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from blpipe.models.nodes import own_weights
 from blpipe.models.values import known_values, rows_of, shape_text
-from blpipe.specs import Shape
+from blpipe.specs import Shape, TensorSpec
 from blpipe.text import dtype_name
 
 
@@ -45,6 +46,10 @@ class Packing(NamedTuple):
         """The one that heads and losses read: the last one that is [batch, …] and has weights before it."""
         return next(part for part in reversed(self.parts) if part.can_be_main)
 
+    def read(self, spec: TensorSpec) -> TensorSpec:
+        """What heads and losses read of a packed tensor [B, N]."""
+        return spec._replace(shape=(spec.shape[0], *self.main.shape))
+
     @property
     def has_given_numbers(self) -> bool:
         """Whether there are numbers among them that no weights come before."""
@@ -71,15 +76,21 @@ def packing_of(tensors: Sequence[fx.Node], learned: set[fx.Node]) -> Packing | N
     Args:
         learned: those with weights before them.
     """
-    known = [rows_of(node) for node in tensors if not obstacle(node)]
-    if len(known) < len(tensors):
-        return None
-    parts, start = [], 0
-    for node, (rows, row) in zip(tensors, filter(None, known), strict=True):
+    parts, start, types = [], 0, set[torch.dtype]()
+    for node in tensors:
+        known = rows_of(node)
+        if known is None:
+            return None
+        rows, row = known
         parts.append(Part(start, rows, tuple(row.shape), row.dtype == torch.bool, node in learned))
         start += rows * row.numel()
-    alike = len(number_types(tensors)) == 1
+        types.add(row.dtype)
+    alike = all(map(_can_be_packed, types)) and len(types - {torch.bool}) == 1
     return Packing(tuple(parts)) if alike and any(part.can_be_main for part in parts) else None
+
+
+def _can_be_packed(dtype: torch.dtype) -> bool:
+    return dtype == torch.bool or dtype.is_floating_point
 
 
 def number_types(tensors: Sequence[fx.Node]) -> set[str]:
@@ -96,17 +107,14 @@ def obstacle(node: fx.Node) -> str:
             return f"is {shape}, whose batch is not first"
         return "has no known shape" if known_values(node) is None else "is no tensor"
     dtype = known[1].dtype
-    return "" if dtype == torch.bool or dtype.is_floating_point else f"is {dtype_name(dtype)}"
+    return "" if _can_be_packed(dtype) else f"is {dtype_name(dtype)}"
 
 
 def learned_nodes(model: nn.Module, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Those of a graph's `nodes` that have weights before them."""
-    parameters, found = dict(model.named_parameters()), set[fx.Node]()
+    found = set[fx.Node]()
     for node in nodes:
-        own = node.op == "get_attr" and node.target in parameters
-        if node.op == "call_module":
-            own = any(True for _ in model.get_submodule(str(node.target)).parameters())
-        if own or not found.isdisjoint(node.all_input_nodes):
+        if own_weights(node, model) or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import fx, nn
 
 from blpipe.models.encoder import is_its_layers
-from blpipe.models.nodes import inside, operation, size_of
+from blpipe.models.nodes import inside, operation, own_weights, size_of
 from blpipe.models.packing import number_types, obstacle
 
 _MOST_LIVE = 16  # at a cut; with more, what is passed on is no longer small beside what is computed
@@ -32,8 +32,8 @@ def uncut_notes(model: nn.Module, blocks: Mapping[str, list[list[fx.Node]]], liv
             holds = f"block {name} holds {held / total:.0%} of the parameters in one piece: "
             largest_layer = max(layers, key=lambda layer: _weights(model, layer))
             whole = model.get_submodule(str(largest_layer.target))
-            is_padded = not is_its_layers(whole, largest_layer.args, largest_layer.kwargs)
-            if type(whole) is nn.TransformerEncoder and is_padded:
+            by_layers = is_its_layers(whole, largest_layer.args, largest_layer.kwargs)
+            if type(whole) is nn.TransformerEncoder and not by_layers:
                 return [f"{holds}an nn.TransformerEncoder that is given a padding mask is left whole, as in evaluation "
                         "it sets what is padded to 0; make it with enable_nested_tensor=False to have it cut"]
             if isinstance(whole, nn.TransformerEncoder | nn.TransformerDecoder):
@@ -81,14 +81,11 @@ def shares(model: nn.Module, operations: list[fx.Node], groups: list[list[fx.Nod
     Args:
         operations: of the model, in order; what is in no group is computed by those that read it.
     """
-    parameters, total = dict(model.named_parameters()), size_of(model)
-    grouped = {node for nodes in groups for node in nodes}
+    total, grouped = size_of(model), {node for nodes in groups for node in nodes}
     read: dict[fx.Node, set[nn.Parameter]] = {}
     for node in operations:
-        own = {parameters[str(node.target)]} if node.op == "get_attr" and node.target in parameters else set()
-        if node.op == "call_module":
-            own = {*model.get_submodule(str(node.target)).parameters()}
-        read[node] = own.union(*(read[x] for x in node.all_input_nodes if x in read and x not in grouped))
+        before = (read[source] for source in node.all_input_nodes if source in read and source not in grouped)
+        read[node] = own_weights(node, model).union(*before)
     return [sum(weight.numel() for weight in set[nn.Parameter]().union(*(read[node] for node in nodes))) / total
             for nodes in groups]
 
